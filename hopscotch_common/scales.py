@@ -1,0 +1,94 @@
+"""The four scales of each decoder layer: which parameters they are, and what is done to them.
+
+Decided here once, for search, training, saving and export: what a scale is, which scales train,
+and what skipping an attention block does to them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+
+
+def named_scales(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(state-dict key, parameter [1]) of every scale, layer by layer, in SCALE_NAMES order."""
+    for index, layer in enumerate(model.model.layers):
+        for name in SCALE_NAMES:
+            yield f"model.layers.{index}.{name}", getattr(layer, name)
+
+
+def freeze_base(model) -> None:
+    """Freeze every parameter but the scales, and of those b_scale_attn of skipped blocks."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in model.model.layers:
+        for name in SCALE_NAMES:
+            trains = not (name == "b_scale_attn" and layer.skip_attention)
+            getattr(layer, name).requires_grad_(trains)
+
+
+def trainable_scales(model) -> list[torch.nn.Parameter]:
+    """The parameters that train; fails loudly if any of them is not a scale."""
+    scales = [scale for _, scale in named_scales(model) if scale.requires_grad]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(scale) for scale in scales}, "a parameter other than the scales trains"
+    return scales
+
+
+def skipped_blocks(model) -> list[int]:
+    """Indices of the layers whose attention is not computed."""
+    return [i for i, layer in enumerate(model.model.layers) if layer.skip_attention]
+
+
+@torch.no_grad()
+def reset(model, skipped=()) -> None:
+    """Set all scales to 1 and skip exactly the attention blocks in `skipped`.
+
+    Skipping is b_attn = 0, fixed, with attention not computed. s_attn of that layer stays
+    trainable: with s_attn = 0 too, the residual stream would be wiped out.
+    """
+    skipped = set(skipped)
+    for index, layer in enumerate(model.model.layers):
+        layer.skip_attention = index in skipped
+        for name in SCALE_NAMES:
+            getattr(layer, name).fill_(1.0)
+        if layer.skip_attention:
+            layer.b_scale_attn.zero_()
+    model.number_cache_slots()
+    freeze_base(model)
+    for scale in trainable_scales(model):
+        scale.grad = None
+
+
+def snapshot(model) -> torch.Tensor:
+    """A copy of all scales, [layers, 4], float32 on the CPU, columns in SCALE_NAMES order."""
+    return torch.cat([scale.detach().cpu() for _, scale in named_scales(model)]).view(-1, 4)
+
+
+@torch.no_grad()
+def restore(model, values: torch.Tensor) -> None:
+    """Set all scales from a snapshot [layers, 4]. Which blocks are skipped does not change."""
+    for (_, scale), value in zip(named_scales(model), values.flatten(), strict=True):
+        scale.fill_(value.item())
+
+
+def as_state_dict(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A snapshot [layers, 4] as the tensors [1] of a checkpoint, by state-dict key."""
+    return {
+        f"model.layers.{layer}.{name}": values[layer, column].reshape(1).clone()
+        for layer in range(len(values))
+        for column, name in enumerate(SCALE_NAMES)
+    }
+
+
+def from_state_dict(tensors: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor:
+    """The reverse of `as_state_dict`; KeyError names a scale that is missing."""
+    keys = as_state_dict(torch.ones(num_layers, len(SCALE_NAMES)))
+    return torch.cat([tensors[key].reshape(1).float() for key in keys]).view(num_layers, -1)
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """(trainable, frozen) numbers of parameters."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters()) - trainable
