@@ -5,6 +5,7 @@ Results go to stdout, logs and progress bars to stderr. Exit codes: 0 done, 2 ba
 """
 
 import argparse
+import contextlib
 import functools
 import logging
 import math
@@ -16,8 +17,20 @@ from pathlib import Path
 logger = logging.getLogger("hopscotch")
 
 
-class InputError(ValueError):
+class HopscotchError(Exception):
+    """An error that one line explains; no traceback is shown for it."""
+
+    exit_code = 1
+
+
+class InputError(HopscotchError, ValueError):
     """Something that the user gave is wrong; the message says what, where, and what to do."""
+
+    exit_code = 2
+
+
+class TrainingError(HopscotchError):
+    """Training cannot go on: a loss that is not finite, or a minibatch that does not fit."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -49,9 +62,9 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
         set_up_logging()
         try:
             return main(argv) or 0
-        except InputError as error:
+        except HopscotchError as error:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-            return 2
+            return error.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -77,6 +90,20 @@ def seed_everything(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
+
+
+@contextlib.contextmanager
+def progress(total: int, what: str):
+    """A bar on stderr with an ETA, from rank 0; `.update_loss(loss)` steps it and shows the loss."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def update_loss(self, loss: float) -> None:
+            self.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self.update()
+
+    with Bar(total=total, desc=what, unit="batch", disable=not is_main_process(), dynamic_ncols=True) as bar:
+        yield bar
 
 
 def positive_int(text: str) -> int:
@@ -117,6 +144,36 @@ def _number(kind: type, text: str):
     except ValueError:
         name = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
+
+
+def add_training_arguments(
+    parser: argparse.ArgumentParser, learning_rate: float, batch_size: int = 32
+) -> None:
+    """Add the flags that search and scale training share."""
+    group = parser.add_argument_group("training of the scales")
+    group.add_argument(
+        "--learning_rate", type=positive_float, default=learning_rate, help="Adam's learning rate"
+    )
+    group.add_argument(
+        "--batch_size", type=positive_int, default=batch_size, help="answers per optimizer step"
+    )
+    group.add_argument(
+        "--max_tokens_per_batch",
+        type=positive_int,
+        help="most tokens that run at once, padding included: bounds memory, does not change the result "
+        "(default: 16384 on a GPU, 512 on a CPU, or the longest answer if that is more)",
+    )
+    group.add_argument(
+        "--max_samples", type=positive_int, help="use the first so many answers (default: all)"
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, about a third more time",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile each decoder layer; pays on long GPU runs"
+    )
 
 
 def check_writable(path: Path) -> None:

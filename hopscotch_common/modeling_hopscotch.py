@@ -97,8 +97,9 @@ class HopscotchForCausalLM:
     def initialize_weights(self):
         super().initialize_weights()
         for layer in self.model.layers:
-            for name in SCALE_NAMES:  # leaves alone what was read from a checkpoint
-                initialization.ones_(getattr(layer, name))
+            if isinstance(layer, ScaledDecoderLayer):  # a first call comes before ours are in place
+                for name in SCALE_NAMES:  # leaves alone what was read from a checkpoint
+                    initialization.ones_(getattr(layer, name))
 
     def number_cache_slots(self) -> None:
         """Number the attention blocks that are computed 0, 1, 2, … in the KV cache.

@@ -48,6 +48,44 @@ def write_report(path: Path, content: dict) -> None:
     write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
+def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--blocks_to_skip`."""
+    parser.add_argument(
+        "--blocks_to_skip",
+        nargs="+",
+        required=True,
+        metavar="BLOCK",
+        help="attention blocks to skip: indices, or the path of a report of block_selection.py",
+    )
+
+
+def add_export_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add `--export`."""
+    parser.add_argument(
+        "--export",
+        nargs="+",
+        choices=["folded", "nemotron_nas"],
+        default=[],
+        metavar="FORMAT",
+        help=f"{purpose}, in these formats: folded (stock architecture, loads anywhere, no faster), "
+        "nemotron_nas (vLLM and others, really faster)",
+    )
+
+
+def run_exports(formats: list[str], checkpoint: Path, target: Path) -> dict[str, dict]:
+    """Export a checkpoint to `{target}_{format}` for each format; the exports' reports."""
+    if not formats:
+        return {}
+    from hopscotch_common.export import export_checkpoint
+
+    results = {}
+    for name in formats:
+        folder = target.with_name(f"{target.name}_{name}")
+        results[name] = {"folder": str(folder)} | export_checkpoint(checkpoint, name, folder)
+        print(f"Exported {name}: {folder}", flush=True)
+    return results
+
+
 def blocks_from(words: list[str], model: ModelRef, num_layers: int, flag: str) -> list[int]:
     """Block indices of a command line: numbers, or the path of one selection report.
 

@@ -1,0 +1,189 @@
+"""Step 3: find the attention blocks that a model can do without, one at a time, greedily.
+
+    python block_selection.py --model smollm --data_path data/smollm-processed-data/data.jsonl
+    python block_selection.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
+        --starting_skipped_blocks 15 --num_blocks 2 --search race
+    accelerate launch block_selection.py --model llama --data_path data/llama-processed-data/data.jsonl
+
+Prints a line for each block that it picks. An interrupted search goes on where it was when the
+same command is given again.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+from hopscotch_common import cli, report
+from hopscotch_common.cli import InputError, logger
+from hopscotch_common.models import add_model_arguments, load_model, read_config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
+    parser.add_argument(
+        "--starting_skipped_blocks",
+        nargs="*",
+        default=[],
+        metavar="BLOCK",
+        help="blocks selected before: indices, or the path of a selection report",
+    )
+    parser.add_argument(
+        "--prev",
+        nargs="*",
+        type=float,
+        default=[],
+        metavar="LOSS",
+        help="losses of layers 0, 1, 2, … of this iteration that are known already; "
+        "a number in the place of a skipped layer is ignored",
+    )
+    parser.add_argument("--num_blocks", type=cli.positive_int, default=1, help="blocks to pick in this run")
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--search",
+        choices=["full", "race"],
+        default="full",
+        help="full: an epoch for each candidate; race: candidates that are beyond doubt worse drop out early",
+    )
+    group.add_argument(
+        "--first_look", type=cli.positive_int, default=2, help="race: batches before the first comparison"
+    )
+    group.add_argument(
+        "--confidence",
+        type=cli.positive_float,
+        default=2.5,
+        help="race: a candidate drops out when it is this many standard errors worse than the leader",
+    )
+    cli.add_training_arguments(parser, learning_rate=1e-2)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="JSON report (default: {model}_block_selection.json); the journal stands beside it",
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the losses of all candidates")
+    return parser
+
+
+def known_losses(prev: list[float], skipped: list[int], num_layers: int) -> dict[int, float]:
+    """`--prev` as losses by block; InputError for too many, or for one that is not finite."""
+    if len(prev) > num_layers:
+        raise InputError(f"--prev: {len(prev)} losses, but the model has {num_layers} layers")
+    known = {block: loss for block, loss in enumerate(prev) if block not in skipped}
+    for block, loss in known.items():
+        if not math.isfinite(loss):
+            raise InputError(f"--prev: the loss of layer {block} is {loss}; give a finite number")
+    return known
+
+
+def settings(arguments: argparse.Namespace, samples: list) -> dict:
+    """What a search's losses depend on, besides the blocks skipped before."""
+    from hopscotch_common.data import fingerprint
+
+    values = {
+        "model": arguments.model.source,
+        "data": fingerprint(samples),
+        "search": arguments.search,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
+        "dtype": arguments.dtype,
+    }
+    if arguments.search == "race":
+        values |= {"first_look": arguments.first_look, "confidence": arguments.confidence}
+    return values
+
+
+@cli.command
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    output = arguments.output or Path(f"{arguments.model.name}_block_selection.json")
+    config = read_config(arguments.model)
+    num_layers = config.num_hidden_layers
+    skipped = report.blocks_from(
+        arguments.starting_skipped_blocks, arguments.model, num_layers, "--starting_skipped_blocks"
+    )
+    if len(skipped) + arguments.num_blocks >= num_layers:
+        raise InputError(
+            f"--num_blocks {arguments.num_blocks}: {len(skipped)} of {num_layers} are skipped already, "
+            f"so at most {num_layers - 1 - len(skipped)} more can be"
+        )
+    known = known_losses(arguments.prev, skipped, num_layers)
+
+    from hopscotch_common.data import load_samples
+
+    samples = load_samples(
+        arguments.data_path, config.vocab_size, arguments.max_tokens_per_batch, arguments.max_samples
+    )
+    cli.check_writable(output.parent)
+
+    from hopscotch_common import distributed, search
+    from hopscotch_common.training import ScaleTrainer, epoch_batches, prepare_model
+
+    cli.seed_everything(arguments.seed)
+    processes = distributed.candidate_processes()
+    journal = search.Journal(
+        output.with_suffix(".journal.jsonl") if processes.rank == 0 else None, settings(arguments, samples)
+    )
+    journal.entries = processes.gather(journal.entries)[0]
+    model = load_model(arguments.model, arguments.dtype, arguments.device, arguments.attn_implementation)
+    prepare_model(model, arguments.gradient_checkpointing, arguments.compile)
+    trainer = ScaleTrainer(model, arguments.learning_rate)
+    batches = epoch_batches(samples, model, arguments)
+    logger.info(
+        "%d answers in %d batches, %d loss-counted tokens; %d layers, skipped already: %s",
+        len(samples),
+        len(batches),
+        sum(sample.num_loss_counted_tokens for sample in samples),
+        num_layers,
+        skipped or "none",
+    )
+
+    racing = arguments.search == "race"
+    race = search.Race(arguments.first_look, arguments.confidence) if racing else search.FULL
+    bar = search.SearchBar(arguments.num_blocks, racing, processes)
+    iterations: list[search.Iteration] = []
+    try:
+        for _ in range(arguments.num_blocks):
+            found = search.run_iteration(trainer, batches, skipped, race, journal, known, processes, bar)
+            skipped, known = [*skipped, found.block], {}
+            iterations.append(found)
+            if processes.rank == 0:
+                bar.bar.clear()
+                print(f"Best block to remove: {found.block} (loss: {found.loss:.4f})", flush=True)
+                write_results(output, arguments, samples, num_layers, skipped, iterations)
+    finally:
+        bar.close()
+    return 0
+
+
+def write_results(
+    output: Path, arguments, samples: list, num_layers: int, skipped: list[int], iterations: list
+) -> None:
+    """The JSON report, and the plot if one is asked for."""
+    from hopscotch_common.data import fingerprint
+
+    content = {
+        "model": arguments.model.name,
+        "num_layers": num_layers,
+        "skipped_blocks": skipped,
+        "iterations": [dataclasses.asdict(iteration) for iteration in iterations],
+        "data": {
+            "path": str(arguments.data_path),
+            "sha256": fingerprint(samples),
+            "samples": len(samples),
+            "tokens": sum(len(sample) for sample in samples),
+            "loss_counted_tokens": sum(sample.num_loss_counted_tokens for sample in samples),
+        },
+    } | report.describe_run(arguments)
+    report.write_report(output, content)
+    if arguments.plot:
+        report.plot_losses(
+            arguments.plot, content["iterations"], f"{arguments.model.name}: candidates by loss"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

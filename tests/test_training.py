@@ -1,0 +1,229 @@
+"""Batches, the loss, and scale training against plain loops over the stock class."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import FAMILY_SIZES
+from test_modeling import reference_logits
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from hopscotch_common import data, scales
+from hopscotch_common.cli import InputError, TrainingError
+from hopscotch_common.models import load_model, model_ref
+from hopscotch_common.training import ScaleState, ScaleTrainer, evaluate, prepare_model, summed_loss
+
+
+def random_samples(count: int = 8, seed: int = 0) -> list[data.Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        length = int(torch.randint(5, 20, (), generator=generator))
+        prompt = int(torch.randint(1, 4, (), generator=generator))
+        ids = torch.randint(3, 300, (length,), generator=generator).tolist()
+        samples.append(data.Sample(ids, [-100] * prompt + ids[prompt:]))
+    return samples
+
+
+def reference_loss(stock, sample: data.Sample, values: torch.Tensor, skipped: set[int]) -> torch.Tensor:
+    """Summed cross entropy of one sample, alone, from full logits."""
+    logits = reference_logits(stock, torch.tensor([sample.input_ids]), values, skipped)[0]
+    return cross_entropy(logits[:-1], torch.tensor(sample.labels)[1:], ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+def test_training_equals_a_plain_loop(tiny_folder, family):
+    folder, skipped, samples = tiny_folder(family), [1], random_samples()
+    batches = data.make_batches(samples, batch_size=3, max_tokens_per_batch=40, seed=7)
+    trainer = ScaleTrainer(load_model(model_ref(str(folder)), device="cpu"), learning_rate=1e-2)
+    trainer.start(skipped)
+    losses = trainer.run(batches, "epoch 0")
+
+    stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    values = torch.ones(4, 4, requires_grad=True)
+    optimizer = torch.optim.Adam([values], lr=1e-2)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(7)).tolist()
+    expected = []
+    for start in range(0, len(order), 3):
+        batch = [samples[i] for i in order[start : start + 3]]
+        loss = sum(reference_loss(stock, sample, values, set(skipped)) for sample in batch)
+        loss = loss / sum(sample.num_loss_counted_tokens for sample in batch)
+        optimizer.zero_grad()
+        loss.backward()
+        values.grad[skipped, 0] = 0  # b_attn of a skipped block is no parameter
+        optimizer.step()
+        expected.append(loss.item())
+
+    assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    trained = scales.snapshot(trainer.model)
+    assert trained[1, 0] == 0 and not torch.allclose(trained[1, 1:], torch.ones(3))
+    values.data[skipped, 0] = 0
+    assert_close(trained, values.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [20, 45, 1000])
+def test_how_a_batch_is_split_changes_nothing(tiny_folder, budget):
+    samples = random_samples()
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+
+    def gradients(max_tokens: int) -> torch.Tensor:
+        (batch,) = data.make_batches(samples, len(samples), max_tokens, seed=0)
+        assert all(mb.input_ids.numel() <= max_tokens for mb in batch.minibatches)
+        scales.reset(model, [2])
+        for minibatch in batch.minibatches:
+            (summed_loss(model, minibatch) / batch.num_loss_counted_tokens).backward()
+        return torch.stack([scale.grad for scale in scales.trainable_scales(model)])
+
+    assert_close(gradients(budget), gradients(400), rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointed_and_compiled_layers_train_alike(tiny_folder):
+    batches = data.make_batches(random_samples(), 4, 60, seed=0)
+    results = []
+    for options in ({}, {"gradient_checkpointing": True}, {"compile_layers": True}):
+        model = load_model(model_ref(str(tiny_folder())), device="cpu")
+        prepare_model(model, **options)
+        trainer = ScaleTrainer(model, 1e-2)
+        trainer.start([0])
+        results.append(trainer.run(batches, "epoch 0"))
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_saves_less(tiny_folder):
+    (batch,) = data.make_batches(random_samples(4), 4, 1000, seed=0)
+
+    def saved_bytes(checkpointing: bool) -> int:
+        model = load_model(model_ref(str(tiny_folder())), device="cpu")
+        prepare_model(model, gradient_checkpointing=checkpointing)
+        scales.reset(model)
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            summed_loss(model, batch.minibatches[0])
+        return total
+
+    assert saved_bytes(True) < saved_bytes(False) / 3
+
+
+def test_frozen_weights_get_no_gradient_and_keep_no_input(tiny_folder):
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    (batch,) = data.make_batches(random_samples(4), 4, 1000, seed=0)
+    scales.reset(model, [1])
+    inputs = {}
+    for name in ("gate_proj", "down_proj"):
+        module = getattr(model.model.layers[3].mlp, name)
+        module.register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0].data_ptr()}))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        summed_loss(model, batch.minibatches[0]).backward()
+    assert inputs["gate_proj"] not in saved and inputs["down_proj"] not in saved
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {n for n, s in scales.named_scales(model)} - {"model.layers.1.b_scale_attn"}
+
+
+def test_evaluate_is_the_mean_over_tokens(tiny_folder):
+    samples = random_samples(5)
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    stock = AutoModelForCausalLM.from_pretrained(tiny_folder(), attn_implementation="eager").eval()
+    with torch.no_grad():
+        total = sum(reference_loss(stock, sample, torch.ones(4, 4), set()) for sample in samples)
+    expected = total.item() / sum(sample.num_loss_counted_tokens for sample in samples)
+    batches = data.make_batches(samples, 2, 60, seed=0, shuffle=False)
+    assert math.isclose(evaluate(model, batches), expected, rel_tol=1e-5)
+
+
+def test_a_paused_run_goes_on_exactly(tiny_folder):
+    batches = data.make_batches(random_samples(), 2, 60, seed=0)
+    trainer = ScaleTrainer(load_model(model_ref(str(tiny_folder())), device="cpu"), 1e-2)
+    trainer.start([3])
+    whole = trainer.run(batches, "epoch 0")
+    trainer.start([3])
+    first = trainer.run(batches[:2], "epoch 0")
+    state = ScaleState.decode(trainer.state().encode())
+    trainer.start([0])  # another candidate in between
+    trainer.run(batches[:1], "epoch 0")
+    trainer.start([3], state)
+    assert first + trainer.run(batches[2:], "epoch 0") == whole
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch(tiny_folder):
+    trainer = ScaleTrainer(load_model(model_ref(str(tiny_folder())), device="cpu"), 1e30)
+    trainer.start([0])
+    batches = data.make_batches(random_samples(), 2, 60, seed=0)
+    with pytest.raises(TrainingError, match=r"epoch 0, batch 1: the loss is nan; lower --learning_rate"):
+        trainer.run(batches, "epoch 0")
+
+
+def test_out_of_memory_names_the_minibatch(tiny_folder):
+    trainer = ScaleTrainer(load_model(model_ref(str(tiny_folder())), device="cpu"), 1e-2)
+    trainer.start([0])
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.model.model.forward = fail
+    batches = data.make_batches(random_samples(2), 2, 1000, seed=0)
+    with pytest.raises(
+        TrainingError, match=r"epoch 0, batch 0: out of memory in minibatch 0 \(2 x .*max_tokens"
+    ):
+        trainer.run(batches, "epoch 0")
+
+
+def test_batches_over_ranks_hold_every_sample_once():
+    samples = random_samples(9)
+    parts = [data.make_batches(samples, 4, 50, seed=3, rank=rank, world_size=2) for rank in (0, 1)]
+    for mine, other in zip(*parts, strict=True):
+        targets = sum(len(mb.targets) for mb in mine.minibatches + other.minibatches)
+        assert targets == mine.num_loss_counted_tokens == other.num_loss_counted_tokens
+
+
+def test_packed_rows_keep_to_their_own_targets():
+    samples = random_samples(3)
+    (batch,) = data.make_batches(samples, 3, 1000, seed=0, packed=True)
+    (minibatch,) = batch.minibatches
+    assert minibatch.attention_mask is None and (minibatch.position_ids == 0).sum() == 3
+    flat = minibatch.input_ids.flatten()
+    assert torch.equal(flat[minibatch.predicting + 1], minibatch.targets)
+    assert len(minibatch.targets) == sum(sample.num_loss_counted_tokens for sample in samples)
+
+
+def test_split_is_disjoint_complete_and_seeded():
+    samples = random_samples(10)
+    training, held_out = data.split_samples(samples, 0.2, seed=1)
+    assert len(held_out) == 2 and sorted(map(id, training + held_out)) == sorted(map(id, samples))
+    assert data.split_samples(samples, 0.2, seed=1) == (training, held_out)
+    assert data.split_samples(samples, 0.0, seed=1) == (samples, [])
+    with pytest.raises(InputError, match="at least 2 samples"):
+        data.split_samples(samples[:1], 0.2, seed=1)
+
+
+GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"input_ids": [5, 6]}, "needs 'input_ids' and 'labels'"),
+        (GOOD | {"labels": [-100, 6]}, "3 input_ids but 2 labels"),
+        (GOOD | {"input_ids": [5, 300, 7], "labels": [-100, -100, 7]}, "token id 300 is beyond"),
+        (GOOD | {"input_ids": [5, -1, 7], "labels": [-100, -100, 7]}, "token id -1 is beyond"),
+        (GOOD | {"labels": [-100, 7, 7]}, "must equal its token"),
+        (GOOD | {"labels": [-100, -100, -100]}, "no label counts"),
+        (GOOD | {"labels": [5, -100, -100]}, "no label counts"),
+        ({"input_ids": list(range(60)), "labels": list(range(60))}, "60 tokens do not fit"),
+    ],
+)
+def test_bad_samples_are_refused_with_their_line(tmp_path, record, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(InputError, match=f"line 2: .*{message}"):
+        data.load_samples(path, vocab_size=300, max_tokens=50)

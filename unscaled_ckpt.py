@@ -1,0 +1,52 @@
+"""Step 4b: a checkpoint with attention blocks skipped and all scales 1: no training, no data.
+
+    python unscaled_ckpt.py --model smollm --blocks_to_skip 15 8
+    python unscaled_ckpt.py --model smollm --blocks_to_skip smollm_block_selection.json --export folded
+
+Writes unscaled_{model}_ckpts/{model}_unscaled/. Only files are copied; no model is loaded.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hopscotch_common import cli, report
+from hopscotch_common.models import add_model_arguments, read_config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    add_model_arguments(parser, load=False)
+    report.add_blocks_argument(parser)
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the checkpoint (default: unscaled_{model}_ckpts)"
+    )
+    report.add_export_argument(parser, "also export the checkpoint")
+    return parser
+
+
+@cli.command
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    output_dir = arguments.output_dir or Path(f"unscaled_{arguments.model.name}_ckpts")
+    num_layers = read_config(arguments.model).num_hidden_layers
+    blocks = report.blocks_from(arguments.blocks_to_skip, arguments.model, num_layers, "--blocks_to_skip")
+    cli.check_writable(output_dir)
+
+    import torch
+
+    from hopscotch_common import checkpoints
+    from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+
+    values = torch.ones(num_layers, len(SCALE_NAMES))
+    values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
+    folder = output_dir / f"{arguments.model.name}_unscaled"
+    run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}
+    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run | report.describe_run(arguments))
+    print(folder)
+    report.run_exports(arguments.export, folder, folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
