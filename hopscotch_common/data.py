@@ -211,6 +211,8 @@ def make_batches(
     packed: rows are joined without padding, for attention kernels that take `position_ids` as
     sequence borders (flash attention).
     """
+    # Compiling its packing loops takes ten seconds in every process; running them, milliseconds.
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     from instructlab.training.sampler import EpochSampler, MaxTokensPerRankCollator
 
     collate = MaxTokensPerRankCollator(

@@ -108,7 +108,7 @@ def read_config(ref: ModelRef):
 
     folder = ref.folder(weights=False)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         kind = re.search(r'"model_type":\s*"([^"]+)"', (folder / "config.json").read_text())
         what = f"model type {kind[1]!r}" if kind else "its config.json"

@@ -1,0 +1,138 @@
+"""What is written: atomic, shared between epochs, complete, and read back exactly."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from hopscotch_common import checkpoints, scales
+from hopscotch_common.models import load_model, model_ref
+
+VALUES = 1 + 0.1 * torch.arange(16.0).view(4, 4)
+SKIPPED = [0, 2]
+
+
+def save(folder, base, **options):
+    values = VALUES.clone()
+    values[SKIPPED, 0] = 0
+    checkpoints.save_checkpoint(folder, model_ref(str(base)), SKIPPED, values, {"epoch": 0}, **options)
+    return values
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "mistral", "qwen3"])
+def test_round_trip(tiny_folder, tmp_path, family):
+    values = save(tmp_path / "ckpt", tiny_folder(family))
+    model = checkpoints.load_checkpoint(tmp_path / "ckpt")
+    assert torch.equal(scales.snapshot(model), values) and scales.skipped_blocks(model) == SKIPPED
+    searched = load_model(model_ref(str(tiny_folder(family))), device="cpu")
+    scales.reset(searched, SKIPPED)
+    scales.restore(searched, values)
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(model(ids).logits, searched(ids).logits)
+
+
+def test_weights_are_the_base_weights_without_skipped_attention(tiny_folder, tmp_path):
+    save(tmp_path / "ckpt", tiny_folder())
+    base = load_file(tiny_folder() / "model.safetensors")
+    (shard,) = (tmp_path / "ckpt").glob("base-*.safetensors")
+    kept = load_file(shard)
+    gone = {
+        key
+        for key in base
+        for layer in SKIPPED
+        if key.startswith((f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.input_layernorm."))
+    }
+    assert len(gone) == 10 and kept.keys() == base.keys() - gone
+    assert all(torch.equal(kept[key], base[key]) for key in kept)
+    run = checkpoints.read_run(tmp_path / "ckpt")
+    assert run["weights"]["parameters_removed"] == sum(base[key].numel() for key in gone)
+
+
+def test_epochs_share_weights_and_outlive_one_another(tiny_folder, tmp_path):
+    first, second = tmp_path / "e0", tmp_path / "e1"
+    save(first, tiny_folder())
+    save(second, tiny_folder(), share_with=first)
+    own = [path for path in second.iterdir() if path.stat().st_nlink == 1]
+    assert {path.name for path in own} == {checkpoints.SCALES_FILE, checkpoints.RUN_FILE}
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
+    for path in first.iterdir():
+        path.unlink()
+    assert checkpoints.load_checkpoint(second)(torch.tensor([[5, 6]])).logits.isfinite().all()
+
+
+def test_links_fall_back_to_copies(tiny_folder, tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError("no links on this file system")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save(tmp_path / "e0", tiny_folder())
+    save(tmp_path / "e1", tiny_folder(), share_with=tmp_path / "e0")
+    (shard,) = (tmp_path / "e1").glob("base-*")
+    assert shard.stat().st_nlink == 1
+    assert shard.read_bytes() == (tmp_path / "e0" / shard.name).read_bytes()
+
+
+def test_a_failed_save_leaves_what_was_there(tiny_folder, tmp_path):
+    save(tmp_path / "ckpt", tiny_folder())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "ckpt").iterdir()}
+    with (
+        pytest.raises(RuntimeError, match="disk full"),
+        checkpoints.atomic_folder(tmp_path / "ckpt") as target,
+    ):
+        (target / "half").write_text("written")
+        raise RuntimeError("disk full")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ckpt").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_a_process_without_this_project_loads_and_generates(tiny_folder, tmp_path):
+    save(tmp_path / "ckpt", tiny_folder())
+    expected = checkpoints.load_checkpoint(tmp_path / "ckpt").generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False, use_cache=False
+    )
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+assert not any("hopscotch_common" in name for name in sys.modules)
+try:
+    import hopscotch_common
+    sys.exit("this project can be imported, so the test shows nothing")
+except ModuleNotFoundError:
+    pass
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
+    sys.exit("loaded without trust_remote_code: that would be the wrong model")
+except ValueError:
+    pass
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False).tolist())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "ckpt")],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(expected.tolist())
+
+
+def test_tokenizer_travels_along(tiny_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    save(tmp_path / "ckpt", tiny_folder())
+    there, here = (AutoTokenizer.from_pretrained(path) for path in (tiny_folder(), tmp_path / "ckpt"))
+    assert there.chat_template == here.chat_template and there("a b").input_ids == here("a b").input_ids
+
+
+def test_modeling_file_imports_nothing_of_the_project():
+    source = (ROOT / "hopscotch_common" / "modeling_hopscotch.py").read_text()
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert imports and all(line.split()[1].split(".")[0] in ("torch", "transformers") for line in imports)

@@ -1,0 +1,279 @@
+"""Whole scripts on a tiny model: what they print and leave, and one line for every bad input."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_search import write_data
+from test_training import random_samples, reference_loss
+from transformers import AutoModelForCausalLM
+
+import block_selection
+import param_scale
+import unscaled_ckpt
+from hopscotch_common import checkpoints, scales
+
+
+@pytest.fixture
+def work(tiny_folder, tmp_path, monkeypatch):
+    """A working folder with processed data; the tiny model's folder."""
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data.jsonl", random_samples(12))
+    return tiny_folder()
+
+
+def flags(model, *more) -> list[str]:
+    return ["--model", str(model), "--data_path", "data.jsonl", "--device", "cpu", "--batch_size", "4", *more]
+
+
+def test_selection_then_scaling_then_unscaled(work, tmp_path, capsys):
+    name = work.name
+    assert block_selection.main(flags(work, "--num_blocks", "2", "--plot", "losses.png")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads((tmp_path / f"{name}_block_selection.json").read_text())
+    picked = [iteration["block"] for iteration in report["iterations"]]
+    assert report["skipped_blocks"] == picked and report["arguments"]["batch_size"] == 4
+    for line, iteration in zip(lines, report["iterations"], strict=True):
+        assert line == f"Best block to remove: {iteration['block']} (loss: {iteration['loss']:.4f})"
+        losses = {int(block): loss for block, loss in iteration["losses"].items()}
+        assert iteration["block"] == min(losses, key=losses.get)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+    chained = flags(work, "--blocks_to_skip", f"{name}_block_selection.json", "--num_epochs", "2")
+    assert param_scale.main([*chained, "--validation_split", "0.25"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Epoch 0: loss ") and lines[2].startswith("Held-out loss: original ")
+    folder = tmp_path / f"scaled_{name}_ckpts"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "report.json",
+        f"{name}_scaled_epoch_0",
+        f"{name}_scaled_epoch_1",
+    ]
+    run = checkpoints.read_run(folder / f"{name}_scaled_epoch_1")
+    assert run["skipped_attention_blocks"] == sorted(picked) and run["arguments"]["num_epochs"] == 2
+
+    assert unscaled_ckpt.main(["--model", str(work), "--blocks_to_skip", *map(str, picked)]) == 0
+    unscaled = tmp_path / f"unscaled_{name}_ckpts" / f"{name}_unscaled"
+    assert capsys.readouterr().out.split() == [str(unscaled.relative_to(tmp_path))]
+    values = scales.snapshot(checkpoints.load_checkpoint(unscaled))
+    expected = torch.ones(4, 4)
+    expected[picked, 0] = 0
+    assert torch.equal(values, expected)
+
+
+def test_held_out_losses_are_those_of_the_three_models(work, tmp_path):
+    arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "1", "--validation_split", "0.25")
+    assert param_scale.main(arguments) == 0
+    folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
+    held_out = checkpoints.read_run(folder)["held_out"]
+    from hopscotch_common.data import split_samples
+
+    _, samples = split_samples(random_samples(12), 0.25, 42)
+    tokens = sum(sample.num_loss_counted_tokens for sample in samples)
+    stock = AutoModelForCausalLM.from_pretrained(work, attn_implementation="eager").eval()
+    trained = checkpoints.load_scales(folder, 4)
+    for which, values, skipped in (
+        ("original", torch.ones(4, 4), set()),
+        ("unscaled", torch.ones(4, 4), {1}),
+        ("scaled", trained, {1}),
+    ):
+        with torch.no_grad():
+            expected = sum(reference_loss(stock, sample, values, skipped) for sample in samples) / tokens
+        assert math.isclose(held_out[which], expected.item(), rel_tol=1e-4), which
+
+
+def test_resumed_training_equals_uninterrupted(work, tmp_path):
+    common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2")
+    assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "whole"]) == 0
+    assert param_scale.main([*common, "--num_epochs", "1", "--output_dir", "parts"]) == 0
+    assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
+    for epoch in range(3):
+        a, b = (tmp_path / part / f"{work.name}_scaled_epoch_{epoch}" for part in ("whole", "parts"))
+        assert torch.equal(checkpoints.load_scales(a, 4), checkpoints.load_scales(b, 4))
+        assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
+
+
+@pytest.mark.parametrize("script", ["block_selection.py", "param_scale.py"])
+def test_two_processes_equal_one(work, tmp_path, script):
+    more = (
+        ["--num_blocks", "2"]
+        if script == "block_selection.py"
+        else ["--blocks_to_skip", "1", "--num_epochs", "2"]
+    )
+    if script == "param_scale.py":
+        more += ["--validation_split", "0.25"]
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        write_data(folder / "data.jsonl", random_samples(12))
+        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", "0"]
+        if processes == 1:
+            launch = []
+        result = subprocess.run(
+            [sys.executable, *launch, str(ROOT / script), *flags(work, *more)],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        results.append(numbers(result.stdout))
+    assert results[0].keys() == results[1].keys() and len(results[0]) >= 2
+    for line, values in results[0].items():
+        assert results[1][line] == pytest.approx(values, abs=2e-4), line
+
+
+def numbers(text: str) -> dict[str, list[float]]:
+    """stdout lines as {words: numbers}, block indices kept in the words."""
+    found = {}
+    for line in text.splitlines():
+        words = line.replace("(", " ").replace(")", " ").replace(",", " ").split()
+        found[" ".join(w for w in words if "." not in w)] = [float(w) for w in words if "." in w]
+    return found
+
+
+GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (
+            block_selection,
+            ["--model", "quen"],
+            "unknown model 'quen': give one of qwen, llama, granite, smollm",
+        ),
+        (block_selection, ["--data_path", "none.jsonl"], "none.jsonl: no such file"),
+        (block_selection, ["--data_path", "empty.jsonl"], "empty.jsonl: holds no records"),
+        (block_selection, ["--data_path", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+        (block_selection, ["--starting_skipped_blocks", "4"], "block 4 does not exist"),
+        (block_selection, ["--starting_skipped_blocks", "-1"], "block -1 does not exist"),
+        (block_selection, ["--starting_skipped_blocks", "1", "1"], "block 1 is named twice"),
+        (
+            block_selection,
+            ["--starting_skipped_blocks", "x", "1"],
+            "give block indices or one selection report",
+        ),
+        (block_selection, ["--starting_skipped_blocks", "none.json"], "none.json: cannot be read"),
+        (block_selection, ["--starting_skipped_blocks", "0", "1", "2"], "at most 0 more"),
+        (block_selection, ["--prev", "1", "1", "1", "1", "1"], "5 losses, but the model has 4 layers"),
+        (block_selection, ["--prev", "nan"], "the loss of layer 0 is nan"),
+        (block_selection, ["--batch_size", "0"], "must be a whole number above 0"),
+        (block_selection, ["--learning_rate", "inf"], "must be a finite number above 0"),
+        (block_selection, ["--learning_rate", "-1"], "must be a finite number above 0"),
+        (
+            block_selection,
+            ["--max_tokens_per_batch", "2"],
+            "line 1: .* tokens do not fit --max_tokens_per_batch",
+        ),
+        (block_selection, ["--device", "cuda:9"], "CUDA devices here; try cpu"),
+        (
+            block_selection,
+            ["--output", "data.jsonl/report.json"],
+            "data.jsonl is a file; name another folder",
+        ),
+        (param_scale, ["--blocks_to_skip", "0", "1", "2", "3"], "all 4 attention blocks would be skipped"),
+        (param_scale, ["--blocks_to_skip", "other.json"], "a report of model other"),
+        (param_scale, ["--blocks_to_skip", "data.jsonl"], "not a report of block_selection.py"),
+        (param_scale, ["--blocks_to_skip", "1", "--num_epochs", "0"], "must be a whole number above 0"),
+        (param_scale, ["--blocks_to_skip", "1", "--validation_split", "1"], "at least 0 and below 1"),
+        (param_scale, ["--blocks_to_skip", "1", "--resume"], "no epoch in .* to go on from"),
+        (param_scale, ["--blocks_to_skip", "1", "--output_dir", "data.jsonl"], "data.jsonl is a file"),
+        (unscaled_ckpt, ["--blocks_to_skip", "7"], "block 7 does not exist"),
+        (unscaled_ckpt, ["--blocks_to_skip", "1", "--model", "gpt2-like"], "unknown model"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    work, tmp_path, capsys, monkeypatch, script, arguments, message
+):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\nnot json\n")
+    other = {"model": "other", "num_layers": 4, "skipped_blocks": [1]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+
+    def no_model(*args, **kwargs):
+        pytest.fail("a model was loaded before the input was checked")
+
+    for module in (block_selection, param_scale):
+        monkeypatch.setattr(module, "load_model", no_model)
+    base = flags(work) if script is not unscaled_ckpt else ["--model", str(work)]
+    if "cuda:9" in arguments:
+        monkeypatch.undo()
+        os.chdir(tmp_path)
+    check_refused(script, base + arguments, message, capsys)
+
+
+def check_refused(script, arguments, message, capsys):
+    import re
+
+    try:
+        code = script.main(arguments)
+    except SystemExit as exit_from_argparse:
+        code = exit_from_argparse.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert re.search(message, line), line
+
+
+def test_data_of_another_model_is_refused(work, tmp_path, capsys):
+    bad = [GOOD, {"input_ids": [5, 900], "labels": [-100, 900]}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bad))
+    message = "line 2: token id 900 is beyond the model's vocabulary of 300"
+    check_refused(block_selection, flags(work), message, capsys)
+
+
+def test_unsupported_architecture_is_named(work, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    message = "architecture 'gpt2' is not supported; supported are llama, qwen2, granite, mistral, qwen3"
+    check_refused(unscaled_ckpt, ["--model", str(folder), "--blocks_to_skip", "1"], message, capsys)
+
+
+def test_hopscotch_checkpoint_as_base_is_refused(work, tmp_path, capsys):
+    assert unscaled_ckpt.main(["--model", str(work), "--blocks_to_skip", "1"]) == 0
+    capsys.readouterr()
+    folder = str(tmp_path / f"unscaled_{work.name}_ckpts" / f"{work.name}_unscaled")
+    check_refused(unscaled_ckpt, ["--model", folder, "--blocks_to_skip", "1"], "give its base model", capsys)
+
+
+def test_weights_that_cannot_be_fetched_name_the_id_and_the_remedy(work, capsys, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = "nobody/nothing cannot be fetched .* --model /path/to/model"
+    check_refused(unscaled_ckpt, ["--model", "nobody/nothing", "--blocks_to_skip", "1"], message, capsys)
+
+
+def test_a_loss_that_is_not_finite_exits_1_and_picks_nothing(work, capsys):
+    assert block_selection.main(flags(work, "--learning_rate", "1e30")) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "candidate block 0, epoch 0, batch 1: the loss is nan" in captured.err
+
+
+def test_interrupted_exits_130(work, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(block_selection, "load_model", interrupt)
+    assert block_selection.main(flags(work)) == 130
+
+
+@pytest.mark.parametrize(
+    "script", ["generate_model_gt_data", "process_gt_data", "block_selection", "param_scale", "unscaled_ckpt"]
+)
+def test_help_is_quick_and_loads_nothing_heavy(script):
+    code = f"import sys, {script} as s\ntry:\n s.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'vllm', 'datasets', 'instructlab'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--model" in result.stdout and "python " in result.stdout

@@ -1,0 +1,187 @@
+"""The search: against a plain loop, the race's rule, and the journal under kill -9."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_training import random_samples, reference_loss
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from hopscotch_common import data, search
+from hopscotch_common.cli import InputError
+from hopscotch_common.models import load_model, model_ref
+from hopscotch_common.search import Candidate, Journal, Processes, Progress, Race
+from hopscotch_common.training import ScaleTrainer
+
+
+def iterate(folder, batches, skipped=(), race=search.FULL, known=None, journal=None):
+    trainer = ScaleTrainer(load_model(model_ref(str(folder)), device="cpu"), 1e-2)
+    journal = journal or Journal(None, {})
+    return search.run_iteration(
+        trainer, batches, list(skipped), race, journal, known or {}, Processes(), Progress()
+    )
+
+
+def reference_losses(folder, samples, batch_size, seed, skipped) -> dict[int, float]:
+    """Every candidate's mean epoch loss, in a plain loop over the stock class."""
+    stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    results = {}
+    for block in range(4):
+        if block in skipped:
+            continue
+        blocks = {*skipped, block}
+        values = torch.ones(4, 4, requires_grad=True)
+        optimizer = torch.optim.Adam([values], lr=1e-2)
+        losses = []
+        for start in range(0, len(order), batch_size):
+            batch = [samples[i] for i in order[start : start + batch_size]]
+            total = sum(reference_loss(stock, sample, values, blocks) for sample in batch)
+            loss = total / sum(sample.num_loss_counted_tokens for sample in batch)
+            optimizer.zero_grad()
+            loss.backward()
+            values.grad[list(blocks), 0] = 0
+            optimizer.step()
+            losses.append(loss.item())
+        results[block] = sum(losses) / len(losses)
+    return results
+
+
+@pytest.mark.parametrize("skipped", [[], [2], [0, 3]])
+def test_full_search_equals_a_plain_loop(tiny_folder, skipped):
+    samples = random_samples(8)
+    found = iterate(tiny_folder(), data.make_batches(samples, 3, 60, seed=5), skipped)
+    expected = reference_losses(tiny_folder(), samples, 3, 5, skipped)
+    assert found.losses.keys() == expected.keys()
+    assert_close(list(found.losses.values()), list(expected.values()), rtol=1e-4, atol=1e-5)
+    assert found.block == min(expected, key=expected.get) and found.loss == found.losses[found.block]
+    assert found.candidate_epochs == len(expected)
+
+
+def test_race_finds_the_same_block_with_the_same_loss_for_less(tiny_folder):
+    batches = data.make_batches(random_samples(24), 2, 60, seed=5)
+    full = iterate(tiny_folder(), batches)
+    raced = iterate(tiny_folder(), batches, race=Race(first_look=2, confidence=2.0))
+    assert raced.block == full.block and raced.loss == full.loss
+    assert raced.candidate_epochs < full.candidate_epochs and raced.dropped
+    for block, losses in raced.batch_losses.items():  # the same trajectory, cut short
+        assert losses == full.batch_losses[block][: len(losses)]
+
+
+def test_known_losses_are_not_trained_again(tiny_folder):
+    batches = data.make_batches(random_samples(8), 3, 60, seed=5)
+    full = iterate(tiny_folder(), batches)
+    known = {block: full.losses[block] for block in (0, 1)}
+    resumed = iterate(tiny_folder(), batches, known=known)
+    assert resumed.losses == full.losses and resumed.candidate_epochs == 2
+    assert iterate(tiny_folder(), batches, known={0: 0.0}).block == 0
+
+
+def racing(*losses: list[float]) -> list[Candidate]:
+    return [Candidate(block, list(values)) for block, values in enumerate(losses)]
+
+
+def test_survivors_compares_in_pairs():
+    hard_and_easy = [5.0, 1.0, 4.0, 2.0]
+    always_worse = [x + 0.10 + 0.001 * i for i, x in enumerate(hard_and_easy)]
+    sometimes_worse = [x + d for x, d in zip(hard_and_easy, [0.2, -0.19, 0.2, -0.19], strict=True)]
+    left = search.survivors(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
+    # The typical noise (the median of 0.001 and 0.2) leaves the second in doubt, its own does not.
+    assert [candidate.block for candidate in left] == [0, 1, 2]
+    left = search.survivors(racing(hard_and_easy, always_worse), confidence=2.0)
+    assert [candidate.block for candidate in left] == [0]
+    assert len(search.survivors(racing(hard_and_easy, always_worse), math.inf)) == 2
+
+
+def test_looks_end_with_the_last_batch():
+    assert Race(2, 2.0).looks(5) == [2, 3, 4, 5]
+    assert Race(8, 2.0).looks(5) == [5]
+    assert search.FULL.looks(7) == [7]
+    looks = Race(2, 2.0).looks(100)
+    assert looks[-1] == 100 and looks == sorted(set(looks)) and len(looks) < 50
+
+
+def test_journal_refuses_other_settings_and_names_them(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, {"model": "a", "learning_rate": 0.01})
+    with pytest.raises(InputError, match="learning_rate = 0.01, now it is 0.02"):
+        Journal(path, {"model": "a", "learning_rate": 0.02})
+
+
+def test_journal_survives_a_torn_line(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, {"seed": 1}).add([3], Candidate(0, [1.0, 2.0]))
+    with open(path, "a") as file:
+        file.write('{"skipped": [3], "blo')
+    journal = Journal(path, {"seed": 1})
+    assert journal.find([3], 0, 2).losses == [1.0, 2.0] and journal.find([3], 1, 2) is None
+    journal.add([3], Candidate(1, [4.0, 4.0]))
+    assert len(Journal(path, {"seed": 1}).entries) == 2
+
+
+def write_data(path, samples) -> None:
+    with open(path, "w") as file:
+        for sample in samples:
+            file.write(json.dumps({"input_ids": sample.input_ids, "labels": sample.labels}) + "\n")
+
+
+def selection_command(folder, path, output, *more) -> list[str]:
+    command = [sys.executable, "block_selection.py", "--model", str(folder), "--data_path", str(path)]
+    return [
+        *command,
+        "--device",
+        "cpu",
+        "--batch_size",
+        "2",
+        "--num_blocks",
+        "2",
+        "--output",
+        str(output),
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["full", "race"])
+def test_killed_at_any_moment_it_ends_alike(tiny_folder, tmp_path, schedule):
+    folder = tiny_folder(num_hidden_layers=6)
+    write_data(tmp_path / "data.jsonl", random_samples(16))
+    common = ["--search", schedule]
+    if schedule == "race":
+        common += ["--confidence", "1.0"]
+    whole = selection_command(folder, tmp_path / "data.jsonl", tmp_path / "whole.json", *common)
+    expected = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert expected.count("Best block to remove") == 2
+
+    output = tmp_path / "killed.json"
+    command = selection_command(folder, tmp_path / "data.jsonl", output, *common)
+    journal = output.with_suffix(".journal.jsonl")
+    rng, kills, lines = random.Random(schedule), 0, 0
+    while kills < 5:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        target = lines + rng.randint(1, 2)  # kill when so many lines stand, and a moment later
+        while process.poll() is None and count_lines(journal) < target:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        lines = count_lines(journal)
+    assert kills == 5
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert again == expected
+    reports = [json.loads(path.read_text())["iterations"] for path in (output, tmp_path / "whole.json")]
+    assert reports[0] == reports[1]
+
+
+def count_lines(path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
