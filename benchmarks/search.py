@@ -1,0 +1,209 @@
+"""The search against the plain way: time for a candidate, memory, share of the machine's rate.
+
+    python benchmarks/search.py --model smollm --data_path data/smollm-processed-data/data.jsonl --runs 3
+
+Each figure comes from a process of its own, the kinds in turn, `--runs` times; medians are
+reported. `--race_epochs` runs a whole iteration with `--search race` as well. Writes
+benchmarks/results/search_cpu.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import measuring
+
+from hopscotch_common.models import load_model, model_ref
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=model_ref, required=True)
+    parser.add_argument("--data_path", type=Path, required=True)
+    parser.add_argument("--max_samples", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--candidate", type=int, default=5, help="the block whose epoch is timed")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--race", action="store_true", help="also time one whole iteration of a race")
+    parser.add_argument("--worker", choices=["reference", "ours", "race", "matmul"], help=argparse.SUPPRESS)
+    return parser
+
+
+def reference(arguments: argparse.Namespace) -> dict:
+    """One candidate the plain way, loading included, as that way loads a model a candidate."""
+    import reference_search
+
+    samples = reference_search.read_samples(arguments.data_path)[: arguments.max_samples]
+    folder, weights = arguments.model.folder(), 0
+
+    def load(*args, original=reference_search.load):
+        nonlocal weights
+        result = original(*args)
+        weights = measuring.reset_peak_memory()
+        return result
+
+    reference_search.load = load
+    start = time.perf_counter()
+    losses = reference_search.epoch_losses(
+        folder, samples, {arguments.candidate}, arguments.batch_size, 1e-2, 42
+    )
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "loss": sum(losses) / len(losses), "bytes": measuring.peak_memory() - weights}
+
+
+def prepared(arguments: argparse.Namespace):
+    """Model, trainer and batches of the search."""
+    from hopscotch_common.data import load_samples
+    from hopscotch_common.training import ScaleTrainer, epoch_batches
+
+    model = load_model(arguments.model, device="cpu")
+    samples = load_samples(arguments.data_path, model.config.vocab_size, None, arguments.max_samples)
+    flags = argparse.Namespace(batch_size=arguments.batch_size, max_tokens_per_batch=None, seed=42)
+    return model, ScaleTrainer(model, 1e-2), epoch_batches(samples, model, flags)
+
+
+def ours(arguments: argparse.Namespace) -> dict:
+    """One candidate of the search; the model is loaded once for all, so its loading does not count."""
+    model, trainer, batches = prepared(arguments)
+    weights = measuring.reset_peak_memory()
+    start = time.perf_counter()
+    trainer.start([arguments.candidate])
+    losses = trainer.run(batches, "epoch 0")
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "loss": sum(losses) / len(losses),
+        "bytes": measuring.peak_memory() - weights,
+        "flops": count_flops(model, batches, skipped=1),
+    }
+
+
+def race(arguments: argparse.Namespace) -> dict:
+    """A whole iteration of the race with the default settings."""
+    import block_selection
+    from hopscotch_common.search import Journal, Processes, Progress, Race, run_iteration
+
+    defaults = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
+    _, trainer, batches = prepared(arguments)
+    start = time.perf_counter()
+    found = run_iteration(
+        trainer,
+        batches,
+        [],
+        Race(defaults.first_look, defaults.confidence),
+        Journal(None, {}),
+        {},
+        Processes(),
+        Progress(),
+    )
+    return {
+        "seconds": time.perf_counter() - start,
+        "block": found.block,
+        "loss": found.loss,
+        "candidate_epochs": found.candidate_epochs,
+        "candidates": len(found.batch_losses),
+    }
+
+
+def count_flops(model, batches, skipped: int) -> float:
+    """4 a weight and token (forward, and the gradient of the input), plus causal attention.
+
+    The LM head counts for loss-counted tokens only, padding not at all. Attention is two products
+    forward and four backward, over half of the square.
+    """
+    config = model.config
+    layers = config.num_hidden_layers
+    attention = sum(p.numel() for p in model.model.layers[0].self_attn.parameters())
+    mlp = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
+    active = attention * (layers - skipped) + mlp * layers
+    width = config.num_attention_heads * config.head_dim
+    total = 0.0
+    for batch in batches:
+        for minibatch in batch.minibatches:
+            mask = minibatch.attention_mask
+            rows, length = minibatch.input_ids.shape
+            lengths = [length] * rows if mask is None else mask.sum(1).tolist()
+            total += 4 * active * sum(lengths)
+            total += 4 * model.lm_head.weight.numel() * len(minibatch.targets)
+            total += (layers - skipped) * 6 * width * sum(n * n for n in lengths)
+    return total
+
+
+def matmul(arguments: argparse.Namespace) -> dict:
+    """FLOP/s of the model's own matrix products, forward and input gradient, by dtype."""
+    import torch
+
+    model, _, batches = prepared(arguments)
+    rows = sorted(mb.input_ids.numel() for batch in batches for mb in batch.minibatches)
+    rows = rows[len(rows) // 2]
+    layer = model.model.layers[0]
+    shapes = [m.weight.shape for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    shapes = shapes * model.config.num_hidden_layers + [model.lm_head.weight.shape]
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        work = [(torch.randn(rows, i, dtype=dtype), torch.randn(o, i, dtype=dtype)) for o, i in shapes[-8:]]
+        repeat = 1 if dtype == torch.bfloat16 else 5
+
+        def products(work=work, repeat=repeat):
+            for _ in range(repeat):
+                for x, weight in work:
+                    out = x @ weight.T
+                    out @ weight
+
+        products()
+        start = time.perf_counter()
+        products()
+        flops = repeat * sum(4 * x.shape[0] * w.numel() for x, w in work)
+        rates[str(dtype).removeprefix("torch.")] = flops / (time.perf_counter() - start)
+    return {"rows": rows, "flops_per_second": rates}
+
+
+def run_worker(kind: str) -> dict:
+    command = [sys.executable, *sys.argv, "--worker", kind]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    print(f"{kind}: {result.stdout.strip()}", file=sys.stderr)
+    return json.loads(result.stdout)
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    if arguments.worker:
+        print(json.dumps(globals()[arguments.worker](arguments)))
+        return
+    runs = {"reference": [], "ours": [], "matmul": []}
+    for _ in range(arguments.runs):
+        for kind, results in runs.items():
+            results.append(run_worker(kind))
+    seconds = {kind: measuring.median([r["seconds"] for r in runs[kind]]) for kind in ("reference", "ours")}
+    memory = {kind: measuring.median([r["bytes"] for r in runs[kind]]) for kind in ("reference", "ours")}
+    shares = [
+        run["flops"] / run["seconds"] / max(product["flops_per_second"].values())
+        for run, product in zip(runs["ours"], runs["matmul"], strict=True)
+    ]
+    content = {
+        "reference_seconds_per_candidate": seconds["reference"],
+        "seconds_per_candidate": seconds["ours"],
+        "speedup_per_candidate": seconds["reference"] / seconds["ours"],
+        "reference_bytes_above_weights": memory["reference"],
+        "bytes_above_weights": memory["ours"],
+        "memory_share": memory["ours"] / memory["reference"],
+        "share_of_matmul_rate": measuring.median(shares),
+        "loss_difference": abs(runs["ours"][0]["loss"] - runs["reference"][0]["loss"]),
+        "runs": runs,
+    }
+    if arguments.race:
+        whole = run_worker("race")
+        content["race"] = whole | {
+            "speedup_of_an_iteration": seconds["reference"] * whole["candidates"] / whole["seconds"],
+            "note": "against the median reference candidate times the number of candidates",
+        }
+    measuring.save("search_cpu", content)
+    print(json.dumps({k: v for k, v in content.items() if k != "runs"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
