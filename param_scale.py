@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--output_dir", type=Path, help="folder of the checkpoints (default: scaled_{model}_ckpts)"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on after the last epoch that --output_dir holds"
+        "--resume",
+        action="store_true",
+        help="go on after the last epoch that --output_dir holds, if it holds any",
     )
     report.add_export_argument(
         parser, "also export the best epoch by held-out loss, or the last one without --validation_split"
@@ -82,8 +84,6 @@ def resumable_epochs(arguments: argparse.Namespace, output_dir: Path, wanted: di
                     f"--resume: {folder} was trained with {name} = {runs[-1]['settings'].get(name)}, "
                     f"now it is {value}; repeat that setting or name another --output_dir"
                 )
-    if not runs:
-        raise InputError(f"--resume: no epoch in {output_dir} to go on from; leave --resume out")
     return runs
 
 

@@ -40,7 +40,7 @@ $launch "$here/block_selection.py" --model "$model" --data_path "data/$name-proc
 say "4a. train the scales"
 $launch "$here/param_scale.py" --model "$model" --data_path "data/$name-processed-data/data.jsonl" \
     --blocks_to_skip "${name}_block_selection.json" --num_epochs "$num_epochs" --batch_size "$batch_size" \
-    --validation_split 0.2 ${export_formats:+--export $export_formats}
+    --validation_split 0.2 --resume ${export_formats:+--export $export_formats}
 
 say "4b. the same skips without training"
 python "$here/unscaled_ckpt.py" --model "$model" --blocks_to_skip "${name}_block_selection.json"

@@ -14,7 +14,9 @@ from hopscotch_common.cli import TrainingError
 from hopscotch_common.data import Batch, Minibatch, Sample, make_batches
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 
-LOGIT_ROWS = 256  # rows of logits alive at once; torch's own choice is many times slower on a CPU
+# Rows of logits alive at once, by device type: torch's own choice is many times slower on a CPU.
+LOGIT_ROWS = {"cpu": 256}
+DEFAULT_LOGIT_ROWS = 2048
 
 
 def prepare_model(model, gradient_checkpointing: bool = False, compile_layers: bool = False) -> None:
@@ -62,7 +64,8 @@ def summed_loss(model, minibatch: Minibatch) -> torch.Tensor:
     """Cross entropy summed over the minibatch's loss-counted tokens, a float32 scalar.
 
     Only hidden states that predict such a token reach the LM head, and their logits are made and
-    consumed LOGIT_ROWS at a time, so the full [tokens, vocabulary] matrix never exists.
+    consumed a few rows at a time, so the full [tokens, vocabulary] matrix never exists. Of a model
+    that is spread over devices, the loss is on the LM head's.
     """
     hidden = model.model(
         input_ids=minibatch.input_ids,
@@ -70,20 +73,17 @@ def summed_loss(model, minibatch: Minibatch) -> torch.Tensor:
         position_ids=minibatch.position_ids,
         use_cache=False,
     ).last_hidden_state
-    hidden = hidden.flatten(0, 1)[minibatch.predicting]
+    hidden = hidden.flatten(0, 1)[minibatch.predicting.to(hidden.device)]
     logits_scaling = getattr(model.config, "logits_scaling", None)  # Granite divides its logits
     if logits_scaling is not None:
         hidden = hidden / logits_scaling
     weight = model.lm_head.weight
+    hidden, targets = hidden.to(weight.device), minibatch.targets.to(weight.device)
     if type(weight) is not torch.nn.Parameter:  # quantised: only the module knows how to multiply
-        return cross_entropy(model.lm_head(hidden).float(), minibatch.targets, reduction="sum")
-    return linear_cross_entropy(
-        hidden,
-        weight,
-        minibatch.targets,
-        reduction="sum",
-        options=LinearCrossEntropyOptions(batch_chunk_size=LOGIT_ROWS, chunking_method=None),
-    ).float()
+        return cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
+    rows = LOGIT_ROWS.get(weight.device.type, DEFAULT_LOGIT_ROWS)
+    options = LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+    return linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options).float()
 
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
@@ -97,7 +97,7 @@ def evaluate(
     total, tokens = torch.zeros(1, device=model.device), 0
     for batch in batches:
         for minibatch in batch.minibatches:
-            total += summed_loss(model, minibatch.to(model.device))
+            total += summed_loss(model, minibatch.to(model.device)).to(total.device)
         tokens += batch.num_loss_counted_tokens
         on_batch()
     return (total if reduce is None else reduce(total)).item() / tokens
@@ -185,7 +185,7 @@ class ScaleTrainer:
                     f"{where}: out of memory in minibatch {number} ({rows} x {length} tokens); "
                     "lower --max_tokens_per_batch, or use --gradient_checkpointing"
                 ) from error
-            total += loss.detach()
+            total += loss.detach().to(device)
         if self.reduce is not None:
             total = self._reduce_gradients(total)
         self.optimizer.step()

@@ -87,15 +87,18 @@ def test_held_out_losses_are_those_of_the_three_models(work, tmp_path):
         assert math.isclose(held_out[which], expected.item(), rel_tol=1e-4), which
 
 
-def test_resumed_training_equals_uninterrupted(work, tmp_path):
+def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys):
     common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2")
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "whole"]) == 0
-    assert param_scale.main([*common, "--num_epochs", "1", "--output_dir", "parts"]) == 0
+    assert param_scale.main([*common, "--num_epochs", "1", "--output_dir", "parts", "--resume"]) == 0
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
     for epoch in range(3):
         a, b = (tmp_path / part / f"{work.name}_scaled_epoch_{epoch}" for part in ("whole", "parts"))
         assert torch.equal(checkpoints.load_scales(a, 4), checkpoints.load_scales(b, 4))
         assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
+    capsys.readouterr()
+    other = [*common, "--blocks_to_skip", "2", "--output_dir", "parts", "--resume"]
+    check_refused(param_scale, other, r"was trained with blocks_to_skip = \[1\], now it is \[2\]", capsys)
 
 
 @pytest.mark.parametrize("script", ["block_selection.py", "param_scale.py"])
@@ -185,7 +188,6 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
         (param_scale, ["--blocks_to_skip", "data.jsonl"], "not a report of block_selection.py"),
         (param_scale, ["--blocks_to_skip", "1", "--num_epochs", "0"], "must be a whole number above 0"),
         (param_scale, ["--blocks_to_skip", "1", "--validation_split", "1"], "at least 0 and below 1"),
-        (param_scale, ["--blocks_to_skip", "1", "--resume"], "no epoch in .* to go on from"),
         (param_scale, ["--blocks_to_skip", "1", "--output_dir", "data.jsonl"], "data.jsonl is a file"),
         (unscaled_ckpt, ["--blocks_to_skip", "7"], "block 7 does not exist"),
         (unscaled_ckpt, ["--blocks_to_skip", "1", "--model", "gpt2-like"], "unknown model"),

@@ -186,6 +186,17 @@ def test_batches_over_ranks_hold_every_sample_once():
         assert targets == mine.num_loss_counted_tokens == other.num_loss_counted_tokens
 
 
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_packed_rows_have_the_loss_of_padded_ones(tiny_folder, family):
+    samples = random_samples(5)
+    model = load_model(model_ref(str(tiny_folder(family))), device="cpu")
+    losses = []
+    for packed in (False, True):
+        (batch,) = data.make_batches(samples, 5, 1000, seed=0, packed=packed)
+        losses.append(sum(summed_loss(model, minibatch).item() for minibatch in batch.minibatches))
+    assert math.isclose(*losses, rel_tol=1e-5)
+
+
 def test_packed_rows_keep_to_their_own_targets():
     samples = random_samples(3)
     (batch,) = data.make_batches(samples, 3, 1000, seed=0, packed=True)
