@@ -3,7 +3,8 @@
     python block_selection.py --model smollm --data_path data/smollm-processed-data/data.jsonl
     python block_selection.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --starting_skipped_blocks 15 --num_blocks 2 --search race
-    accelerate launch block_selection.py --model llama --data_path data/llama-processed-data/data.jsonl
+    accelerate launch --multi_gpu block_selection.py --model llama \\
+        --data_path data/llama-processed-data/data.jsonl
 
 Prints a line for each block that it picks. An interrupted search goes on where it was when the
 same command is given again.
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.training import ScaleTrainer, epoch_batches, prepare_model
 
     cli.seed_everything(arguments.seed)
-    processes = distributed.candidate_processes()
+    processes = distributed.candidate_processes(arguments.device)
     journal = search.Journal(
         output.with_suffix(".journal.jsonl") if processes.rank == 0 else None, settings(arguments, samples)
     )
@@ -133,12 +134,13 @@ def main(argv: list[str] | None = None) -> int:
     trainer = ScaleTrainer(model, arguments.learning_rate)
     batches = epoch_batches(samples, model, arguments)
     logger.info(
-        "%d answers in %d batches, %d loss-counted tokens; %d layers, skipped already: %s",
+        "%d answers in %d batches, %d loss-counted tokens; %d layers, skipped already: %s; %d process(es)",
         len(samples),
         len(batches),
         sum(sample.num_loss_counted_tokens for sample in samples),
         num_layers,
         skipped or "none",
+        processes.count,
     )
 
     racing = arguments.search == "race"

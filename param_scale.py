@@ -4,8 +4,8 @@
         --blocks_to_skip 15 8 --num_epochs 10
     python param_scale.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --blocks_to_skip smollm_block_selection.json --validation_split 0.2 --export folded nemotron_nas
-    accelerate launch param_scale.py --model llama --data_path data/llama-processed-data/data.jsonl \\
-        --blocks_to_skip llama_block_selection.json
+    accelerate launch --multi_gpu param_scale.py --model llama \\
+        --data_path data/llama-processed-data/data.jsonl --blocks_to_skip llama_block_selection.json
 
 Writes scaled_{model}_ckpts/{model}_scaled_epoch_{e}/ after each epoch e = 0, 1, 2, … and prints its
 loss. With --validation_split it also prints the held-out loss of the original model, of the skips
@@ -123,7 +123,8 @@ def train(
     from hopscotch_common.training import ScaleState, ScaleTrainer, epoch_batches, evaluate, prepare_model
 
     cli.seed_everything(arguments.seed)
-    rank, world_size = distributed.rank_and_world_size()
+    state = distributed.process_state(arguments.device)
+    rank, world_size = state.process_index, state.num_processes
     model = load_model(
         arguments.model,
         arguments.dtype,
@@ -133,7 +134,7 @@ def train(
     )
     prepare_model(model, arguments.gradient_checkpointing, arguments.compile)
     share = {"rank": rank, "world_size": world_size}
-    reduce = distributed.sum_over_processes()
+    reduce = distributed.sum_over_processes if world_size > 1 else None
     held_out_batches = epoch_batches(held_out, model, arguments, shuffle=False, **share) if held_out else []
 
     def held_out_loss(what: str, skipped: list[int] | None = None) -> float | None:
@@ -151,13 +152,19 @@ def train(
         baselines = {"original": held_out_loss("original", []), "unscaled": held_out_loss("unscaled", blocks)}
 
     trainer = ScaleTrainer(model, arguments.learning_rate, reduce)
-    state = None
+    before = None
     if runs:
         last = checkpoint_folder(output_dir, arguments.model.name, len(runs) - 1)
-        state = ScaleState(checkpoints.load_training_state(last)["scale_state"])
-    trainer.start(blocks, state)
+        before = ScaleState(checkpoints.load_training_state(last)["scale_state"])
+    trainer.start(blocks, before)
     trainable, frozen = scales.count_parameters(model)
-    logger.info("%d scales train, %d weights are frozen, blocks skipped: %s", trainable, frozen, blocks)
+    logger.info(
+        "%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)",
+        trainable,
+        frozen,
+        blocks,
+        world_size,
+    )
 
     for epoch in range(len(runs), arguments.num_epochs):
         batches = epoch_batches(training, model, arguments, epoch, **share)

@@ -3,7 +3,7 @@
 #
 #     bash pipeline.sh qwen
 #     NUM_BLOCKS=7 SEARCH=race bash pipeline.sh meta-llama/Llama-3.1-8B-Instruct
-#     LAUNCH="accelerate launch" bash pipeline.sh llama      # all GPUs of this machine
+#     LAUNCH="accelerate launch --multi_gpu" bash pipeline.sh llama      # all GPUs of this machine
 #
 # Every step writes its result under a temporary name first and takes up interrupted work, so after
 # an interruption the same command goes on. Set the variables below to change what is done.
@@ -13,7 +13,7 @@ model=${1:?give a model: qwen, llama, granite, smollm, a Hugging Face id or a lo
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 name=$(basename "$model") # what file names begin with
 
-launch=${LAUNCH:-python}              # or "accelerate launch"
+launch=${LAUNCH:-python}              # or "accelerate launch --multi_gpu"
 num_samples=${NUM_SAMPLES:-}          # prompts to answer; empty: all
 max_tokens=${MAX_TOKENS:-4096}        # of an answer
 max_samples=${MAX_SAMPLES:-}          # answers that the search uses; empty: all

@@ -1,38 +1,31 @@
-"""Several processes (`accelerate launch`): candidates spread over them, or each batch."""
+"""Several processes (`accelerate launch --multi_gpu`): candidates spread over them, or each batch."""
 
 import torch
 
 from hopscotch_common.search import Processes
 
 
-def candidate_processes() -> Processes:
-    """This process's place among those that share a search's candidates."""
+def process_state(device: str):
+    """accelerate's state of this process, which joins the others on first use.
+
+    device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs.
+    """
     from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+def candidate_processes(device: str) -> Processes:
+    """This process's place among those that share a search's candidates."""
     from accelerate.utils import gather_object
 
-    state = PartialState()
+    state = process_state(device)
     if state.num_processes == 1:
         return Processes()
     return Processes(state.process_index, state.num_processes, lambda item: gather_object([item]))
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) where no launcher started several."""
-    from accelerate import PartialState
-
-    state = PartialState()
-    return state.process_index, state.num_processes
-
-
-def sum_over_processes():
-    """A function that sums a tensor over the processes that share each batch; None if alone."""
-    from accelerate import PartialState
-
-    if PartialState().num_processes == 1:
-        return None
-
-    def reduce(tensor: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-    return reduce
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor, in place, over the processes that share each batch."""
+    torch.distributed.all_reduce(tensor)
+    return tensor

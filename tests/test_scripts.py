@@ -115,7 +115,7 @@ def test_two_processes_equal_one(work, tmp_path, script):
         folder = tmp_path / str(processes)
         folder.mkdir()
         write_data(folder / "data.jsonl", random_samples(12))
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launch += ["--main_process_port", "0"]
         if processes == 1:
@@ -128,6 +128,7 @@ def test_two_processes_equal_one(work, tmp_path, script):
             text=True,
         )
         assert result.returncode == 0, result.stderr
+        assert f"; {processes} process(es)" in result.stderr
         results.append(numbers(result.stdout))
     assert results[0].keys() == results[1].keys() and len(results[0]) >= 2
     for line, values in results[0].items():
