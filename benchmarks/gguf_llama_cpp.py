@@ -1,6 +1,6 @@
 """llama.cpp on a GGUF whose skipped attention blocks are left out: same text, how much faster?
 
-    python -m benchmarks.gguf_llama_cpp --llama_cpp ~/llama.cpp --bin ~/llama.cpp/build/bin
+    python benchmarks/gguf_llama_cpp.py --llama_cpp ~/llama.cpp --bin ~/llama.cpp/build/bin
 
 It takes a checkpoint of the embedded model (or yours), exports it as `folded`, has llama.cpp's converter
 make a GGUF of that, rewrites it, and then asserts that
@@ -8,27 +8,32 @@ make a GGUF of that, rewrites it, and then asserts that
 - for every type, the rewritten file's text is that of the file that it was made of,
 and measures prefill and decode speed of the two files, by turns. It needs llama.cpp's source (for
 convert_hf_to_gguf.py, which needs sentencepiece), and its programs llama-simple and llama-bench.
+llama.cpp's threads wait for one another busily: on a machine that is busy otherwise, its speeds
+mean nothing.
 
-Exit code 1 if a text differs. Not part of the tests in CI, which have no llama.cpp.
+Writes benchmarks/results/gguf.json; exit code 1 if a text differs. Not part of the tests in CI, which
+have no llama.cpp.
 """
 
 import argparse
 import json
 import logging
-import platform
+import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import measuring
 import torch
 
 from hopscotch_common import checkpoints, export, models
 from hopscotch_common.cli import ArgumentParser, InputError, block_index, command, logger, positive_int
 from hopscotch_common.gguf import rewrite_gguf
+from hopscotch_common.report import write_report
 
+COMMAND = "python benchmarks/gguf_llama_cpp.py --llama_cpp LLAMA_CPP --bin LLAMA_CPP/build/bin"  # no paths
 PROMPTS = (
     "The capital of France is",
     "A train travels 60 miles an hour for 3 hours. How far does it go? Let us think step by step.",
@@ -46,11 +51,11 @@ def make_checkpoint(folder: Path, skipped: list[int], seed: int) -> None:
     checkpoints.save_checkpoint(folder, base, skipped, values, {"seed": seed})
 
 
-def transformers_texts(checkpoint: Path, num_tokens: int) -> list[str]:
-    """Prompt and greedy continuation in float32, for every prompt."""
+def transformers_texts(checkpoint: Path, folded: Path, num_tokens: int) -> list[str]:
+    """Prompt and greedy continuation in float32, for every prompt; the tokenizer is the folded export's."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(folded)
     model = checkpoints.load_checkpoint(checkpoint, dtype=torch.float32)
     texts = []
     for prompt in PROMPTS:
@@ -83,15 +88,30 @@ def llama_cpp_texts(binaries: Path, file: Path, num_tokens: int) -> tuple[list[s
     return texts, kv_cache[-1]
 
 
-def speeds(binaries: Path, files: list[Path], threads: int, rounds: int) -> list[dict[str, float]]:
-    """Median tokens/s of prefill (256 tokens) and decode (64 after 256) of each file, taken by turns."""
+def speeds(binaries: Path, folded: Path, skipped: Path, threads: int, rounds: int) -> dict[str, dict]:
+    """Prefill of 256 tokens and decode of 64: median tokens/s of both files, and their ratio.
+
+    The files take turns, and a ratio is of one round's two measurements; its range over the rounds is
+    what the machine's other work makes of it.
+    """
     shape = ("-p", "256", "-n", "64", "-r", "1", "-ngl", "0", "-t", str(threads), "-o", "json")
-    samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in files]
+    samples: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
     for _ in range(rounds):
-        for file, sample in zip(files, samples, strict=True):
-            for result in json.loads(run(binaries / "llama-bench", "-m", file, *shape).stdout):
-                sample["prefill" if result["n_prompt"] else "decode"].append(result["avg_ts"])
-    return [{kind: statistics.median(values) for kind, values in sample.items()} for sample in samples]
+        before, after = (
+            json.loads(run(binaries / "llama-bench", "-m", file, *shape).stdout) for file in (folded, skipped)
+        )
+        for old, new in zip(before, after, strict=True):
+            samples["prefill" if old["n_prompt"] else "decode"].append((old["avg_ts"], new["avg_ts"]))
+    figures = {}
+    for kind, pairs in samples.items():
+        ratios = [new / old for old, new in pairs]
+        figures[kind] = {
+            "folded_tokens_per_second": round(measuring.median([old for old, _ in pairs]), 2),
+            "skipped_tokens_per_second": round(measuring.median([new for _, new in pairs]), 2),
+            "ratio": round(measuring.median(ratios), 3),
+            "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        }
+    return figures
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict:
@@ -100,7 +120,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     if arguments.checkpoint is None:
         make_checkpoint(checkpoint, arguments.blocks_to_skip, arguments.seed)
     export.export_checkpoint(checkpoint, "folded", folder / "folded")
-    expected = transformers_texts(checkpoint, arguments.num_tokens)
+    expected = transformers_texts(checkpoint, folder / "folded", arguments.num_tokens)
     figures = {}
     for kind in arguments.types:
         folded, skipped = folder / f"folded-{kind}.gguf", folder / f"skipped-{kind}.gguf"
@@ -109,14 +129,12 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
         report = rewrite_gguf(checkpoint, folded, skipped)
         folded_texts, folded_kv = llama_cpp_texts(arguments.bin, folded, arguments.num_tokens)
         skipped_texts, skipped_kv = llama_cpp_texts(arguments.bin, skipped, arguments.num_tokens)
-        before, after = speeds(arguments.bin, [folded, skipped], arguments.threads, arguments.rounds)
         figures[kind] = {
             "same_text_as_folded": skipped_texts == folded_texts,
             "same_text_as_transformers": skipped_texts == expected,
             "kv_cache_mib": {"folded": folded_kv, "skipped": skipped_kv},
             "kv_cache_ratio": round(skipped_kv / folded_kv, 4),
-            "tokens_per_second": {"folded": before, "skipped": after},
-            "speed_ratio": {name: round(after[name] / before[name], 4) for name in before},
+            "speed": speeds(arguments.bin, folded, skipped, arguments.threads, arguments.rounds),
             "bytes_ratio": round(report["bytes"] / (report["bytes"] + report["bytes_saved"]), 4),
             "report": report,
         }
@@ -130,7 +148,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bin", type=Path, required=True, help="folder of llama-simple and llama-bench")
     parser.add_argument("--checkpoint", type=Path, help="float32 checkpoint to take (default: one is made)")
     parser.add_argument(
-        "--blocks_to_skip", type=block_index, nargs="+", default=[3, 9], help="blocks that the made one skips"
+        "--blocks_to_skip",
+        type=block_index,
+        nargs="+",
+        default=[3, 5, 9, 12, 15, 18, 21, 24],
+        help="blocks that the made one skips",
     )
     parser.add_argument(
         "--types",
@@ -143,9 +165,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive_int, default=5, help="rounds of speed measurements")
     parser.add_argument("--threads", type=positive_int, default=2, help="threads of llama-bench")
     parser.add_argument("--seed", type=int, default=0, help="seed of the made checkpoint's scales")
-    parser.add_argument(
-        "--output", type=Path, default=Path("benchmarks/results/gguf.json"), help="file of the figures"
-    )
     return parser
 
 
@@ -161,18 +180,17 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("gguf").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         figures = compare(arguments, Path(folder))
-    result = {
-        "model": "a given checkpoint" if arguments.checkpoint else models.ALIASES[models.EMBEDDED],
-        "threads": arguments.threads,
-        "machine": f"{platform.machine()}, CPU only",
-        "types": figures,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    shape = {"threads": arguments.threads, "rounds": arguments.rounds, "num_tokens": arguments.num_tokens}
+    busy = {"load_average_5_minutes": round(os.getloadavg()[1], 1)}  # of the measurements just made
+    base = {"command": COMMAND, "machine": measuring.machine() | busy, "model": "given by --checkpoint"}
+    if arguments.checkpoint is None:
+        base["model"] = f"{models.ALIASES[models.EMBEDDED]}, random scales, seed {arguments.seed}"
+    write_report(measuring.RESULTS / "gguf.json", base | shape | {"types": figures})
     same = all(figure["same_text_as_folded"] for figure in figures.values())
     same = same and figures.get("f32", {"same_text_as_transformers": True})["same_text_as_transformers"]
     for kind, figure in figures.items():
-        print(kind, "same text" if figure["same_text_as_folded"] else "OTHER TEXT", figure["speed_ratio"])
+        ratios = ", ".join(f"{name} x{speed['ratio']}" for name, speed in figure["speed"].items())
+        print(f"{kind}: {'same text' if figure['same_text_as_folded'] else 'OTHER TEXT'}, {ratios}")
     return 0 if same else 1
 
 

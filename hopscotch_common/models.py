@@ -222,8 +222,10 @@ QUANTIZATIONS = ("int8", "int4")
 
 
 def quantization_config(quantization: str, device):
-    """Weight-only quantisation: bitsandbytes on CUDA, torchao elsewhere."""
-    if device is None or device.type == "cuda":
+    """Weight-only quantisation: bitsandbytes on CUDA, torchao elsewhere. device: None when split."""
+    import torch
+
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
         _require("bitsandbytes", "--quantization on CUDA")
         from transformers import BitsAndBytesConfig
 
@@ -234,7 +236,6 @@ def quantization_config(quantization: str, device):
 
     if quantization == "int8":
         return TorchAoConfig(Int8WeightOnlyConfig())
-    import torch
     from torchao.quantization.granularity import PerGroup
 
     return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))

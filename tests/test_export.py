@@ -1,0 +1,360 @@
+"""Folding against the unfolded model, the two folder formats, refusals, the original's checkpoints."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hopscotch_common import checkpoints, comparison, decilm, export, folding
+from hopscotch_common.cli import InputError
+from hopscotch_common.configuration_decilm import DeciLMConfig
+from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common.models import FAMILIES, ModelRef
+
+LAYERS = 4
+IN_DECILM = [family for family in FAMILIES if family != "qwen3"]
+VARIANTS = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    ("granite", dict(attention_bias=True, tie_word_embeddings=True)),
+    ("mistral", dict(head_dim=16, num_key_value_heads=4)),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder, tmp_path_factory):
+    """base(family, **config changes) -> a tiny folder with random norms and biases too, not 1s and 0s."""
+    made = {}
+
+    def make(family, **changes):
+        key = (family, *sorted(changes.items()))
+        if key not in made:
+            source, folder = tiny_folder(family, **changes), tmp_path_factory.mktemp(f"random-{family}")
+            torch.manual_seed(1)
+            model = AutoModelForCausalLM.from_pretrained(source)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:
+                        parameter += 0.3 * torch.randn_like(parameter)
+            model.save_pretrained(folder)
+            checkpoints.copy_companions(source, folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def random_scales(seed: int, low: float, high: float, signs: bool = False) -> torch.Tensor:
+    """[layers, 4], log-uniform between low and high."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = torch.tensor([low, high]).log()
+    values = torch.empty(LAYERS, len(SCALE_NAMES)).uniform_(low, high, generator=generator).exp()
+    if signs:
+        values *= torch.randint(2, values.shape, generator=generator) * 2 - 1
+    return values
+
+
+def save(tmp_path, folder, skipped, values):
+    values[skipped, 0] = 0.0
+    checkpoint = tmp_path / "checkpoint"
+    checkpoints.save_checkpoint(checkpoint, ModelRef("tiny", str(folder)), skipped, values, {})
+    return checkpoint
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        return model.eval()(ids).logits
+
+
+def relative_error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def load_folded(folder):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("family, changes", VARIANTS)
+def test_folding_is_exact_but_for_eps(tmp_path, base, family, changes, seed):
+    # Negative scales and small ones. Without eps, what remains is float32 rounding.
+    folder = base(family, rms_norm_eps=1e-20, **changes)
+    values = random_scales(seed, 0.05, 2.0, signs=True)
+    if (values[:, 1].prod() * values[:, 3].prod() < 0) == (seed == 0):
+        values[3, 3] *= -1  # so that the stream ends up negative with one seed, positive with the other
+    checkpoint = save(tmp_path, folder, [[1], [0, 2]][seed], values)
+    expected = logits(checkpoints.load_checkpoint(checkpoint))
+    export.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
+    model = load_folded(tmp_path / "folded")
+    assert type(model).__module__.startswith("transformers.models.")
+    assert relative_error(logits(model), expected) < 1e-4
+    unfolded = AutoModelForCausalLM.from_pretrained(folder)
+    assert relative_error(logits(unfolded), expected) > 0.1  # so the scales do matter here
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folding_near_one_with_a_real_eps(tmp_path, base, family):
+    checkpoint = save(tmp_path, base(family), [2], random_scales(0, 0.9, 1.1))
+    report = export.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
+    expected = logits(checkpoints.load_checkpoint(checkpoint))
+    assert relative_error(logits(load_folded(tmp_path / "folded")), expected) < 1e-3
+    assert report["relative_logit_error"] < 1e-3 and report["real_text"]
+    assert report["equal_continuations"] > 0.9
+
+
+def test_folded_folder_is_stock(tmp_path, base):
+    checkpoint = save(tmp_path, base("qwen2"), [0, 2], random_scales(0, 0.9, 1.1))
+    export.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
+    names = {path.name for path in (tmp_path / "folded").iterdir()}
+    assert names == {
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "hopscotch_export.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((tmp_path / "folded/config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
+    assert config == json.loads((base("qwen2") / "config.json").read_text())
+    tensors = load_file(tmp_path / "folded/model.safetensors")
+    for layer in range(LAYERS):
+        zero = not tensors[f"model.layers.{layer}.self_attn.o_proj.weight"].any()
+        assert zero == (layer in (0, 2))
+
+
+def test_weights_keep_their_dtype_and_their_files(tmp_path, base):
+    folder = tmp_path / "sharded"
+    model = AutoModelForCausalLM.from_pretrained(base("llama"), dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="20kB")
+    checkpoints.copy_companions(base("llama"), folder)
+    checkpoint = save(tmp_path, folder, [3], random_scales(0, 0.8, 1.2))
+    report = export.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
+    assert len(list((tmp_path / "folded").glob("*.safetensors"))) > 1
+    model = load_folded(tmp_path / "folded")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert 1e-4 < report["relative_logit_error"] < 0.1
+
+
+@pytest.mark.parametrize("family, changes", [(f, c) for f, c in VARIANTS if f in IN_DECILM])
+def test_nemotron_nas(tmp_path, base, family, changes):
+    skipped = [0, 2] if family == "llama" else [1, 2]
+    folder = base(family, rms_norm_eps=1e-20, intermediate_size=512, **changes)
+    checkpoint = save(tmp_path, folder, skipped, random_scales(3, 0.05, 2.0, signs=True))
+    report = export.export_checkpoint(checkpoint, "nemotron_nas", tmp_path / "decilm")
+    assert report["relative_logit_error"] < 1e-4
+
+    # The same numbers once more from the raw files, in a stock class that knows no skipped block.
+    config = json.loads((tmp_path / "decilm/config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
+    tensors = load_file(tmp_path / "decilm/model.safetensors")
+    no_op = {i for i, block in enumerate(config["block_configs"]) if block["attention"]["no_op"]}
+    assert no_op == set(skipped) - {0}
+    assert not [key for key in tensors if checkpoints.is_skipped_weight(key, no_op)]
+    stock = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "qwen2" if family == "qwen2" else "llama",
+            **{key: config[key] for key in decilm.SAME_IN_BOTH},
+            head_dim=config["head_dim"],
+            attention_bias=config["attention_bias"],
+            mlp_bias=config["mlp_bias"],
+        )
+    )
+    with torch.no_grad():
+        for layer in no_op:
+            for parameter in stock.model.layers[layer].self_attn.parameters():
+                parameter.zero_()
+    unexpected = stock.load_state_dict(tensors, strict=False).unexpected_keys
+    assert not unexpected
+    expected = logits(checkpoints.load_checkpoint(checkpoint))
+    assert relative_error(logits(stock), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 50_000.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)
+def test_decilm_config_class(tmp_path, base, rope):
+    checkpoint = save(tmp_path, base("llama"), [1], random_scales(0, 0.9, 1.1))
+    config = checkpoints.checkpoint_config(checkpoint)
+    config.rope_parameters = rope
+    decilm.write_config(decilm.decilm_config(config, {1}), tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__name__ == DeciLMConfig.__name__ and loaded.rope_parameters == rope
+    # Before transformers 5 there was no rope_parameters, only these two.
+    old = json.loads((tmp_path / "config.json").read_text())
+    del old["rope_parameters"]
+    assert DeciLMConfig(**old).rope_parameters == rope
+    blocks = pickle.loads(pickle.dumps(DeciLMConfig(**old))).block_configs
+    assert [block.attention.no_op for block in blocks] == [False, True, False, False]
+    assert blocks[0].attention.n_heads_in_group == 2 and blocks[1].attention.n_heads_in_group is None
+    assert not hasattr(blocks[0].ffn, "ffn_mult") and blocks[0].ffn.intermediate_size == 48
+    assert json.loads(DeciLMConfig(**old).to_json_string())["block_configs"] == old["block_configs"]
+
+
+@pytest.mark.parametrize(
+    "hidden, width", [(576, 1536), (4096, 14336), (3584, 18944), (4096, 12800), (2560, 256)]
+)
+def test_ffn_mult_gives_back_the_width(hidden, width):
+    config = AutoConfig.for_model("llama", hidden_size=hidden, intermediate_size=width)
+    assert decilm._read_ffn_width(decilm._ffn_width(config), hidden) == width
+
+
+@pytest.mark.parametrize(
+    "family, changes, reason",
+    [
+        ("qwen3", {}, "q and k norms"),
+        ("mistral", dict(sliding_window=16), "sliding window"),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=16, max_window_layers=2), "sliding window"),
+        ("llama", dict(hidden_act="gelu"), "silu"),
+    ],
+)
+def test_what_decilm_cannot_hold_is_refused(tmp_path, base, family, changes, reason):
+    checkpoint = save(tmp_path, base(family, **changes), [1], random_scales(0, 0.9, 1.1))
+    with pytest.raises(InputError, match=reason):
+        export.export_checkpoint(checkpoint, "nemotron_nas", tmp_path / "decilm")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    export.export_checkpoint(checkpoint, "folded", tmp_path / "folded")  # which the message offers
+
+
+@pytest.mark.parametrize("column, value", [(1, 0.0), (3, 1e-5), (1, float("nan")), (2, float("inf"))])
+def test_scales_that_cannot_be_folded_are_refused(tmp_path, base, column, value):
+    values = random_scales(0, 0.9, 1.1)
+    values[2, column] = value
+    checkpoint = save(tmp_path, base("llama"), [1], values)
+    with pytest.raises(InputError, match=f"{SCALE_NAMES[column]} of layer 2 is"):
+        export.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_product_that_the_dtype_cannot_hold_is_refused():
+    with pytest.raises(InputError, match="not finite in torch.float16"):
+        folding.fold("model.norm.weight", torch.full((2,), 1e3, dtype=torch.float16), {"model.norm": 100.0})
+
+
+def test_past_the_tolerance_nothing_is_left_and_the_old_export_stays(tmp_path, base, capsys):
+    checkpoint = save(tmp_path, base("llama", rms_norm_eps=1e-2), [1], random_scales(0, 0.2, 2.0))
+    command = [str(checkpoint), "--format", "folded", "--output", str(tmp_path / "out")]
+    assert export.main(command) == 2
+    output = capsys.readouterr()
+    assert "relative logit error" in output.err and "--tolerance" in output.err and not output.out
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+    assert export.main([*command, "--tolerance", "10"]) == 0
+    assert "relative logit error" in capsys.readouterr().out
+    first = (tmp_path / "out/hopscotch_export.json").read_text()
+    assert json.loads(first)["tolerance"] == 10
+    assert export.main(command) == 2
+    assert (tmp_path / "out/hopscotch_export.json").read_text() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_a_failing_write_leaves_nothing(tmp_path, base, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    checkpoint = save(tmp_path, base("llama"), [1], random_scales(0, 0.9, 1.1))
+    monkeypatch.setattr(checkpoints, "save_tensors", full)
+    with pytest.raises(OSError, match="no space"):
+        export.export_checkpoint(checkpoint, "folded", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_folders_that_are_not_exports_are_left_alone(tmp_path, base):
+    checkpoint = save(tmp_path, base("llama"), [1], random_scales(0, 0.9, 1.1))
+    for output in (checkpoint, tmp_path):
+        with pytest.raises(InputError, match="not an earlier export"):
+            export.export_checkpoint(checkpoint, "folded", output)
+    assert (checkpoint / "scales.safetensors").is_file()
+
+
+def test_arguments(tmp_path, capsys):
+    for extra in (["--format", "gguf"], ["--format", "folded", "--from", "x.gguf"]):
+        with pytest.raises(SystemExit) as exit:
+            export.main([str(tmp_path), "--output", "y", *extra])
+        assert exit.value.code == 2 and "--from" in capsys.readouterr().err
+    assert export.main([str(tmp_path), "--format", "folded", "--output", str(tmp_path / "y")]) == 2
+    assert "no config.json" in capsys.readouterr().err
+
+
+def test_comparison_figures():
+    source = comparison.Answers([torch.tensor([[0.0, 3.0, 0.0], [2.0, 1.0, 0.0]])], [[1, 2, 3, 4]])
+    shifted = comparison.Answers([source.logits[0] + 5], [[1, 2, 3, 4]])
+    assert comparison.compare(source, shifted, True).relative_logit_error < 1e-6
+    # Position 1 changes its first choice: the difference (-1, 1, 0) has norm^2 2, the source 6 + 2.
+    other = comparison.Answers([torch.tensor([[0.0, 3.0, 0.0], [1.0, 2.0, 0.0]])], [[1, 2, 0, 4]])
+    result = comparison.compare(source, other, True)
+    assert result.relative_logit_error == pytest.approx(0.5)
+    assert result.top1_agreement == 0.5 and result.equal_continuations == 0.5 and result.positions == 2
+    broken = comparison.Answers([source.logits[0] * float("nan")], [[1]])
+    with pytest.raises(InputError, match="not exact enough"):
+        comparison.check_tolerance(comparison.compare(source, broken, True), 0.1, "it")
+
+
+def test_random_tokens_stand_in_for_a_missing_tokenizer(tmp_path, base):
+    folder = save(tmp_path, base("llama"), [1], random_scales(0, 0.9, 1.1))
+    assert comparison.check_prompts(folder, 300)[1]
+    assert not comparison.check_prompts(folder, 50)[1]  # a tokenizer with ids beyond the model's
+    for path in folder.glob("*token*"):
+        path.unlink()
+    prompts, real = comparison.check_prompts(folder, 50)
+    assert not real and max(max(ids) for ids, _ in prompts) < 50
+
+
+def original_folder(tmp_path, folder, values):
+    """What the original system saves: a stock config, all weights, and the scales among them."""
+    target = tmp_path / "original"
+    target.mkdir()
+    checkpoints.copy_companions(folder, target)
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    for layer, row in enumerate(values):
+        for name, value in zip(SCALE_NAMES, row, strict=True):
+            tensors[f"model.layers.{layer}.{name}"] = value.reshape(1).clone()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite"])
+def test_checkpoints_of_the_original_system(tmp_path, base, family):
+    values = random_scales(0, 0.8, 1.2)
+    ours = save(tmp_path, base(family), [0, 2], values)
+    original = original_folder(tmp_path, base(family), values)
+    model = checkpoints.load_checkpoint(original)
+    assert model.config.skipped_attention_blocks == [0, 2]
+    assert not hasattr(model.model.layers[2], "self_attn")
+    expected = logits(checkpoints.load_checkpoint(ours))
+    assert torch.equal(logits(model), expected)
+    export.export_checkpoint(original, "folded", tmp_path / "folded")
+    assert relative_error(logits(load_folded(tmp_path / "folded")), expected) < 1e-3
+
+
+def test_an_original_checkpoint_that_wipes_out_the_stream_is_refused(tmp_path, base):
+    values = random_scales(0, 0.8, 1.2)
+    values[2, :2] = 0.0
+    with pytest.raises(InputError, match="s_scale_attn of layer 2 is 0 as well"):
+        checkpoints.load_checkpoint(original_folder(tmp_path, base("llama"), values))
+
+
+def test_other_folders_are_no_checkpoints(tmp_path, base):
+    with pytest.raises(InputError, match="no scales"):
+        checkpoints.load_checkpoint(base("llama"))
+    with pytest.raises(InputError, match="no config.json"):
+        checkpoints.load_checkpoint(tmp_path)

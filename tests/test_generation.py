@@ -1,0 +1,379 @@
+"""Step 1: answers equal those of one prompt at a time, nothing is lost, bad input is one line."""
+
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import generate_model_gt_data
+from hopscotch_common import decoding, generation
+from hopscotch_common.cli import InputError
+from hopscotch_common.generation import EngineOptions
+from hopscotch_common.models import FAMILIES
+
+STOP = set(range(40, 45))  # a random model rarely says <|im_end|>, so that more tokens end an answer
+SCRIPT_STOP = {2, 14, 160}  # in generation_config.json; 2 is <|im_end|>
+MAX_TOKENS = 40
+
+
+def stock_answer(model, prompt: list[int], limit: int, stop: set[int]) -> list[int]:
+    """What the stock model says to one prompt on its own."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=limit,
+        do_sample=False,
+        eos_token_id=sorted(stop),
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def random_prompts(count: int) -> list[list[int]]:
+    generator = random.Random(1)
+    return [[generator.randrange(4, 260) for _ in range(generator.randrange(2, 50))] for _ in range(count)]
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Constants so small that a tiny run refills, moves, shrinks and puts rows back often."""
+    monkeypatch.setattr(decoding, "HEADROOM", 6)
+    monkeypatch.setattr(decoding, "FIRST_GUESS", 6)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 100)
+
+
+@pytest.mark.parametrize(
+    "family,changes", [(family, {}) for family in FAMILIES] + [("mistral", {"sliding_window": 8})]
+)
+def test_batched_answers_equal_one_prompt_at_a_time(tiny_folder, small_steps, family, changes):
+    folder = tiny_folder(family, **changes)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=decoding.GROUPED_SDPA
+    )
+    prompts = random_prompts(24)
+    limits = [MAX_TOKENS - index % 3 for index in range(len(prompts))]
+    budget = 400
+    steps, prefills = [], []
+
+    class Watched(decoding.GreedyDecoder):
+        def _step(self):
+            super()._step()
+            steps.append((len(self.slots), len(self._live()), self.clock))
+
+        def _prefill(self, rows, slots):
+            prefills.append([len(row.generated) for row in rows])
+            super()._prefill(rows, slots)
+
+    rows = list(Watched(model, prompts, limits, STOP, budget).run())
+
+    assert sorted(row.index for row in rows) == list(range(len(prompts)))
+    for row in rows:
+        assert row.generated == stock_answer(stock, prompts[row.index], limits[row.index], STOP)
+        assert row.finish_reason == ("stop" if row.generated[-1] in STOP else "length")
+    assert {row.finish_reason for row in rows} == {"stop", "length"}
+    # it was a batch, within its budget, refilled as answers ended, long ones put back
+    assert max(live for _, live, _ in steps) >= 5
+    assert all(slots * columns <= budget for slots, _, columns in steps if slots > 1)
+    assert len(prefills) > 3 and any(generated for part in prefills for generated in part)
+    assert len(steps) < sum(len(row.generated) for row in rows) / 3
+
+
+def test_a_prompt_longer_than_the_budget_runs_alone(tiny_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder(), attn_implementation=decoding.GROUPED_SDPA)
+    prompts = [[9] * 60, [8] * 3]
+    rows = list(decoding.GreedyDecoder(model, prompts, [5, 5], set(), max_tokens_per_batch=10).run())
+    assert {row.index: len(row.generated) for row in rows} == {0: 5, 1: 5}
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_grouped_attention_equals_stock_sdpa(queries, masked):
+    class Module(torch.nn.Module):
+        num_key_value_groups = 3
+        is_causal = True
+
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, queries, 8)
+    key, value = torch.randn(2, 2, 2, 7, 8)
+    mask = torch.rand(2, 1, queries, 7) > 0.4 if masked else None
+    if masked:
+        mask[..., -1] = True
+    ours, _ = decoding.grouped_sdpa(Module(), query, key, value, mask, scaling=0.3)
+    stock, _ = sdpa_attention_forward(Module(), query, key, value, mask, scaling=0.3)
+    assert torch.allclose(ours, stock, atol=1e-6)
+    other, _ = sdpa_attention_forward(Module(), query, key.flip(1), value, mask, scaling=0.3)
+    assert not torch.allclose(ours, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("gpus,heads,size", [(0, 9, 1), (1, 32, 1), (8, 28, 7), (8, 32, 8), (6, 32, 4)])
+def test_tensor_parallel_size_is_the_most_gpus_that_divide_the_heads(monkeypatch, gpus, heads, size):
+    monkeypatch.setattr(generation, "visible_gpus", lambda: gpus)
+    assert generation.tensor_parallel_size(None, heads) == size
+    with pytest.raises(InputError, match="does not divide"):
+        generation.tensor_parallel_size(5, heads)
+    with pytest.raises(InputError, match="only"):
+        generation.tensor_parallel_size(heads, heads)
+
+
+def test_backend_is_chosen_by_what_can_run(monkeypatch):
+    monkeypatch.setattr(generation, "vllm_obstacle", lambda: None)
+    assert generation.resolve_backend(EngineOptions()) == "vllm"
+    assert generation.resolve_backend(EngineOptions(device="cpu")) == "transformers"
+    with pytest.raises(InputError, match="--device cpu"):
+        generation.resolve_backend(EngineOptions(backend="vllm", device="cpu"))
+    monkeypatch.setattr(generation, "vllm_obstacle", lambda: "vLLM is not installed")
+    assert generation.resolve_backend(EngineOptions()) == "transformers"
+    with pytest.raises(InputError, match="not installed"):
+        generation.resolve_backend(EngineOptions(backend="vllm"))
+    with pytest.raises(InputError, match="tensor_parallel_size"):
+        generation.resolve_backend(EngineOptions(tensor_parallel_size=2))
+
+
+QUESTIONS = [f"{'What is ' * (index % 4)}{index} + {index}?" for index in range(8)]
+
+
+@pytest.fixture
+def work(tiny_folder, tmp_path, tmp_path_factory, monkeypatch):
+    """A working folder with prompts; returns the command line that answers them."""
+    monkeypatch.chdir(tmp_path)
+    records = [{"question": question} for question in QUESTIONS]
+    records[2] = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": QUESTIONS[2]},
+            {"role": "assistant", "content": "left out"},
+        ]
+    }
+    write_lines(Path("prompts.jsonl"), records)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(tiny_folder(), folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(SCRIPT_STOP)}))
+    return ["--model", str(folder), "--input_file", "prompts.jsonl", "--output_file", "a_final.jsonl"] + [
+        "--backend", "transformers", "--max_tokens", str(MAX_TOKENS), "--dtype", "float32",
+    ]  # fmt: skip
+
+
+def write_lines(path: Path, records) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_lines(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def expected_records(folder: str) -> list[dict]:
+    """The final file, truncated answers included, by the stock model, a prompt at a time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    records = []
+    for index, question in enumerate(QUESTIONS):
+        messages = [{"role": "user", "content": question}]
+        if index == 2:
+            messages.insert(0, {"role": "system", "content": "Be brief."})
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        tokens = stock_answer(model, prompt, MAX_TOKENS, SCRIPT_STOP)
+        stopped = tokens[-1] in SCRIPT_STOP
+        text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+        records.append(
+            {
+                "messages": [*messages, {"role": "assistant", "content": text}],
+                "finish_reason": "stop" if stopped else "length",
+                "num_generated_tokens": len(tokens),
+            }
+        )
+    return records
+
+
+def test_script_writes_the_models_answers_in_input_order(work, capsys):
+    assert generate_model_gt_data.main([*work, "--keep_truncated"]) == 0
+    expected = expected_records(work[1])
+    assert read_lines("a_final.jsonl") == expected
+    reasons = [record["finish_reason"] for record in expected]
+    assert {"stop", "length"} == set(reasons)
+    assert re.match(r"a_final.jsonl: 8 answers to 8 prompts \(0 truncated", capsys.readouterr().out)
+    assert sorted(os.listdir()) == ["a.jsonl", "a_final.jsonl", "a_final_report.json", "prompts.jsonl"]
+
+    # without the flag the truncated ones go, and nothing is generated again
+    assert generate_model_gt_data.main(work) == 0
+    assert read_lines("a_final.jsonl") == [r for r in expected if r["finish_reason"] == "stop"]
+    out = capsys.readouterr().out
+    assert f"({reasons.count('length')} truncated" in out and len(out.splitlines()) == 1
+    report = json.loads(Path("a_final_report.json").read_text())
+    assert report["truncated_dropped"] == reasons.count("length") and report["backend"] == "transformers"
+    assert report["generated_tokens"] == sum(r["num_generated_tokens"] for r in expected)
+
+
+def test_rerun_after_success_loads_no_model(work, monkeypatch):
+    assert generate_model_gt_data.main(work) == 0
+    before = Path("a_final.jsonl").read_bytes()
+    Path("a_final.jsonl").unlink()
+    forbid_models(monkeypatch)
+    assert generate_model_gt_data.main(work) == 0
+    assert Path("a_final.jsonl").read_bytes() == before
+
+
+def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch, capsys):
+    assert generate_model_gt_data.main(work) == 0
+    undisturbed = Path("a_final.jsonl").read_bytes()
+    Path("a.jsonl").unlink()
+    Path("a_final.jsonl").unlink()
+
+    real = generate_model_gt_data.generate
+
+    def interrupted(*args):
+        for count, answer in enumerate(real(*args)):
+            if count == 3:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(generate_model_gt_data, "generate", interrupted)
+    assert generate_model_gt_data.main(work) == 130
+    assert not Path("a_final.jsonl").exists()
+    kept = Path("a.jsonl").read_bytes()
+    assert kept.count(b"\n") == 1 + 3
+    Path("a.jsonl").write_bytes(kept + b'{"index": 7, "mess')  # a writer killed in mid-line
+
+    asked = []
+
+    def counting(ref, prompts, *rest):
+        asked.append(len(prompts))
+        return real(ref, prompts, *rest)
+
+    monkeypatch.setattr(generate_model_gt_data, "generate", counting)
+    assert generate_model_gt_data.main(work) == 0
+    assert asked == [len(QUESTIONS) - 3]
+    assert Path("a.jsonl").read_bytes().startswith(kept)
+    assert Path("a_final.jsonl").read_bytes() == undisturbed
+
+
+def test_more_samples_extend_an_earlier_run(work):
+    assert generate_model_gt_data.main([*work, "--num_samples", "3", "--keep_truncated"]) == 0
+    first = read_lines("a_final.jsonl")
+    assert len(first) == 3
+    assert generate_model_gt_data.main([*work, "--keep_truncated"]) == 0
+    assert read_lines("a_final.jsonl")[:3] == first and len(read_lines("a_final.jsonl")) == 8
+
+
+def test_partial_answers_of_other_settings_or_prompts_are_refused(work, monkeypatch, capsys):
+    assert generate_model_gt_data.main(work) == 0
+    forbid_models(monkeypatch)
+    check_refused([*work, "--max_tokens", "41"], "a.jsonl .*max_tokens 40, not 41.*remove it", capsys)
+    check_refused([*work, "--dtype", "bfloat16"], "dtype float32, not bfloat16", capsys)
+    lines = read_lines("prompts.jsonl")
+    lines[4]["question"] = "Another?"
+    write_lines(Path("prompts.jsonl"), lines)
+    check_refused(work, "a.jsonl, line .*another prompt than prompts.jsonl, line 5.*remove", capsys)
+
+
+def test_empty_answers_are_dropped_and_counted():
+    def record(index, content, reason):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+        return {"index": index, "messages": messages, "finish_reason": reason, "num_generated_tokens": 2}
+
+    records = {1: record(1, "4", "stop"), 0: record(0, " \n", "stop"), 2: record(2, "5", "length")}
+    kept, figures = generate_model_gt_data.select_answers(records, keep_truncated=False)
+    assert [r["messages"][-1]["content"] for r in kept] == ["4"]
+    assert (figures["empty_dropped"], figures["truncated_dropped"]) == (1, 1)
+    kept, figures = generate_model_gt_data.select_answers(records, keep_truncated=True)
+    assert [r["messages"][-1]["content"] for r in kept] == ["4", "5"]
+    assert (figures["empty_dropped"], figures["truncated"]) == (1, 1)
+
+
+def forbid_models(monkeypatch):
+    def fail(*args, **kwargs):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+
+
+def check_refused(arguments, message, capsys):
+    capsys.readouterr()
+    try:
+        code = generate_model_gt_data.main(arguments)
+    except SystemExit as exit_from_argparse:
+        code = exit_from_argparse.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    "lines,message",
+    [
+        (None, "prompts.jsonl: no such file"),
+        ([], "prompts.jsonl: holds no records"),
+        (['{"question": "1?"}', "not json"], "prompts.jsonl, line 2: not JSON"),
+        (['{"question": "1?"}', "", '{"answer": "2"}'], "line 3: needs 'messages' or 'question'"),
+        (['{"question": "  "}'], "line 1: needs 'messages' or 'question'"),
+        (['{"messages": []}'], "line 1: 'messages' must be a list"),
+        (['{"messages": [{"role": "user", "content": ""}]}'], "line 1: the user message has no content"),
+        (['{"messages": [{"role": "tool", "content": "x"}]}'], "line 1: role 'tool'"),
+        (['{"messages": [{"role": "system", "content": "x"}]}'], "line 1: no user message"),
+        (['{"messages": [{"role": "assistant", "content": "x"}]}'], "line 1: only assistant"),
+        ([json.dumps({"question": "x" * 500})], "line 1: 5.. tokens leave no room .* context of 512"),
+    ],
+)
+def test_bad_prompts_are_one_line_before_a_model_loads(work, monkeypatch, capsys, lines, message):
+    Path("prompts.jsonl").unlink()
+    if lines is not None:
+        Path("prompts.jsonl").write_text("\n".join(lines))
+    forbid_models(monkeypatch)
+    check_refused(work, message, capsys)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--model", "gwen"], "unknown model 'gwen'.*qwen"),
+        (["--num_samples", "0"], "must be a whole number above 0"),
+        (["--max_tokens", "many"], "must be a whole number"),
+        (["--output_file", "prompts.jsonl/a.jsonl"], "prompts.jsonl is a file"),
+        (["--device", "cuda:77"], "--device cuda:77"),
+        (["--device", "gpu"], "--device gpu: not a device"),
+    ],
+)
+def test_bad_flags_are_one_line_before_a_model_loads(work, monkeypatch, capsys, flags, message):
+    forbid_models(monkeypatch)
+    check_refused([*work, *flags], message, capsys)
+
+
+def test_prompts_that_cannot_be_fetched_name_the_id_and_the_remedy(work, monkeypatch, capsys):
+    """`datasets` is told to stay offline, so the failure is its own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("no-cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", "no-cache")
+    forbid_models(monkeypatch)
+    without_input = [word for word in work if word not in ("--input_file", "prompts.jsonl")]
+    check_refused(without_input, "openai/gsm8k cannot be fetched.*--input_file", capsys)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_gives_the_same_answers(work, tiny_folder, tmp_path):
+    # vLLM's attention needs a head size of at least 32
+    folder = tiny_folder("llama", hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    finals = {}
+    for backend in ("vllm", "transformers"):
+        arguments = [*work, "--model", str(folder), "--backend", backend, "--keep_truncated"]
+        arguments += ["--output_file", f"{backend}.jsonl"]
+        command = [sys.executable, str(ROOT / "generate_model_gt_data.py"), *arguments]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stderr
+        assert len(run.stdout.splitlines()) == 1, run.stdout
+        finals[backend] = read_lines(f"{backend}.jsonl")
+    assert finals["vllm"] == finals["transformers"] and len(finals["vllm"]) == len(QUESTIONS)

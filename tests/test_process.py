@@ -1,0 +1,216 @@
+"""Step 2: labels cover exactly the answer and its end-of-turn token; drops are counted."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import CHAT_TEMPLATE, byte_tokenizer
+from transformers import AutoTokenizer
+
+import process_gt_data
+
+CONVERSATIONS = [
+    [("user", "What is 3 + 4?"), ("assistant", "3 + 4 = 7.")],
+    [("system", "Be brief."), ("user", "And 5 + 6?\nSay why."), ("assistant", "  11, because\n\n5 + 6.")],
+    [("user", "1 + 1?"), ("assistant", "Two."), ("user", "Again, in digits?"), ("assistant", "2 — é")],
+]
+
+
+def messages_of(turns) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def expected_sample(turns, tokenizer) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) spelled out piece by piece, without a chat template."""
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    ids, labels = [], []
+    for role, content in turns:
+        head = encode(f"<|im_start|>{role}\n")
+        body, tail = encode(f"{content}<|im_end|>"), encode("\n")
+        ids += head + body + tail
+        counted = body if role == "assistant" else [-100] * len(body)
+        labels += [-100] * len(head) + counted + [-100] * len(tail)
+    return ids, labels
+
+
+@pytest.fixture
+def work(tiny_folder, tmp_path, monkeypatch):
+    """A working folder; returns the command line that processes answers.jsonl in it."""
+    monkeypatch.chdir(tmp_path)
+    write_lines([messages_of(turns) for turns in CONVERSATIONS])
+    return ["--model", str(tiny_folder()), "--input_file", "answers.jsonl", "--output_dir", "out"] + [
+        "--num_cpu_procs", "1",
+    ]  # fmt: skip
+
+
+def write_lines(records) -> None:
+    Path("answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_samples() -> list[dict]:
+    return [json.loads(line) for line in Path("out/data.jsonl").read_text().splitlines()]
+
+
+def test_labels_cover_exactly_the_answers_and_their_end_of_turn(work, capfd):
+    assert process_gt_data.main(work) == 0
+    tokenizer = AutoTokenizer.from_pretrained(work[1])
+    expected = [expected_sample(turns, tokenizer) for turns in CONVERSATIONS]
+    assert [(s["input_ids"], s["labels"]) for s in read_samples()] == expected
+    counted = [[token for token in labels if token != -100] for _, labels in expected]
+    assert tokenizer.decode(counted[0]) == "3 + 4 = 7.<|im_end|>"
+
+    (line,) = capfd.readouterr().out.splitlines()  # of this process and of instructlab's
+    tokens, total = sum(len(ids) for ids, _ in expected), sum(map(len, counted))
+    assert line == (
+        "out/data.jsonl: 3 of 3 samples kept (0 too long, 0 too short), "
+        f"{tokens} tokens, {total} loss-counted"
+    )
+    report = json.loads(Path("out/data_report.json").read_text())
+    assert (report["tokens"], report["loss_counted_tokens"]) == (tokens, total)
+    assert sorted(os.listdir("out")) == ["data.jsonl", "data_report.json"]
+
+
+def test_long_and_short_samples_are_dropped_and_counted(work, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(work[1])
+
+    def of_length(tokens: int):
+        """A conversation of so many tokens: the template's 31, and an answer to fill up."""
+        turns = [("u", "?"), ("assistant", "")]
+        missing = tokens - len(expected_sample(turns, tokenizer)[0])
+        return [turns[0], ("assistant", "x" * missing)]
+
+    lengths = [100, 40, 99, 101, 39]
+    write_lines([messages_of(of_length(n)) for n in lengths] + [messages_of([("assistant", "y")])])
+    assert len(expected_sample([("assistant", "y")], tokenizer)[0]) < 20
+    assert process_gt_data.main([*work, "--max_seq_len", "100"]) == 0
+    assert [len(sample["input_ids"]) for sample in read_samples()] == [40, 99, 39]
+    report = json.loads(Path("out/data_report.json").read_text())
+    assert (report["kept"], report["dropped_too_long"], report["dropped_too_short"]) == (3, 2, 1)
+    assert "3 of 6 samples kept (2 too long, 1 too short)" in capsys.readouterr().out
+
+
+def test_when_every_sample_is_dropped_nothing_is_written(work, capsys):
+    check_refused([*work, "--max_seq_len", "30"], "no sample is left, 3 have --max_seq_len 30", capsys)
+    write_lines([messages_of([("assistant", "y")])])
+    check_refused(work, "no sample is left, 0 .* 1 fewer than 20", capsys)
+    assert os.listdir("out") == []
+
+
+def test_earlier_data_is_replaced_whole_or_not_at_all(work, monkeypatch):
+    Path("out").mkdir()
+    Path("out/data.jsonl").write_text("earlier")
+    Path("out/mine.txt").write_text("of the user")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(process_gt_data, "write_kept_samples", interrupt)
+        assert process_gt_data.main(work) == 130
+    assert Path("out/data.jsonl").read_text() == "earlier"
+    assert sorted(os.listdir("out")) == ["data.jsonl", "mine.txt"]
+    assert process_gt_data.main(work) == 0
+    assert len(read_samples()) == 3 and Path("out/mine.txt").exists()
+
+
+def test_never_more_processes_than_samples_and_no_stale_cache(work, monkeypatch, tmp_path):
+    asked = []
+    real_map = datasets.Dataset.map
+
+    def counting(self, *args, **kwargs):
+        asked.append(kwargs.get("num_proc"))
+        return real_map(self, *args, **kwargs)
+
+    monkeypatch.setattr(datasets.Dataset, "map", counting)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "users-cache")
+    assert process_gt_data.main([*work, "--num_cpu_procs", "8"]) == 0
+    assert set(asked) == {3}
+    assert len(read_samples()) == 3
+    assert not (tmp_path / "users-cache").exists()
+
+
+def test_reasoning_is_kept_where_the_template_sets_it_apart():
+    tokenizer = byte_tokenizer()
+    message = {"role": "assistant", "content": "<think>\n3 and 4\n</think>\n\n7"}
+    assert process_gt_data.split_reasoning(message, tokenizer) == message
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "{{ message['content'] }}",
+        "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+        "{{ message['content'] }}",
+    )
+    split = process_gt_data.split_reasoning(message, tokenizer)
+    assert split == {"role": "assistant", "content": "7", "reasoning_content": "3 and 4"}
+    text = tokenizer.apply_chat_template([split], tokenize=False)
+    assert text == "<|im_start|>assistant\n<think>3 and 4</think>7<|im_end|>\n"
+
+
+USER = {"role": "user", "content": "1 + 1?"}
+ANSWER = {"role": "assistant", "content": "2"}
+
+
+@pytest.mark.parametrize(
+    "lines,message",
+    [
+        (None, "answers.jsonl: no such file; make it with generate_model_gt_data.py"),
+        ([], "answers.jsonl: holds no records"),
+        (["{"], "line 1: not JSON"),
+        ([{"question": "1 + 1?"}], "line 1: needs 'messages'"),
+        ([{"messages": [USER, ANSWER]}, {"messages": [USER]}], "line 2: the last message is not the ass"),
+        ([{"messages": [USER, {"role": "assistant", "content": " "}]}], "line 1: the assistant message has"),
+        ([{"messages": [USER, {"content": "2"}]}], "line 1: each message needs a 'role'"),
+        ([{"messages": [USER, {**ANSWER, "content": "<|UNMASK_BEGIN|>"}]}], "line 1: contains <|UNMASK_"),
+        ([{"messages": [{"role": "pretraining", "content": "x"}, ANSWER]}], "line 1: role 'pretraining'"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(work, monkeypatch, capsys, lines, message):
+    Path("answers.jsonl").unlink()
+    if lines is not None:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        Path("answers.jsonl").write_text("\n".join(texts))
+    check_refused(work, message, capsys)
+    assert not Path("out").exists()
+
+
+def test_what_the_chat_template_refuses_or_leaves_out_names_the_line(work, tiny_folder, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ messages[-1]['content'][:5] }}"
+    )
+    where = "answers.jsonl, line 2"
+    with pytest.raises(process_gt_data.InputError, match=f"{where}: .* no system role"):
+        process_gt_data.check_conversation(messages_of(CONVERSATIONS[1]), where, tokenizer)
+    with pytest.raises(process_gt_data.InputError, match=f"{where}: .* leaves out part of the answer"):
+        process_gt_data.check_conversation(messages_of(CONVERSATIONS[0]), where, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--max_seq_len", "0"], "must be a whole number above 0"),
+        (["--num_cpu_procs", "-1"], "must be a whole number above 0"),
+        (["--model", "gwen"], "unknown model 'gwen'"),
+        (["--output_dir", "answers.jsonl"], "answers.jsonl is a file"),
+    ],
+)
+def test_bad_flags_are_one_line(work, capsys, flags, message):
+    check_refused([*work, *flags], message, capsys)
+
+
+def check_refused(arguments, message, capsys):
+    capsys.readouterr()
+    try:
+        code = process_gt_data.main(arguments)
+    except SystemExit as exit_from_argparse:
+        code = exit_from_argparse.code
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "error:" in line]
+    assert code == 2 and captured.out == "" and len(lines) == 1
+    assert "Traceback" not in captured.err
+    assert re.search(message.replace("<|", r"<\|"), lines[0]), lines[0]
