@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=3, help="of each measurement in a round; the median counts"
     )
-    parser.add_argument("--prompt_tokens", type=int, default=512)
+    parser.add_argument("--prompt_tokens", type=int, default=256)
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--folders", nargs="+", help=argparse.SUPPRESS)

@@ -283,6 +283,8 @@ def test_folders_that_are_not_exports_are_left_alone(tmp_path, base):
         with pytest.raises(InputError, match="not an earlier export"):
             export.export_checkpoint(checkpoint, "folded", output)
     assert (checkpoint / "scales.safetensors").is_file()
+    (tmp_path / "empty").mkdir()
+    export.export_checkpoint(checkpoint, "folded", tmp_path / "empty")
 
 
 def test_arguments(tmp_path, capsys):

@@ -1,0 +1,137 @@
+"""What an export's folder holds: its config, its weights with the scales folded in, reading it back."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hopscotch_common import checkpoints, decilm, scales
+from hopscotch_common.cli import InputError, logger
+from hopscotch_common.folding import absorb_granite, fold, fold_factors
+from hopscotch_common.models import HOPSCOTCH_PREFIX, hopscotch_classes
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an export's weights are: what each is multiplied by (`fold`), and all that it needs."""
+
+    factors: dict[str, float]
+    shapes: dict[str, torch.Size]
+
+
+def skipped_blocks(config) -> list[int]:
+    """Indices of the blocks without attention."""
+    return sorted(config.skipped_attention_blocks or ())
+
+
+def read_scales(checkpoint: Path, num_layers: int) -> torch.Tensor:
+    """The scales [layers, 4], from their own file or (the original system) from among the weights."""
+    if (checkpoint / checkpoints.SCALES_FILE).is_file():
+        return checkpoints.load_scales(checkpoint, num_layers)
+    wanted, found = scales.as_state_dict(torch.ones(num_layers, 4)), {}
+    for path in checkpoints.weight_files(checkpoint):
+        found |= {key: tensor for key, tensor in checkpoints.read_tensors(path).items() if key in wanted}
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other scales")
+    return scales.from_state_dict(found, num_layers)
+
+
+def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
+    """Write the config of the stock architecture; what its weights are."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "transformers_version")
+    kept = {key: value for key, value in config.to_dict().items() if key not in own}
+    stock = AutoConfig.for_model(config.model_type.removeprefix(HOPSCOTCH_PREFIX), **kept)
+    stock.dtype = config.dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stock)
+    stock.architectures = [type(model).__name__]
+    stock.save_pretrained(folder)
+    return Target(fold_factors(values, skipped_blocks(config)), _shapes(model))
+
+
+def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor) -> Target:
+    """Write the DeciLM config and its class; what its weights are. InputError if it cannot hold the model."""
+    decilm.check_representable(config)
+    skipped = skipped_blocks(config)
+    if 0 in skipped:
+        logger.warning("block 0 stays in nemotron_nas, with a zero o_proj: vLLM's code cannot leave it out")
+    removed = set(skipped) - {0}
+    values_of_config = decilm.decilm_config(config, removed)
+    decilm.write_config(values_of_config, folder)
+    factors = fold_factors(values, skipped, getattr(config, "residual_multiplier", 1.0))
+    shaped = decilm.as_hopscotch_config(values_of_config)
+    _, model_class = hopscotch_classes(shaped.model_type)
+    with torch.device("meta"):
+        model = model_class(shaped)
+    return Target(absorb_granite(factors, config), _shapes(model))
+
+
+def _shapes(model) -> dict[str, torch.Size]:
+    """The tensors that a model (on the meta device) reads from its weight files."""
+    unread = set(model.all_tied_weights_keys) | {key for key, _ in _scales_of(model)}
+    return {key: tensor.shape for key, tensor in model.state_dict().items() if key not in unread}
+
+
+def _scales_of(model) -> Iterator[tuple[str, torch.Tensor]]:
+    return scales.named_scales(model) if hasattr(model, "scaled_layer_class") else iter(())
+
+
+def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> None:
+    """Fold the weights, file by file: one file of the checkpoint is in memory at a time."""
+    skipped = set(skipped_blocks(config))
+    sources = [p for p in checkpoints.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
+    weight_map, total_bytes = {}, 0
+    for number, path in enumerate(sources, 1):
+        name = f"model-{number:05}-of-{len(sources):05}.safetensors"
+        name = "model.safetensors" if len(sources) == 1 else name
+        tensors = {}
+        for key, tensor in checkpoints.read_tensors(path).items():
+            if key not in target.shapes or checkpoints.is_skipped_weight(key, skipped):
+                continue
+            tensors[key] = fold(key, tensor, target.factors)
+            if key.endswith(".mlp.down_proj.weight"):
+                tensors |= _unused_attention(int(key.split(".")[2]), target, skipped, tensor.dtype)
+        if tensors:
+            checkpoints.save_tensors(tensors, folder / name)
+            weight_map |= dict.fromkeys(tensors, name)
+            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    missing = sorted(set(target.shapes) - set(weight_map))
+    if missing:
+        raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other weights")
+    if len(sources) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / checkpoints.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _unused_attention(layer: int, target: Target, skipped: set[int], dtype) -> dict[str, torch.Tensor]:
+    """The attention weights of a skipped block, where the target has them all the same: it adds 0."""
+    keys = [k for k in target.shapes if k.startswith(f"model.layers.{layer}.")]
+    return {
+        key: (torch.ones if re.search(r"norm\.weight$", key) else torch.zeros)(
+            target.shapes[key], dtype=dtype
+        )
+        for key in keys
+        if checkpoints.is_skipped_weight(key, skipped)
+    }
+
+
+def load_exported(folder: Path, format: str, **options):
+    """An export as a transformers model; every tensor must be read, and none be missing."""
+    from transformers import AutoModelForCausalLM
+
+    if format == "folded":
+        model_class = AutoModelForCausalLM
+    else:
+        shaped = decilm.as_hopscotch_config(json.loads((folder / "config.json").read_text()))
+        _, model_class = hopscotch_classes(shaped.model_type)
+        options |= {"config": shaped}
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    wrong = [f"{kind} {sorted(info[kind])[0]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
+    assert not wrong, wrong
+    return model.eval()
