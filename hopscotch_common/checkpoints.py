@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from hopscotch_common import modeling_hopscotch, scales
-from hopscotch_common.cli import InputError
+from hopscotch_common.cli import InputError, progress_over
 from hopscotch_common.models import (
     FAMILIES,
     HOPSCOTCH_PREFIX,
@@ -167,7 +167,7 @@ def _write_base(target: Path, base: ModelRef, skipped: list[int], num_layers: in
 
     files = weight_files(source)
     weight_map, total, removed, total_bytes = {}, 0, 0, 0
-    for number, path in enumerate(files, 1):
+    for number, path in enumerate(progress_over(files, "writing weights"), 1):
         name = f"base-{number:05}-of-{len(files):05}.safetensors"
         kept = {}
         for key, tensor in read_tensors(path).items():

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 logger = logging.getLogger("hopscotch")
@@ -104,6 +104,13 @@ def progress(total: int, what: str):
 
     with Bar(total=total, desc=what, unit="batch", disable=not is_main_process(), dynamic_ncols=True) as bar:
         yield bar
+
+
+def progress_over(items: Sequence, what: str) -> Iterator:
+    """The items, with a bar on stderr that shows once two seconds have passed."""
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=what, delay=2, disable=not is_main_process(), dynamic_ncols=True))
 
 
 def positive_int(text: str) -> int:

@@ -212,7 +212,8 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, resolved)
-    transformers_logging.disable_progress_bar()
+    if ref.embedded:  # loads in a second; larger models show transformers' own bar
+        transformers_logging.disable_progress_bar()
     model = model_class.from_pretrained(ref.folder(), **options)
     scales.freeze_base(model)
     return model.eval()

@@ -272,22 +272,20 @@ class SearchBar(Progress):
         from tqdm import tqdm
 
         self.bar = tqdm(unit="batch", disable=processes.rank != 0, dynamic_ncols=True)
-        self.iterations_left = num_iterations
+        self.num_iterations, self.iterations_begun = num_iterations, 0
         self.racing = racing
         self.processes = processes.count
         self.costs: list[int] = []
         self.begun_at = 0
 
     def start_iteration(self, num_candidates: int, num_batches: int) -> None:
-        self._close_iteration()
-        self.begun_at = self.bar.n
-        self.num_candidates, self.num_batches = num_candidates, num_batches
-        self.bar.set_description(f"block {len(self.costs) + 1}")
-        self._estimate(num_candidates, 0)
-
-    def _close_iteration(self) -> None:
         if self.bar.n > self.begun_at:
             self.costs.append(self.bar.n - self.begun_at)
+        self.iterations_begun += 1
+        self.begun_at = self.bar.n
+        self.num_candidates, self.num_batches = num_candidates, num_batches
+        self.bar.set_description(f"block {self.iterations_begun}")
+        self._estimate(num_candidates, 0)
 
     def _estimate(self, racing: int, batches_done: int) -> None:
         full = math.ceil(self.num_candidates / self.processes) * self.num_batches
@@ -297,7 +295,8 @@ class SearchBar(Progress):
         spent = self.bar.n - self.begun_at
         finish_leader = self.num_batches - batches_done
         here = max(expected, spent + finish_leader) if self.racing else full
-        self.bar.total = math.ceil(self.begun_at + here + expected * (self.iterations_left - 1))
+        later = expected * (self.num_iterations - self.iterations_begun)
+        self.bar.total = math.ceil(self.begun_at + here + later)
         self.bar.refresh()
 
     def on_batch(self, loss: float) -> None:

@@ -86,6 +86,18 @@ def test_known_losses_are_not_trained_again(tiny_folder):
     assert iterate(tiny_folder(), batches, known={0: 0.0}).block == 0
 
 
+def test_the_bar_knows_what_a_full_search_takes():
+    bar = search.SearchBar(num_iterations=2, racing=False, processes=Processes())
+    for candidates in (4, 3):
+        bar.start_iteration(candidates, num_batches=5)
+        for _ in range(5 * candidates):
+            bar.on_batch(1.0)
+        bar.advanced(candidates, 5, Candidate(0, [1.0]))
+        totals = bar.bar.total
+    bar.close()
+    assert totals == bar.bar.n == 35
+
+
 def racing(*losses: list[float]) -> list[Candidate]:
     return [Candidate(block, list(values)) for block, values in enumerate(losses)]
 
