@@ -42,7 +42,7 @@ def token_budget(samples: Sequence[Sample], model, requested: int | None) -> int
     """
     if requested is not None:
         return requested
-    default = 512 if model.device.type == "cpu" else 16384
+    default = 256 if model.device.type == "cpu" else 16384
     return max(default, max(len(sample) for sample in samples))
 
 
