@@ -17,37 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import Cache, DynamicCache
 
-GROUPED_SDPA = "hopscotch_grouped_sdpa"
+from hopscotch_common.slot_cache import SlotLayer
+
 HEADROOM = 128  # columns that a rebuilt cache has left to grow into
 PREFILL_TOKENS = 4096  # padded prompt tokens that are prefilled at once; bounds activation memory
 FIRST_GUESS = 256  # tokens an answer is expected to have, until one has ended
-
-
-def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention kernel for transformers: sdpa that copies no keys or values when decoding.
-
-    Stock sdpa with a mask repeats each key and value for every query head that shares it. For a
-    single query token those heads can be rows of one query instead, and nothing is repeated.
-
-    query: [rows, heads, queries, dim]; key, value: [rows, kv_heads, columns, dim]; attention_mask:
-    [rows, 1, queries, columns] or None. Returns ([rows, queries, heads, dim], None).
-    """
-    rows, heads, queries, dim = query.shape
-    if queries != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    grouped = query.reshape(rows, key.shape[1], -1, dim)
-    output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(rows, 1, heads, dim), None
-
-
-AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
-AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
 
 
 @dataclass
@@ -72,34 +48,6 @@ class Row:
             self.finish_reason = "length"
 
 
-class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, [slots, kv_heads, capacity, dim]; writes at column `clock`."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, clock: int):
-        super().__init__()
-        self.keys, self.values, self.clock = keys, values, clock
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states, value_states):
-        pass
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        end = self.clock + key_states.shape[2]
-        self.keys[:, :, self.clock : end] = key_states
-        self.values[:, :, self.clock : end] = value_states
-        self.clock = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.clock + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.clock
-
-    def get_max_length(self) -> int:
-        return -1
-
-
 class GreedyDecoder:
     """Decodes prompts greedily, as many at once as the token budget holds.
 
@@ -122,7 +70,7 @@ class GreedyDecoder:
         ]
         self.waiting = sorted(rows, key=_longest_first)  # the next one is the last, the shortest
         self.slots: list[Row | None] = []
-        self.layers: list[_SlotLayer] = []
+        self.layers: list[SlotLayer] = []
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self.clock = 0
         self.ended, self.generated = 0, 0
@@ -230,7 +178,7 @@ class GreedyDecoder:
         cache = DynamicCache()  # without the config: keeps all columns, sliding window or not
         tokens = self._forward(padded, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         if not self.layers:
-            self.layers = [self._empty_layer(layer) for layer in cache.layers]
+            self.layers = [SlotLayer.like(layer, *self.mask.shape, self.clock) for layer in cache.layers]
         start = self.clock - length
         for layer, filled in zip(self.layers, cache.layers, strict=True):
             layer.keys[slots, :, start : self.clock] = filled.keys
@@ -240,14 +188,6 @@ class GreedyDecoder:
         for slot, row, token in zip(slots, rows, tokens, strict=True):
             self.slots[slot] = row
             row.append(token, self.stop_ids)
-
-    def _empty_layer(self, like) -> _SlotLayer:
-        shape = (len(self.slots), like.keys.shape[1], self.mask.shape[1])
-        return _SlotLayer(
-            like.keys.new_zeros(*shape, like.keys.shape[-1]),
-            like.values.new_zeros(*shape, like.values.shape[-1]),
-            self.clock,
-        )
 
     def _step(self) -> None:
         """One more token for every row. Free slots run along with token 0; nothing reads them."""

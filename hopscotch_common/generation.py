@@ -138,7 +138,7 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
-        from hopscotch_common.decoding import GROUPED_SDPA
+        from hopscotch_common.slot_cache import GROUPED_SDPA
 
         device = resolve_device(options.device)
         attention = options.attn_implementation

@@ -1,5 +1,6 @@
 """Tiny random models of every family, and a tokenizer with a chat template, made once a session."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def byte_tokenizer():
         pad_token="<pad>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def check_refused(script, arguments, message: str, capsys) -> None:
+    """A script's main refuses: exit code 2, nothing on stdout, one line on stderr like `message`."""
+    capsys.readouterr()
+    try:
+        code = script.main(arguments)
+    except SystemExit as exit_from_argparse:
+        code = exit_from_argparse.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and re.search(message, lines[0]), captured.err
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, check_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import generate_model_gt_data
-from hopscotch_common import decoding, generation
+from hopscotch_common import decoding, generation, slot_cache
 from hopscotch_common.cli import InputError
 from hopscotch_common.generation import EngineOptions
 from hopscotch_common.models import FAMILIES
@@ -61,7 +61,7 @@ def test_batched_answers_equal_one_prompt_at_a_time(tiny_folder, small_steps, fa
     folder = tiny_folder(family, **changes)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=decoding.GROUPED_SDPA
+        folder, dtype=torch.float32, attn_implementation=slot_cache.GROUPED_SDPA
     )
     prompts = random_prompts(24)
     limits = [MAX_TOKENS - index % 3 for index in range(len(prompts))]
@@ -92,7 +92,7 @@ def test_batched_answers_equal_one_prompt_at_a_time(tiny_folder, small_steps, fa
 
 
 def test_a_prompt_longer_than_the_budget_runs_alone(tiny_folder):
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder(), attn_implementation=decoding.GROUPED_SDPA)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder(), attn_implementation=slot_cache.GROUPED_SDPA)
     prompts = [[9] * 60, [8] * 3]
     rows = list(decoding.GreedyDecoder(model, prompts, [5, 5], set(), max_tokens_per_batch=10).run())
     assert {row.index: len(row.generated) for row in rows} == {0: 5, 1: 5}
@@ -111,7 +111,7 @@ def test_grouped_attention_equals_stock_sdpa(queries, masked):
     mask = torch.rand(2, 1, queries, 7) > 0.4 if masked else None
     if masked:
         mask[..., -1] = True
-    ours, _ = decoding.grouped_sdpa(Module(), query, key, value, mask, scaling=0.3)
+    ours, _ = slot_cache.grouped_sdpa(Module(), query, key, value, mask, scaling=0.3)
     stock, _ = sdpa_attention_forward(Module(), query, key, value, mask, scaling=0.3)
     assert torch.allclose(ours, stock, atol=1e-6)
     other, _ = sdpa_attention_forward(Module(), query, key.flip(1), value, mask, scaling=0.3)
@@ -269,12 +269,24 @@ def test_more_samples_extend_an_earlier_run(work):
 def test_partial_answers_of_other_settings_or_prompts_are_refused(work, monkeypatch, capsys):
     assert generate_model_gt_data.main(work) == 0
     forbid_models(monkeypatch)
-    check_refused([*work, "--max_tokens", "41"], "a.jsonl .*max_tokens 40, not 41.*remove it", capsys)
-    check_refused([*work, "--dtype", "bfloat16"], "dtype float32, not bfloat16", capsys)
+    check_refused(
+        generate_model_gt_data,
+        [*work, "--max_tokens", "41"],
+        "a.jsonl .*max_tokens 40, not 41.*remove it",
+        capsys,
+    )
+    check_refused(
+        generate_model_gt_data, [*work, "--dtype", "bfloat16"], "dtype float32, not bfloat16", capsys
+    )
     lines = read_lines("prompts.jsonl")
     lines[4]["question"] = "Another?"
     write_lines(Path("prompts.jsonl"), lines)
-    check_refused(work, "a.jsonl, line .*another prompt than prompts.jsonl, line 5.*remove", capsys)
+    check_refused(
+        generate_model_gt_data,
+        work,
+        "a.jsonl, line .*another prompt than prompts.jsonl, line 5.*remove",
+        capsys,
+    )
 
 
 def test_empty_answers_are_dropped_and_counted():
@@ -298,18 +310,6 @@ def forbid_models(monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
 
 
-def check_refused(arguments, message, capsys):
-    capsys.readouterr()
-    try:
-        code = generate_model_gt_data.main(arguments)
-    except SystemExit as exit_from_argparse:
-        code = exit_from_argparse.code
-    captured = capsys.readouterr()
-    assert code == 2 and captured.out == ""
-    (line,) = captured.err.strip().splitlines()
-    assert re.search(message, line), line
-
-
 @pytest.mark.parametrize(
     "lines,message",
     [
@@ -331,7 +331,7 @@ def test_bad_prompts_are_one_line_before_a_model_loads(work, monkeypatch, capsys
     if lines is not None:
         Path("prompts.jsonl").write_text("\n".join(lines))
     forbid_models(monkeypatch)
-    check_refused(work, message, capsys)
+    check_refused(generate_model_gt_data, work, message, capsys)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_bad_prompts_are_one_line_before_a_model_loads(work, monkeypatch, capsys
 )
 def test_bad_flags_are_one_line_before_a_model_loads(work, monkeypatch, capsys, flags, message):
     forbid_models(monkeypatch)
-    check_refused([*work, *flags], message, capsys)
+    check_refused(generate_model_gt_data, [*work, *flags], message, capsys)
 
 
 def test_prompts_that_cannot_be_fetched_name_the_id_and_the_remedy(work, monkeypatch, capsys):
@@ -359,7 +359,9 @@ def test_prompts_that_cannot_be_fetched_name_the_id_and_the_remedy(work, monkeyp
     monkeypatch.setenv("HF_HUB_CACHE", "no-cache")
     forbid_models(monkeypatch)
     without_input = [word for word in work if word not in ("--input_file", "prompts.jsonl")]
-    check_refused(without_input, "openai/gsm8k cannot be fetched.*--input_file", capsys)
+    check_refused(
+        generate_model_gt_data, without_input, "openai/gsm8k cannot be fetched.*--input_file", capsys
+    )
 
 
 @pytest.mark.vllm

@@ -2,12 +2,11 @@
 
 import json
 import os
-import re
 from pathlib import Path
 
 import datasets
 import pytest
-from conftest import CHAT_TEMPLATE, byte_tokenizer
+from conftest import CHAT_TEMPLATE, byte_tokenizer, check_refused
 from transformers import AutoTokenizer
 
 import process_gt_data
@@ -96,9 +95,11 @@ def test_long_and_short_samples_are_dropped_and_counted(work, capsys):
 
 
 def test_when_every_sample_is_dropped_nothing_is_written(work, capsys):
-    check_refused([*work, "--max_seq_len", "30"], "no sample is left, 3 have --max_seq_len 30", capsys)
+    check_refused(
+        process_gt_data, [*work, "--max_seq_len", "30"], "no sample is left, 3 have --max_seq_len 30", capsys
+    )
     write_lines([messages_of([("assistant", "y")])])
-    check_refused(work, "no sample is left, 0 .* 1 fewer than 20", capsys)
+    check_refused(process_gt_data, work, "no sample is left, 0 .* 1 fewer than 20", capsys)
     assert os.listdir("out") == []
 
 
@@ -173,7 +174,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(work, monkeypatch, capsys,
     if lines is not None:
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         Path("answers.jsonl").write_text("\n".join(texts))
-    check_refused(work, message, capsys)
+    check_refused(process_gt_data, work, message, capsys)
     assert not Path("out").exists()
 
 
@@ -200,17 +201,4 @@ def test_what_the_chat_template_refuses_or_leaves_out_names_the_line(work, tiny_
     ],
 )
 def test_bad_flags_are_one_line(work, capsys, flags, message):
-    check_refused([*work, *flags], message, capsys)
-
-
-def check_refused(arguments, message, capsys):
-    capsys.readouterr()
-    try:
-        code = process_gt_data.main(arguments)
-    except SystemExit as exit_from_argparse:
-        code = exit_from_argparse.code
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "error:" in line]
-    assert code == 2 and captured.out == "" and len(lines) == 1
-    assert "Traceback" not in captured.err
-    assert re.search(message.replace("<|", r"<\|"), lines[0]), lines[0]
+    check_refused(process_gt_data, [*work, *flags], message, capsys)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, check_refused
 from test_search import write_data
 from test_training import random_samples, reference_loss
 from transformers import AutoModelForCausalLM
@@ -212,19 +212,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
         monkeypatch.undo()
         os.chdir(tmp_path)
     check_refused(script, base + arguments, message, capsys)
-
-
-def check_refused(script, arguments, message, capsys):
-    import re
-
-    try:
-        code = script.main(arguments)
-    except SystemExit as exit_from_argparse:
-        code = exit_from_argparse.code
-    captured = capsys.readouterr()
-    assert code == 2 and captured.out == ""
-    (line,) = captured.err.strip().splitlines()
-    assert re.search(message, line), line
 
 
 def test_data_of_another_model_is_refused(work, tmp_path, capsys):

@@ -1,0 +1,108 @@
+"""Where the prompts of step 1 come from, and their token ids in the model's chat template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hopscotch_common.cli import InputError, logger
+from hopscotch_common.models import ModelRef
+
+EMBEDDED_PROMPTS = Path(__file__).parents[1] / "examples" / "math_problems.jsonl"
+LOCAL_PROMPTS = Path("gsm8k.jsonl")
+HUB_PROMPTS = "openai/gsm8k"
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages to answer, and where they came from (file and line) for error messages."""
+
+    messages: list[dict]
+    where: str
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a JSONL file, every line checked. InputError names file and line."""
+    from hopscotch_common.data import read_jsonl  # imports torch
+
+    return [prompt_of(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+
+
+def prompt_of(record: dict, where: str) -> Prompt:
+    """The prompt of one record with `messages` or `question`; InputError when there is none."""
+    from hopscotch_common.data import check_messages
+
+    if "messages" in record:
+        messages = record["messages"]
+        if isinstance(messages, list):
+            messages = [m for m in messages if not (isinstance(m, dict) and m.get("role") == "assistant")]
+            if not messages and record["messages"]:
+                raise InputError(f"{where}: only assistant messages, there is nothing to answer")
+        messages = [
+            {"role": message["role"], "content": message["content"]}
+            for message in check_messages(messages, where)
+        ]
+        for message in messages:
+            if message["role"] not in ROLES:
+                raise InputError(f"{where}: role {message['role']!r} is not one of {', '.join(ROLES)}")
+        if messages[-1]["role"] != "user":
+            raise InputError(f"{where}: no user message after the system message")
+        return Prompt(messages, where)
+    question = record.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{where}: needs 'messages' or 'question' with text in it")
+    return Prompt([{"role": "user", "content": question}], where)
+
+
+def hub_prompts() -> list[Prompt]:
+    """The training questions of openai/gsm8k; InputError when they cannot be fetched."""
+    from datasets import load_dataset
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # without a network it would warn of each of its retries
+    try:
+        rows = load_dataset(HUB_PROMPTS, "main", split="train")
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(
+            f"{HUB_PROMPTS} cannot be fetched from the Hugging Face hub ({type(error).__name__}): "
+            f"give prompts with --input_file, or put them in {LOCAL_PROMPTS} in this folder"
+        ) from error
+    return [prompt_of(row, f"{HUB_PROMPTS}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def find_prompts(input_file: Path | None, model: ModelRef) -> list[Prompt]:
+    """The prompts of --input_file, or else the default ones."""
+    if input_file is not None:
+        return read_prompts(input_file)
+    if model.embedded:
+        return read_prompts(EMBEDDED_PROMPTS)
+    if LOCAL_PROMPTS.is_file():
+        logger.info("prompts from %s in this folder", LOCAL_PROMPTS)
+        return read_prompts(LOCAL_PROMPTS)
+    return hub_prompts()
+
+
+def tokenize(prompts: Sequence[Prompt], tokenizer, context: int) -> list[list[int]]:
+    """Token ids of each prompt in the chat template, with the generation prompt.
+
+    Raises InputError for one that the template refuses, or that leaves no room for an answer in
+    a context of `context` tokens.
+    """
+    from jinja2 import TemplateError
+
+    token_ids = []
+    for prompt in prompts:
+        try:
+            ids = tokenizer.apply_chat_template(
+                prompt.messages, add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise InputError(f"{prompt.where}: the model's chat template refuses it: {error}") from error
+        if len(ids) >= context:
+            raise InputError(
+                f"{prompt.where}: {len(ids)} tokens leave no room for an answer in the model's "
+                f"context of {context}; shorten it or leave it out"
+            )
+        token_ids.append(ids)
+    return token_ids
