@@ -3,7 +3,7 @@
     python benchmarks/search.py --model smollm --data_path data/smollm-processed-data/data.jsonl --runs 3
 
 Each figure comes from a process of its own, the kinds in turn, `--runs` times; medians are
-reported. `--race_epochs` runs a whole iteration with `--search race` as well. Writes
+reported. `--race` also runs a whole iteration with `--search race`. Writes
 benchmarks/results/search_cpu.json.
 """
 

@@ -67,8 +67,14 @@ def byte_tokenizer():
     )
 
 
+PROGRESS_BAR = re.compile(r"\[\d\d:\d\d.*/\w+\]$")
+
+
 def check_refused(script, arguments, message: str, capsys) -> None:
-    """A script's main refuses: exit code 2, nothing on stdout, one line on stderr like `message`."""
+    """A script's main refuses: exit code 2, nothing on stdout, one line on stderr like `message`.
+
+    Progress bars may come before it, where the input can only be judged after some work.
+    """
     capsys.readouterr()
     try:
         code = script.main(arguments)
@@ -76,7 +82,7 @@ def check_refused(script, arguments, message: str, capsys) -> None:
         code = exit_from_argparse.code
     captured = capsys.readouterr()
     assert code == 2 and captured.out == ""
-    lines = captured.err.strip().splitlines()
+    lines = [line for line in captured.err.splitlines() if line.strip() and not PROGRESS_BAR.search(line)]
     assert len(lines) == 1 and re.search(message, lines[0]), captured.err
 
 
