@@ -43,7 +43,7 @@ def reference(arguments: argparse.Namespace) -> dict:
     def load(*args, original=reference_search.load):
         nonlocal weights
         result = original(*args)
-        weights = measuring.reset_peak_memory()
+        weights = measuring.reset_peak_memory(result[0])
         return result
 
     reference_search.load = load
@@ -62,14 +62,21 @@ def prepared(arguments: argparse.Namespace):
 
     model = load_model(arguments.model, device="cpu")
     samples = load_samples(arguments.data_path, model.config.vocab_size, None, arguments.max_samples)
-    flags = argparse.Namespace(batch_size=arguments.batch_size, max_tokens_per_batch=None, seed=42)
-    return model, ScaleTrainer(model, 1e-2), epoch_batches(samples, model, flags)
+    return model, ScaleTrainer(model, 1e-2), epoch_batches(samples, model, search_flags(arguments))
+
+
+def search_flags(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The flags of the search, defaults where this script has none."""
+    import block_selection
+
+    flags = ["--data_path", str(arguments.data_path), "--batch_size", str(arguments.batch_size)]
+    return block_selection.build_parser().parse_args(["--model", arguments.model.source, *flags])
 
 
 def ours(arguments: argparse.Namespace) -> dict:
     """One candidate of the search; the model is loaded once for all, so its loading does not count."""
     model, trainer, batches = prepared(arguments)
-    weights = measuring.reset_peak_memory()
+    weights = measuring.reset_peak_memory(model)
     start = time.perf_counter()
     trainer.start([arguments.candidate])
     losses = trainer.run(batches, "epoch 0")
@@ -84,17 +91,16 @@ def ours(arguments: argparse.Namespace) -> dict:
 
 def race(arguments: argparse.Namespace) -> dict:
     """A whole iteration of the race with the default settings."""
-    import block_selection
     from hopscotch_common.search import Journal, Processes, Progress, Race, run_iteration
 
-    defaults = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
+    flags = search_flags(arguments)
     _, trainer, batches = prepared(arguments)
     start = time.perf_counter()
     found = run_iteration(
         trainer,
         batches,
         [],
-        Race(defaults.first_look, defaults.confidence),
+        Race(flags.first_look, flags.confidence),
         Journal(None, {}),
         {},
         Processes(),
@@ -123,13 +129,15 @@ def count_flops(model, batches, skipped: int) -> float:
     width = config.num_attention_heads * config.head_dim
     total = 0.0
     for batch in batches:
+        prefix = 0 if batch.prefix is None else batch.prefix.shape[1]
+        total += 4 * active * prefix + (layers - skipped) * 6 * width * prefix**2
         for minibatch in batch.minibatches:
             mask = minibatch.attention_mask
             rows, length = minibatch.input_ids.shape
             lengths = [length] * rows if mask is None else mask.sum(1).tolist()
             total += 4 * active * sum(lengths)
             total += 4 * model.lm_head.weight.numel() * len(minibatch.targets)
-            total += (layers - skipped) * 6 * width * sum(n * n for n in lengths)
+            total += (layers - skipped) * 6 * width * sum(n * n + 2 * n * prefix for n in lengths)
     return total
 
 

@@ -168,7 +168,7 @@ def add_training_arguments(
         "--max_tokens_per_batch",
         type=positive_int,
         help="most tokens that run at once, padding included: bounds memory, does not change the result "
-        "(default: 16384 on a GPU, 256 on a CPU, or the longest answer if that is more)",
+        "(default: 16384 on a GPU, 512 on a CPU, or the longest answer if that is more)",
     )
     group.add_argument(
         "--max_samples", type=positive_int, help="use the first so many answers (default: all)"

@@ -13,6 +13,7 @@ from hopscotch_common import scales
 from hopscotch_common.cli import TrainingError
 from hopscotch_common.data import Batch, Minibatch, Sample, make_batches
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common.shared_prefix import SharedPrefix
 
 # Rows of logits alive at once, by device type: torch's own choice is many times slower on a CPU.
 LOGIT_ROWS = {"cpu": 256}
@@ -38,11 +39,11 @@ def packs(model) -> bool:
 def token_budget(samples: Sequence[Sample], model, requested: int | None) -> int:
     """Tokens that run at once: as requested, else by device, and never below the longest sample.
 
-    On a CPU small minibatches are as fast as large ones, waste less on padding and need less memory.
+    On a CPU few answers at a time are as fast as many, waste less on padding and need less memory.
     """
     if requested is not None:
         return requested
-    default = 256 if model.device.type == "cpu" else 16384
+    default = 512 if model.device.type == "cpu" else 16384
     return max(default, max(len(sample) for sample in samples))
 
 
@@ -55,22 +56,32 @@ def epoch_batches(samples: Sequence[Sample], model, arguments, epoch: int = 0, *
         seed=arguments.seed,
         epoch=epoch,
         packed=packs(model),
+        share_prefix=not (packs(model) or arguments.gradient_checkpointing or arguments.compile),
         pad_token_id=model.config.pad_token_id or 0,
         **options,
     )
 
 
-def summed_loss(model, minibatch: Minibatch) -> torch.Tensor:
+def prefix_of(model, batch: Batch) -> SharedPrefix | None:
+    """What the batch's samples share, computed; None where they share nothing."""
+    return None if batch.prefix is None else SharedPrefix(model, batch.prefix.to(model.device))
+
+
+def summed_loss(model, minibatch: Minibatch, prefix: SharedPrefix | None = None) -> torch.Tensor:
     """Cross entropy summed over the minibatch's loss-counted tokens, a float32 scalar.
+
+    prefix: the `prefix_of` its batch.
 
     Only hidden states that predict such a token reach the LM head, and their logits are made and
     consumed a few rows at a time, so the full [tokens, vocabulary] matrix never exists. Of a model
     that is spread over devices, the loss is on the LM head's.
     """
+    mask = minibatch.attention_mask
     hidden = model.model(
         input_ids=minibatch.input_ids,
-        attention_mask=minibatch.attention_mask,
+        attention_mask=mask if prefix is None else prefix.extended_mask(mask),
         position_ids=minibatch.position_ids,
+        past_key_values=None if prefix is None else prefix.cache(len(minibatch.input_ids)),
         use_cache=False,
     ).last_hidden_state
     hidden = hidden.flatten(0, 1)[minibatch.predicting.to(hidden.device)]
@@ -96,8 +107,9 @@ def evaluate(
     """Mean loss, in nats a token, over all loss-counted tokens of the batches (of all processes)."""
     total, tokens = torch.zeros(1, device=model.device), 0
     for batch in batches:
+        prefix = prefix_of(model, batch)
         for minibatch in batch.minibatches:
-            total += summed_loss(model, minibatch.to(model.device)).to(total.device)
+            total += summed_loss(model, minibatch.to(model.device), prefix).to(total.device)
         tokens += batch.num_loss_counted_tokens
         on_batch()
     return (total if reduce is None else reduce(total)).item() / tokens
@@ -173,19 +185,24 @@ class ScaleTrainer:
         """
         device = self.model.device
         total = torch.zeros((), device=device)
-        for number, minibatch in enumerate(batch.minibatches):
-            rows, length = minibatch.input_ids.shape
-            try:
-                loss = summed_loss(self.model, minibatch.to(device)) / batch.num_loss_counted_tokens
+        running = "the tokens that the batch's samples share"
+        try:
+            prefix = prefix_of(self.model, batch)
+            for number, minibatch in enumerate(batch.minibatches):
+                rows, length = minibatch.input_ids.shape
+                running = f"minibatch {number} ({rows} x {length} tokens)"
+                loss = summed_loss(self.model, minibatch.to(device), prefix) / batch.num_loss_counted_tokens
                 loss.backward()
-            except RuntimeError as error:  # torch has no common class for it over its devices
-                if not _is_out_of_memory(error):
-                    raise
-                raise TrainingError(
-                    f"{where}: out of memory in minibatch {number} ({rows} x {length} tokens); "
-                    "lower --max_tokens_per_batch, or use --gradient_checkpointing"
-                ) from error
-            total += loss.detach().to(device)
+                total += loss.detach().to(device)
+            if prefix is not None:
+                prefix.backward()
+        except RuntimeError as error:  # torch has no common class for it over its devices
+            if not _is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"{where}: out of memory in {running}; "
+                "lower --max_tokens_per_batch, or use --gradient_checkpointing"
+            ) from error
         if self.reduce is not None:
             total = self._reduce_gradients(total)
         self.optimizer.step()

@@ -207,6 +207,47 @@ def test_packed_rows_keep_to_their_own_targets():
     assert len(minibatch.targets) == sum(sample.num_loss_counted_tokens for sample in samples)
 
 
+def with_prefix(samples: list[data.Sample], length: int) -> list[data.Sample]:
+    ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(9)).tolist()
+    return [data.Sample(ids + s.input_ids, [-100] * length + s.labels) for s in samples]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [(family, {}) for family in sorted(FAMILY_SIZES)]
+    + [
+        ("mistral", {"sliding_window": 6}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    ],
+)
+def test_a_shared_prefix_changes_nothing(tiny_folder, family, changes):
+    samples = with_prefix(random_samples(), 10)
+    trainer = ScaleTrainer(load_model(model_ref(str(tiny_folder(family, **changes))), device="cpu"), 1e-2)
+    results = []
+    for share in (False, True):
+        batches = data.make_batches(samples, 4, 60, seed=0, share_prefix=share)
+        assert all((batch.prefix is not None) == share for batch in batches)
+        rows = [mb.input_ids.shape for batch in batches for mb in batch.minibatches]
+        assert max(count for count, _ in rows) > 1  # padding is covered
+        assert all(count * length <= 60 - 10 * share for count, length in rows)
+        trainer.start([0])
+        losses = trainer.run(batches, "epoch 0")
+        results.append((losses, scales.snapshot(trainer.model), evaluate(trainer.model, batches)))
+    (losses, trained, loss), expected = results[1], results[0]
+    assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
+    assert_close(trained, expected[1], rtol=1e-4, atol=1e-4)
+    assert math.isclose(loss, expected[2], rel_tol=1e-5)
+
+
+def test_a_prefix_is_shared_where_it_saves_and_predicts_nothing():
+    samples = with_prefix([data.Sample([5, 6, 7], [-100, -100, 7]), data.Sample([5, 8, 9], [-100, 8, 9])], 10)
+    assert data.shared_prefix(samples) == samples[0].input_ids[:10]  # 5 predicts 8
+    assert data.shared_prefix([samples[0], samples[0]]) == samples[0].input_ids[:11]  # 6 predicts 7
+    assert data.shared_prefix(samples[:1]) == []
+    long = data.Sample(samples[0].input_ids + [1] * 30, samples[0].labels + [1] * 30)
+    assert data.shared_prefix([samples[0], long]) == []  # 11 of 56 tokens
+
+
 def test_split_is_disjoint_complete_and_seeded():
     samples = random_samples(10)
     training, held_out = data.split_samples(samples, 0.2, seed=1)
