@@ -50,12 +50,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="full: an epoch for each candidate; race: candidates that are beyond doubt worse drop out early",
     )
     group.add_argument(
-        "--first_look", type=cli.positive_int, default=2, help="race: batches before the first comparison"
+        "--first_look",
+        type=cli.positive_int,
+        help="race: batches before the first comparison (default: a 32nd of an epoch, at least 1)",
+    )
+    group.add_argument(
+        "--keep",
+        type=cli.positive_fraction,
+        default=0.5,
+        help="race: share of the candidates that goes on at most after the first look, "
+        "and again each time the number of batches has doubled (1: no limit)",
     )
     group.add_argument(
         "--confidence",
         type=cli.positive_float,
-        default=2.5,
+        default=2.0,
         help="race: a candidate drops out when it is this many standard errors worse than the leader",
     )
     cli.add_training_arguments(parser, learning_rate=1e-2)
@@ -93,7 +102,7 @@ def settings(arguments: argparse.Namespace, samples: list) -> dict:
         "dtype": arguments.dtype,
     }
     if arguments.search == "race":
-        values |= {"first_look": arguments.first_look, "confidence": arguments.confidence}
+        values |= {name: getattr(arguments, name) for name in ("first_look", "keep", "confidence")}
     return values
 
 
@@ -143,9 +152,11 @@ def main(argv: list[str] | None = None) -> int:
         processes.count,
     )
 
-    racing = arguments.search == "race"
-    race = search.Race(arguments.first_look, arguments.confidence) if racing else search.FULL
-    bar = search.SearchBar(arguments.num_blocks, racing, processes)
+    race = search.FULL
+    if arguments.search == "race":
+        first_look = arguments.first_look or search.default_first_look(len(batches))
+        race = search.Race(first_look, arguments.confidence, arguments.keep)
+    bar = search.SearchBar(arguments.num_blocks, race, processes)
     iterations: list[search.Iteration] = []
     try:
         for _ in range(arguments.num_blocks):

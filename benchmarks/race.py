@@ -8,12 +8,13 @@ replayed without training. Writes benchmarks/results/race.json.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
 import measuring
 
-from hopscotch_common.search import Candidate, Race, leader, survivors
+from hopscotch_common.search import Candidate, Race, default_first_look, leader
 
 
 def replay(batch_losses: dict[int, list[float]], race: Race) -> tuple[int, float]:
@@ -25,17 +26,19 @@ def replay(batch_losses: dict[int, list[float]], race: Race) -> tuple[int, float
         spent += len(racing) * (look - done)
         racing = [Candidate(c.block, batch_losses[c.block][:look]) for c in racing]
         if look < num_batches:
-            racing = survivors(racing, race.confidence)
+            racing = race.survivors(racing, len(batch_losses))
         done = look
     return leader(racing).block, spent / num_batches
 
 
-def judge(iterations: list[dict], race: Race) -> list[dict]:
+def judge(iterations: list[dict], first_look: int, keep: float, confidence: float) -> list[dict]:
     """A race's result in each recorded iteration, beside the full search's."""
     results = []
     for iteration in iterations:
         losses = {int(block): values for block, values in iteration["batch_losses"].items()}
         means = {block: sum(values) / len(values) for block, values in losses.items()}
+        num_batches = len(next(iter(losses.values())))
+        race = Race(first_look or default_first_look(num_batches), confidence, keep)
         block, spent = replay(losses, race)
         best = min(means, key=means.get)
         results.append(
@@ -54,27 +57,30 @@ def judge(iterations: list[dict], race: Race) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("reports", nargs="+", type=Path, help="reports of --search full")
-    parser.add_argument("--first_look", nargs="+", type=int, default=[1, 2, 3, 4])
-    parser.add_argument("--confidence", nargs="+", type=float, default=[1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
+    parser.add_argument(
+        "--first_look",
+        nargs="+",
+        type=int,
+        default=[0, 1, 2],
+        help="0: the default, by the number of batches",
+    )
+    parser.add_argument("--keep", nargs="+", type=float, default=[0.4, 0.5, 0.6, 0.7, 1.0])
+    parser.add_argument("--confidence", nargs="+", type=float, default=[1.0, 1.5, 2.0, 2.5, 3.0, 99.0])
     arguments = parser.parse_args()
     reports = {path.stem: json.loads(path.read_text()) for path in arguments.reports}
     schedules = []
-    for first_look in arguments.first_look:
-        for confidence in arguments.confidence:
-            race = Race(first_look, confidence)
-            by_report = {name: judge(report["iterations"], race) for name, report in reports.items()}
-            every = [result for results in by_report.values() for result in results]
-            row = {
-                "first_look": first_look,
-                "confidence": confidence,
-                "same_picks": sum(r["picked"] == r["best"] for r in every),
-                "iterations": len(every),
-                "worst_excess_loss": max(r["excess_loss"] for r in every),
-                "median_share": measuring.median([r["share"] for r in every]),
-                "worst_share": max(r["share"] for r in every),
-            }
-            schedules.append(row | {"by_report": by_report})
-            print("  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    for settings in itertools.product(arguments.first_look, arguments.keep, arguments.confidence):
+        by_report = {name: judge(report["iterations"], *settings) for name, report in reports.items()}
+        every = [result for results in by_report.values() for result in results]
+        row = dict(zip(("first_look", "keep", "confidence"), settings, strict=True)) | {
+            "same_picks": sum(r["picked"] == r["best"] for r in every),
+            "iterations": len(every),
+            "worst_excess_loss": max(r["excess_loss"] for r in every),
+            "median_share": measuring.median([r["share"] for r in every]),
+            "worst_share": max(r["share"] for r in every),
+        }
+        schedules.append(row | {"by_report": by_report})
+        print("  ".join(f"{key} {value:.3g}" for key, value in row.items()))
     data = {
         name: {key: report["data"][key] for key in ("samples", "tokens")}
         | {

@@ -91,7 +91,7 @@ def ours(arguments: argparse.Namespace) -> dict:
 
 def race(arguments: argparse.Namespace) -> dict:
     """A whole iteration of the race with the default settings."""
-    from hopscotch_common.search import Journal, Processes, Progress, Race, run_iteration
+    from hopscotch_common.search import Journal, Processes, Progress, Race, default_first_look, run_iteration
 
     flags = search_flags(arguments)
     _, trainer, batches = prepared(arguments)
@@ -100,7 +100,7 @@ def race(arguments: argparse.Namespace) -> dict:
         trainer,
         batches,
         [],
-        Race(flags.first_look, flags.confidence),
+        Race(default_first_look(len(batches)), flags.confidence, flags.keep),
         Journal(None, {}),
         {},
         Processes(),

@@ -1,9 +1,11 @@
 """The greedy search: candidates, the two schedules, and the journal that makes it resumable.
 
 `full` gives every candidate a whole epoch (the paper's search). `race` lets all candidates advance
-together over the same batches and, at every look, drops those whose loss is worse than the
-leader's beyond doubt; finalists run the whole epoch, so the winner's loss is the number that
-`full` gives. Both are one loop: `full` is a race with a single look, after the last batch.
+together over the same batches and looks at them again and again: those whose loss is worse than the
+leader's beyond doubt drop out, and each time that the batches have doubled, at most a share goes on
+(successive halving, arXiv 1502.07943), which bounds the cost whatever the data. Finalists run the
+whole epoch, so the winner's loss is the number that `full` gives. Both are one loop: `full` is a
+race with a single look, after the last batch.
 """
 
 import math
@@ -34,14 +36,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Race:
-    """When candidates are compared and what it takes to drop one.
+    """When candidates are compared, and which of them go on.
 
     first_look: batches before the first comparison. confidence: standard errors of the paired
-    difference to the leader that count as beyond doubt. math.inf drops nobody.
+    difference to the leader that count as beyond doubt; math.inf drops nobody. keep: the share of
+    candidates that goes on at most after the first look, and again each time the number of batches
+    has doubled.
     """
 
     first_look: int
     confidence: float
+    keep: float
 
     def looks(self, num_batches: int) -> list[int]:
         """Numbers of batches after which to compare: the first look, then every next batch or,
@@ -51,16 +56,47 @@ class Race:
             looks.append(min(looks[-1] + max(1, looks[-1] // 8), num_batches))
         return looks
 
+    def most_survivors(self, num_candidates: int, batches: int) -> int:
+        """How many of the candidates that began may go on after a look at so many batches."""
+        doublings = (batches // self.first_look).bit_length()
+        return math.ceil(num_candidates * self.keep**doublings)
 
-FULL = Race(first_look=2**62, confidence=math.inf)
+    def survivors(self, candidates: Sequence[Candidate], num_candidates: int) -> list[Candidate]:
+        """Those of the candidates that go on after a look, by block.
+
+        num_candidates: how many the race began with.
+        """
+        most = self.most_survivors(num_candidates, len(candidates[0].losses))
+        best = sorted(not_ruled_out(candidates, self.confidence), key=_by_loss)[:most]
+        return sorted(best, key=lambda candidate: candidate.block)
+
+    def most_batches(self, num_candidates: int, num_batches: int, processes: int = 1) -> int:
+        """The most batches that one of so many processes trains in a race."""
+        total, done, racing = 0, 0, num_candidates
+        for look in self.looks(num_batches):
+            total += math.ceil(racing / processes) * (look - done)
+            done, racing = look, min(racing, self.most_survivors(num_candidates, look))
+        return total
+
+
+def default_first_look(num_batches: int) -> int:
+    """A 32nd of an epoch: the losses of more batches cost more than they tell."""
+    return max(1, num_batches // 32)
+
+
+FULL = Race(first_look=2**62, confidence=math.inf, keep=1.0)
+
+
+def _by_loss(candidate: Candidate) -> tuple[float, int]:
+    return candidate.mean_loss, candidate.block
 
 
 def leader(candidates: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest mean loss; the lower index wins a tie."""
-    return min(candidates, key=lambda candidate: (candidate.mean_loss, candidate.block))
+    return min(candidates, key=_by_loss)
 
 
-def survivors(candidates: Sequence[Candidate], confidence: float) -> list[Candidate]:
+def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Candidate]:
     """The candidates whose loss is not beyond doubt worse than the leader's.
 
     All have seen the same batches, so the losses are compared in pairs, which takes out how hard a
@@ -171,7 +207,9 @@ class Progress:
 
     def on_batch(self, loss: float) -> None: ...
 
-    def advanced(self, racing: int, batches_done: int, best: Candidate) -> None: ...
+    def restored(self, batches: int) -> None: ...
+
+    def advanced(self, racing: int, best: Candidate) -> None: ...
 
 
 def run_iteration(
@@ -194,6 +232,7 @@ def run_iteration(
     known = [Candidate(block, known_loss=known_losses[block]) for block in blocks if block in known_losses]
     racing = [Candidate(block) for block in blocks if block not in known_losses]
     progress.start_iteration(len(racing), len(batches))
+    num_candidates = len(racing)
     dropped, batch_losses, spent = {}, {}, 0
     for look in race.looks(len(batches)) if racing else []:
         advanced: list[Candidate] = []
@@ -209,10 +248,10 @@ def run_iteration(
                     journal.add(skipped, candidate)
                 spent += look - len(before.losses)
                 advanced.append(candidate)
-            progress.advanced(len(racing), look, leader(advanced))
+            progress.advanced(len(racing), leader(advanced))
         best = leader(advanced)
         batch_losses |= {candidate.block: candidate.losses for candidate in advanced}
-        racing = survivors(advanced, race.confidence) if look < len(batches) else advanced
+        racing = race.survivors(advanced, num_candidates) if look < len(batches) else advanced
         kept = {candidate.block for candidate in racing}
         for candidate in advanced:
             if candidate.block not in kept:
@@ -244,10 +283,11 @@ def _advance(
     progress: Progress,
 ) -> tuple[Candidate, bool]:
     """Train a candidate up to `look` batches; (the candidate then, whether the journal lacks it)."""
+    done = len(candidate.losses)
     found = journal.find(skipped, candidate.block, look)
     if found is not None:
+        progress.restored(look - done)
         return found, False
-    done = len(candidate.losses)
     trainer.start([*skipped, candidate.block], candidate.state)
     losses = trainer.run(
         batches[done:look],
@@ -262,49 +302,35 @@ def _advance(
 class SearchBar(Progress):
     """One bar over the whole search, in batches of this process, with the leader and an ETA.
 
-    What a race will cost is not known beforehand: until an iteration has shown it, a quarter of
-    the full search is assumed, then what the iterations so far took.
+    The total is the most that the search can take: exact for `full`, a little high for a race.
     """
 
-    ASSUMED_SHARE = 0.25
-
-    def __init__(self, num_iterations: int, racing: bool, processes: Processes):
+    def __init__(self, num_iterations: int, race: Race, processes: Processes):
         from tqdm import tqdm
 
         self.bar = tqdm(unit="batch", disable=processes.rank != 0, dynamic_ncols=True)
         self.num_iterations, self.iterations_begun = num_iterations, 0
-        self.racing = racing
-        self.processes = processes.count
-        self.costs: list[int] = []
-        self.begun_at = 0
+        self.race, self.processes = race, processes.count
 
     def start_iteration(self, num_candidates: int, num_batches: int) -> None:
-        if self.bar.n > self.begun_at:
-            self.costs.append(self.bar.n - self.begun_at)
+        iterations_left = self.num_iterations - self.iterations_begun
         self.iterations_begun += 1
-        self.begun_at = self.bar.n
-        self.num_candidates, self.num_batches = num_candidates, num_batches
         self.bar.set_description(f"block {self.iterations_begun}")
-        self._estimate(num_candidates, 0)
-
-    def _estimate(self, racing: int, batches_done: int) -> None:
-        full = math.ceil(self.num_candidates / self.processes) * self.num_batches
-        expected = (
-            statistics.fmean(self.costs) if self.costs else full * (self.ASSUMED_SHARE if self.racing else 1)
+        self.bar.total = self.bar.n + sum(
+            self.race.most_batches(num_candidates - later, num_batches, self.processes)
+            for later in range(iterations_left)
         )
-        spent = self.bar.n - self.begun_at
-        finish_leader = self.num_batches - batches_done
-        here = max(expected, spent + finish_leader) if self.racing else full
-        later = expected * (self.num_iterations - self.iterations_begun)
-        self.bar.total = math.ceil(self.begun_at + here + later)
         self.bar.refresh()
+
+    def restored(self, batches: int) -> None:
+        self.bar.total -= batches
 
     def on_batch(self, loss: float) -> None:
         self.bar.update()
 
-    def advanced(self, racing: int, batches_done: int, best: Candidate) -> None:
+    def advanced(self, racing: int, best: Candidate) -> None:
         self.bar.set_postfix_str(f"{racing} racing, leader {best.block} at {best.mean_loss:.4f}")
-        self._estimate(racing, batches_done)
 
     def close(self) -> None:
+        self.bar.total = self.bar.n
         self.bar.close()

@@ -16,6 +16,7 @@ from test_training import random_samples, reference_loss
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+import block_selection
 from hopscotch_common import data, search
 from hopscotch_common.cli import InputError
 from hopscotch_common.models import load_model, model_ref
@@ -70,7 +71,7 @@ def test_full_search_equals_a_plain_loop(tiny_folder, skipped):
 def test_race_finds_the_same_block_with_the_same_loss_for_less(tiny_folder):
     batches = data.make_batches(random_samples(24), 2, 60, seed=5)
     full = iterate(tiny_folder(), batches)
-    raced = iterate(tiny_folder(), batches, race=Race(first_look=2, confidence=2.0))
+    raced = iterate(tiny_folder(), batches, race=Race(first_look=2, confidence=2.0, keep=1.0))
     assert raced.block == full.block and raced.loss == full.loss
     assert raced.candidate_epochs < full.candidate_epochs and raced.dropped
     for block, losses in raced.batch_losses.items():  # the same trajectory, cut short
@@ -87,38 +88,72 @@ def test_known_losses_are_not_trained_again(tiny_folder):
 
 
 def test_the_bar_knows_what_a_full_search_takes():
-    bar = search.SearchBar(num_iterations=2, racing=False, processes=Processes())
+    bar = search.SearchBar(num_iterations=2, race=search.FULL, processes=Processes())
     for candidates in (4, 3):
         bar.start_iteration(candidates, num_batches=5)
+        assert bar.bar.total == 35
         for _ in range(5 * candidates):
             bar.on_batch(1.0)
-        bar.advanced(candidates, 5, Candidate(0, [1.0]))
-        totals = bar.bar.total
+        bar.advanced(candidates, Candidate(0, [1.0]))
+    assert bar.bar.n == 35
     bar.close()
-    assert totals == bar.bar.n == 35
+
+
+def test_the_bar_leaves_out_what_the_journal_had():
+    bar = search.SearchBar(num_iterations=1, race=search.FULL, processes=Processes())
+    bar.start_iteration(4, num_batches=5)
+    bar.restored(10)
+    assert bar.bar.total == 10
+    bar.close()
 
 
 def racing(*losses: list[float]) -> list[Candidate]:
     return [Candidate(block, list(values)) for block, values in enumerate(losses)]
 
 
-def test_survivors_compares_in_pairs():
+def test_losses_are_compared_in_pairs():
     hard_and_easy = [5.0, 1.0, 4.0, 2.0]
     always_worse = [x + 0.10 + 0.001 * i for i, x in enumerate(hard_and_easy)]
     sometimes_worse = [x + d for x, d in zip(hard_and_easy, [0.2, -0.19, 0.2, -0.19], strict=True)]
-    left = search.survivors(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
+    left = search.not_ruled_out(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
     # The typical noise (the median of 0.001 and 0.2) leaves the second in doubt, its own does not.
     assert [candidate.block for candidate in left] == [0, 1, 2]
-    left = search.survivors(racing(hard_and_easy, always_worse), confidence=2.0)
+    left = search.not_ruled_out(racing(hard_and_easy, always_worse), confidence=2.0)
     assert [candidate.block for candidate in left] == [0]
-    assert len(search.survivors(racing(hard_and_easy, always_worse), math.inf)) == 2
+    assert len(search.not_ruled_out(racing(hard_and_easy, always_worse), math.inf)) == 2
+
+
+def test_a_share_goes_on_each_time_the_batches_have_doubled():
+    race = Race(first_look=2, confidence=math.inf, keep=0.5)
+    assert [race.most_survivors(10, batches) for batches in (1, 2, 3, 4, 7, 8)] == [10, 5, 5, 3, 3, 2]
+    candidates = racing(*[[3.0 - block / 10] * 2 for block in range(10)])
+    assert [candidate.block for candidate in race.survivors(candidates, 10)] == [5, 6, 7, 8, 9]
+    # Two batches of ten, two of five, four of three, and four of two.
+    assert race.most_batches(10, 12) == 2 * 10 + 2 * 5 + 4 * 3 + 4 * 2
+    assert race.most_batches(10, 12, processes=4) == 2 * 3 + 2 * 2 + 4 + 4
+    assert search.FULL.most_batches(10, 12) == 120
+
+
+def test_the_default_race_is_bounded_whatever_the_data():
+    arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
+    for num_batches, share in ((12, 1 / 4), (16, 1 / 4), (64, 1 / 8), (128, 1 / 8), (1000, 1 / 8)):
+        race = Race(search.default_first_look(num_batches), arguments.confidence, arguments.keep)
+        for layers in (28, 30, 32, 80):
+            assert race.most_batches(layers, num_batches) <= share * layers * num_batches
+
+
+def test_a_race_keeps_to_its_bound(tiny_folder):
+    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    raced = iterate(tiny_folder(), batches, race=Race(first_look=1, confidence=math.inf, keep=0.5))
+    assert [len(losses) for losses in sorted(raced.batch_losses.values(), key=len)] == [1, 1, 2, 6]
+    assert raced.candidate_epochs == 10 / 6
 
 
 def test_looks_end_with_the_last_batch():
-    assert Race(2, 2.0).looks(5) == [2, 3, 4, 5]
-    assert Race(8, 2.0).looks(5) == [5]
+    assert Race(2, 2.0, 1.0).looks(5) == [2, 3, 4, 5]
+    assert Race(8, 2.0, 1.0).looks(5) == [5]
     assert search.FULL.looks(7) == [7]
-    looks = Race(2, 2.0).looks(100)
+    looks = Race(2, 2.0, 1.0).looks(100)
     assert looks[-1] == 100 and looks == sorted(set(looks)) and len(looks) < 50
 
 
