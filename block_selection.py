@@ -20,6 +20,8 @@ from hopscotch_common import cli, report
 from hopscotch_common.cli import InputError, logger
 from hopscotch_common.models import add_model_arguments, load_model, read_config
 
+PLOT_FORMATS = (".png", ".pdf", ".svg")
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
@@ -47,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--search",
         choices=["full", "race"],
         default="full",
-        help="full: an epoch for each candidate; race: candidates that are beyond doubt worse drop out early",
+        help="full: an epoch for each candidate; race: the worse ones drop out early, and the pick can be "
+        "another one that is about as good",
     )
     group.add_argument(
         "--first_look",
@@ -73,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         help="JSON report (default: {model}_block_selection.json); the journal stands beside it",
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the losses of all candidates")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw the losses of all candidates (PNG, PDF or SVG)"
+    )
     return parser
 
 
@@ -88,22 +93,46 @@ def known_losses(prev: list[float], skipped: list[int], num_layers: int) -> dict
     return known
 
 
+def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
+    """InputError for outputs that could not be written, or would take the place of an input."""
+    cli.check_writable(output.parent)
+    if output.is_dir():
+        raise InputError(f"--output {output}: is a folder; name a file")
+    for word in arguments.starting_skipped_blocks:
+        if output.exists() and Path(word).exists() and output.samefile(word):
+            raise InputError(
+                f"--starting_skipped_blocks {word}: this run would overwrite that report; "
+                "name another --output"
+            )
+    if arguments.plot:
+        cli.check_writable(arguments.plot.parent)
+        if arguments.plot.suffix.lower() not in PLOT_FORMATS:
+            raise InputError(
+                f"--plot {arguments.plot}: give a file name that ends in {', '.join(PLOT_FORMATS)}"
+            )
+
+
+def journal_path(output: Path) -> Path:
+    return output.with_name(output.name.removesuffix(".json") + ".journal.jsonl")
+
+
 def settings(arguments: argparse.Namespace, samples: list) -> dict:
-    """What a search's losses depend on, besides the blocks skipped before."""
+    """What a candidate's losses depend on, besides the blocks skipped before.
+
+    Not the schedule: a race only decides how far a candidate gets.
+    """
+    from hopscotch_common.checkpoints import weights_fingerprint
     from hopscotch_common.data import fingerprint
 
-    values = {
+    return {
         "model": arguments.model.source,
+        "weights": weights_fingerprint(arguments.model.folder()),
         "data": fingerprint(samples),
-        "search": arguments.search,
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
         "dtype": arguments.dtype,
     }
-    if arguments.search == "race":
-        values |= {name: getattr(arguments, name) for name in ("first_look", "keep", "confidence")}
-    return values
 
 
 @cli.command
@@ -121,21 +150,21 @@ def main(argv: list[str] | None = None) -> int:
             f"so at most {num_layers - 1 - len(skipped)} more can be"
         )
     known = known_losses(arguments.prev, skipped, num_layers)
+    check_outputs(arguments, output)
 
     from hopscotch_common.data import load_samples
 
     samples = load_samples(
         arguments.data_path, config.vocab_size, arguments.max_tokens_per_batch, arguments.max_samples
     )
-    cli.check_writable(output.parent)
 
     from hopscotch_common import distributed, search
     from hopscotch_common.training import ScaleTrainer, epoch_batches, prepare_model
 
     cli.seed_everything(arguments.seed)
-    processes = distributed.candidate_processes(arguments.device)
+    processes = distributed.join_processes(arguments.device)
     journal = search.Journal(
-        output.with_suffix(".journal.jsonl") if processes.rank == 0 else None, settings(arguments, samples)
+        journal_path(output) if processes.rank == 0 else None, settings(arguments, samples)
     )
     journal.entries = processes.gather(journal.entries)[0]
     model = load_model(arguments.model, arguments.dtype, arguments.device, arguments.attn_implementation)

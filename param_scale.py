@@ -57,13 +57,19 @@ def checkpoint_folder(output_dir: Path, name: str, epoch: int) -> Path:
     return output_dir / f"{name}_scaled_epoch_{epoch}"
 
 
+def export_target(arguments: argparse.Namespace, output_dir: Path) -> Path:
+    return output_dir / f"{arguments.model.name}_scaled"
+
+
 def settings(arguments: argparse.Namespace, blocks: list[int], samples: list) -> dict:
     """What a run's results depend on; `--resume` demands the same."""
+    from hopscotch_common.checkpoints import weights_fingerprint
     from hopscotch_common.data import fingerprint
 
     names = ("seed", "batch_size", "learning_rate", "validation_split", "dtype", "quantization")
     return {
         "model": arguments.model.source,
+        "weights": weights_fingerprint(arguments.model.folder()),
         "data": fingerprint(samples),
         "blocks_to_skip": sorted(blocks),
         **{name: getattr(arguments, name) for name in names},
@@ -71,12 +77,12 @@ def settings(arguments: argparse.Namespace, blocks: list[int], samples: list) ->
 
 
 def resumable_epochs(arguments: argparse.Namespace, output_dir: Path, wanted: dict) -> list[dict]:
-    """The runs recorded by the epochs there are, checked to be of this very training."""
+    """The runs recorded by the epochs there are, in order, checked to be of this very training."""
     from hopscotch_common.checkpoints import RUN_FILE, read_run
 
     runs = []
-    while (checkpoint_folder(output_dir, arguments.model.name, len(runs)) / RUN_FILE).is_file():
-        folder = checkpoint_folder(output_dir, arguments.model.name, len(runs))
+    for path in output_dir.glob(f"{arguments.model.name}_scaled_epoch_*/{RUN_FILE}"):
+        folder = path.parent
         runs.append(read_run(folder))
         for name, value in wanted.items():
             if runs[-1]["settings"].get(name) != value:
@@ -84,7 +90,7 @@ def resumable_epochs(arguments: argparse.Namespace, output_dir: Path, wanted: di
                     f"--resume: {folder} was trained with {name} = {runs[-1]['settings'].get(name)}, "
                     f"now it is {value}; repeat that setting or name another --output_dir"
                 )
-    return runs
+    return sorted(runs, key=lambda run: run["epoch"])
 
 
 @cli.command
@@ -103,9 +109,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     training, held_out = data.split_samples(samples, arguments.validation_split, arguments.seed)
     cli.check_writable(output_dir)
+    report.check_exports(arguments.export, config, export_target(arguments, output_dir))
     wanted = settings(arguments, blocks, samples)
     runs = resumable_epochs(arguments, output_dir, wanted) if arguments.resume else []
-    train(arguments, output_dir, blocks, training, held_out, wanted, runs)
+
+    from hopscotch_common import distributed
+
+    processes = distributed.join_processes(arguments.device)
+    runs = train(arguments, output_dir, blocks, training, held_out, wanted, runs, processes)
+    if processes.rank == 0:
+        finish(arguments, output_dir, runs)
     return 0
 
 
@@ -117,14 +130,19 @@ def train(
     held_out: list,
     wanted: dict,
     runs: list[dict],
-) -> None:
-    """Train and save the epochs that are missing, and report on all of them."""
+    processes,
+) -> list[dict]:
+    """Train and save the epochs that are missing; what is recorded of all of them."""
     from hopscotch_common import checkpoints, distributed, scales
     from hopscotch_common.training import ScaleState, ScaleTrainer, epoch_batches, evaluate, prepare_model
 
     cli.seed_everything(arguments.seed)
-    state = distributed.process_state(arguments.device)
-    rank, world_size = state.process_index, state.num_processes
+    rank, world_size = processes.rank, processes.count
+    before = None
+    if runs and rank == 0:
+        last = checkpoint_folder(output_dir, arguments.model.name, runs[-1]["epoch"])
+        before = ScaleState(checkpoints.load_training_state(last)["scale_state"])
+    runs, before = processes.gather((runs, before))[0]  # only rank 0's disk is sure to hold the epochs
     model = load_model(
         arguments.model,
         arguments.dtype,
@@ -152,10 +170,6 @@ def train(
         baselines = {"original": held_out_loss("original", []), "unscaled": held_out_loss("unscaled", blocks)}
 
     trainer = ScaleTrainer(model, arguments.learning_rate, reduce)
-    before = None
-    if runs:
-        last = checkpoint_folder(output_dir, arguments.model.name, len(runs) - 1)
-        before = ScaleState(checkpoints.load_training_state(last)["scale_state"])
     trainer.start(blocks, before)
     trainable, frozen = scales.count_parameters(model)
     logger.info(
@@ -166,7 +180,7 @@ def train(
         world_size,
     )
 
-    for epoch in range(len(runs), arguments.num_epochs):
+    for epoch in range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs):
         batches = epoch_batches(training, model, arguments, epoch, **share)
         with cli.progress(len(batches), f"epoch {epoch}") as bar:
             losses = trainer.run(batches, f"epoch {epoch}", on_batch=bar.update_loss)
@@ -182,6 +196,7 @@ def train(
             "settings": wanted,
         } | report.describe_run(arguments)
         if rank == 0:
+            earlier = [checkpoint_folder(output_dir, arguments.model.name, run["epoch"]) for run in runs]
             checkpoints.save_checkpoint(
                 checkpoint_folder(output_dir, arguments.model.name, epoch),
                 arguments.model,
@@ -189,13 +204,12 @@ def train(
                 scales.snapshot(model),
                 run,
                 {"scale_state": trainer.state().tensors},
-                share_with=checkpoint_folder(output_dir, arguments.model.name, epoch - 1) if epoch else None,
+                share_with=next((folder for folder in reversed(earlier) if folder.is_dir()), None),
             )
             tail = f", held-out {held_out_now['scaled']:.4f}" if held_out else ""
             print(f"Epoch {epoch}: loss {loss:.4f}{tail}", flush=True)
         runs.append(run)
-    if rank == 0:
-        finish(arguments, output_dir, runs)
+    return runs
 
 
 def finish(arguments: argparse.Namespace, output_dir: Path, runs: list[dict]) -> None:
@@ -206,19 +220,20 @@ def finish(arguments: argparse.Namespace, output_dir: Path, runs: list[dict]) ->
         figures = [f"{name} {best['held_out'][name]:.4f}" for name in ("original", "unscaled", "scaled")]
         print(f"Held-out loss: {', '.join(figures)} (epoch {best['epoch']})", flush=True)
     folder = checkpoint_folder(output_dir, arguments.model.name, best["epoch"])
-    exports = report.run_exports(arguments.export, folder, output_dir / f"{arguments.model.name}_scaled")
     keys = ("epoch", "loss", "held_out")
-    report.write_report(
-        output_dir / "report.json",
-        {
-            "model": arguments.model.name,
-            "skipped_blocks": best["skipped_attention_blocks"],
-            "best_epoch": best["epoch"],
-            "epochs": [{key: run[key] for key in keys} for run in runs],
-            "exports": exports,
-        }
-        | report.describe_run(arguments),
-    )
+    content = {
+        "model": arguments.model.name,
+        "skipped_blocks": best["skipped_attention_blocks"],
+        "best_epoch": best["epoch"],
+        "epochs": [{key: run[key] for key in keys} for run in runs],
+        "exports": {},
+    } | report.describe_run(arguments)
+    report.write_report(output_dir / "report.json", content)  # before an export, which may be refused
+    if arguments.export:
+        content["exports"] = report.run_exports(
+            arguments.export, folder, export_target(arguments, output_dir)
+        )
+        report.write_report(output_dir / "report.json", content)
 
 
 if __name__ == "__main__":

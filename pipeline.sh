@@ -12,6 +12,7 @@ set -euo pipefail
 model=${1:?give a model: qwen, llama, granite, smollm, a Hugging Face id or a local folder}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 name=$(basename "$model") # what file names begin with
+if [ -d "$model" ]; then name=$(basename "$(realpath "$model")"); fi
 
 launch=${LAUNCH:-python}              # or "accelerate launch --multi_gpu"
 num_samples=${NUM_SAMPLES:-}          # prompts to answer; empty: all

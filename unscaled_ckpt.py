@@ -29,9 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     output_dir = arguments.output_dir or Path(f"unscaled_{arguments.model.name}_ckpts")
-    num_layers = read_config(arguments.model).num_hidden_layers
+    config = read_config(arguments.model)
+    num_layers = config.num_hidden_layers
     blocks = report.blocks_from(arguments.blocks_to_skip, arguments.model, num_layers, "--blocks_to_skip")
     cli.check_writable(output_dir)
+    folder = output_dir / f"{arguments.model.name}_unscaled"
+    report.check_exports(arguments.export, config, folder)
 
     import torch
 
@@ -40,7 +43,6 @@ def main(argv: list[str] | None = None) -> int:
 
     values = torch.ones(num_layers, len(SCALE_NAMES))
     values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
-    folder = output_dir / f"{arguments.model.name}_unscaled"
     run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}
     checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run | report.describe_run(arguments))
     print(folder)

@@ -70,7 +70,7 @@ def search_flags(arguments: argparse.Namespace) -> argparse.Namespace:
     import block_selection
 
     flags = ["--data_path", str(arguments.data_path), "--batch_size", str(arguments.batch_size)]
-    return block_selection.build_parser().parse_args(["--model", arguments.model.source, *flags])
+    return block_selection.build_parser().parse_args(["--model", "smollm", *flags])
 
 
 def ours(arguments: argparse.Namespace) -> dict:

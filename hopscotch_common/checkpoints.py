@@ -14,6 +14,7 @@ where links do not work), so an epoch costs kilobytes, and deleting one never br
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
 INDEX_FILE = "model.safetensors.index.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE)  # of each checkpoint; the rest is shared
+SAMPLES_OF_A_FILE, SAMPLE_BYTES = 64, 4096
 COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
 
@@ -47,8 +49,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     What was at `folder` before is replaced, and only at the very end.
     """
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+        if not _is_running(leftover.suffixes[-2].lstrip(".")):
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -63,6 +67,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether another process has that number, so that what it writes is not a killed one's leftover."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
 
 
 def flush_to_disk(path: Path) -> None:
@@ -94,6 +109,19 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
     raise InputError(f"{folder}: no weights (model*.safetensors or pytorch_model*.bin) in it")
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 of a model folder's config and of samples of its weights: quick, whatever their size."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(SAMPLES_OF_A_FILE):
+                file.seek(size * part // SAMPLES_OF_A_FILE)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -218,7 +218,7 @@ def make_batches(
     packed: rows are joined without padding, for attention kernels that take `position_ids` as
     sequence borders (flash attention).
     share_prefix: tokens that all samples of a batch begin with become its `prefix`, where that
-    saves enough; they count in the budget of each minibatch.
+    saves enough; they still count in each row, which attends to them.
     """
     # Compiling its packing loops takes ten seconds in every process; running them, milliseconds.
     os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
@@ -231,7 +231,7 @@ def make_batches(
         chosen = [samples[i] for i in order[start : start + batch_size]]
         prefix = shared_prefix(chosen) if share_prefix else []
         collate = MaxTokensPerRankCollator(
-            max_tokens_per_batch - len(prefix),
+            max_tokens_per_batch,
             rank=rank,
             world_size=world_size,
             flash_enabled=packed,
@@ -269,7 +269,7 @@ def _collator_item(sample: Sample, skip: int) -> dict:
     return {
         "input_ids": sample.input_ids[skip:],
         "labels": sample.labels[skip:],
-        "len": len(sample) - skip,
+        "len": len(sample),
         "num_loss_counted_tokens": sample.num_loss_counted_tokens,
     }
 

@@ -1,25 +1,22 @@
-"""Several processes (`accelerate launch --multi_gpu`): candidates spread over them, or each batch."""
+"""Several processes (`accelerate launch --multi_gpu`): they share a search's candidates, or each batch."""
+
+from datetime import timedelta
 
 import torch
 
 from hopscotch_common.search import Processes
 
 
-def process_state(device: str):
-    """accelerate's state of this process, which joins the others on first use.
+def join_processes(device: str) -> Processes:
+    """This process's place among those that accelerate launched; joins them on first use.
 
-    device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs.
+    device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs. One that has
+    no candidate waits for the others' whole epoch, so the timeout is long.
     """
     from accelerate import PartialState
-
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-
-
-def candidate_processes(device: str) -> Processes:
-    """This process's place among those that share a search's candidates."""
     from accelerate.utils import gather_object
 
-    state = process_state(device)
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
     if state.num_processes == 1:
         return Processes()
     return Processes(state.process_index, state.num_processes, lambda item: gather_object([item]))

@@ -42,7 +42,7 @@ def export_checkpoint(
 
     config = checkpoints.checkpoint_config(checkpoint)
     output = output.resolve()
-    _check_output(output)
+    check_output(output)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
     values = exported.read_scales(checkpoint, config.num_hidden_layers)
@@ -62,7 +62,8 @@ def export_checkpoint(
     return report
 
 
-def _check_output(output: Path) -> None:
+def check_output(output: Path) -> None:
+    """Raise InputError unless an export may be written there: a new folder, or an earlier export's."""
     check_writable(output.parent)
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not empty and not (output / REPORT_FILE).is_file():

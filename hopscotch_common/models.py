@@ -214,7 +214,12 @@ def load_model(
         options["quantization_config"] = quantization_config(quantization, resolved)
     if ref.embedded:  # loads in a second; larger models show transformers' own bar
         transformers_logging.disable_progress_bar()
-    model = model_class.from_pretrained(ref.folder(), **options)
+    try:
+        model = model_class.from_pretrained(ref.folder(), **options)
+    except (ImportError, ValueError) as error:
+        if attn_implementation not in str(error):
+            raise
+        raise InputError(f"--attn_implementation {attn_implementation}: {error}") from error
     scales.freeze_base(model)
     return model.eval()
 

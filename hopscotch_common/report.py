@@ -72,6 +72,21 @@ def add_export_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
     )
 
 
+def check_exports(formats: list[str], config, target: Path) -> None:
+    """Raise InputError where `run_exports` is bound to fail for a model of this (stock) config."""
+    from hopscotch_common.decilm import check_representable
+    from hopscotch_common.export import check_output
+
+    for name in formats:
+        check_output(_export_folder(target, name))
+        if name == "nemotron_nas":
+            check_representable(config)
+
+
+def _export_folder(target: Path, format: str) -> Path:
+    return target.with_name(f"{target.name}_{format}")
+
+
 def run_exports(formats: list[str], checkpoint: Path, target: Path) -> dict[str, dict]:
     """Export a checkpoint to `{target}_{format}` for each format; the exports' reports."""
     if not formats:
@@ -80,7 +95,7 @@ def run_exports(formats: list[str], checkpoint: Path, target: Path) -> dict[str,
 
     results = {}
     for name in formats:
-        folder = target.with_name(f"{target.name}_{name}")
+        folder = _export_folder(target, name)
         results[name] = {"folder": str(folder)} | export_checkpoint(checkpoint, name, folder)
         print(f"Exported {name}: {folder}", flush=True)
     return results

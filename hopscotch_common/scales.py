@@ -36,11 +36,6 @@ def trainable_scales(model) -> list[torch.nn.Parameter]:
     return scales
 
 
-def skipped_blocks(model) -> list[int]:
-    """Indices of the layers whose attention is not computed."""
-    return [i for i, layer in enumerate(model.model.layers) if layer.skip_attention]
-
-
 @torch.no_grad()
 def reset(model, skipped=()) -> None:
     """Set all scales to 1 and skip exactly the attention blocks in `skipped`.

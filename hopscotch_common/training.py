@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy, linear_cross_entropy
-from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+from torch.nn.functional import cross_entropy, log_softmax, nll_loss
 
 from hopscotch_common import scales
 from hopscotch_common.cli import TrainingError
@@ -15,9 +14,7 @@ from hopscotch_common.data import Batch, Minibatch, Sample, make_batches
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 from hopscotch_common.shared_prefix import SharedPrefix
 
-# Rows of logits alive at once, by device type: torch's own choice is many times slower on a CPU.
-LOGIT_ROWS = {"cpu": 256}
-DEFAULT_LOGIT_ROWS = 2048
+LOGIT_ROWS = 256  # rows of logits alive at once
 
 
 def prepare_model(model, gradient_checkpointing: bool = False, compile_layers: bool = False) -> None:
@@ -62,6 +59,35 @@ def epoch_batches(samples: Sequence[Sample], model, arguments, epoch: int = 0, *
     )
 
 
+class HeadCrossEntropy(torch.autograd.Function):
+    """Cross entropy of a frozen LM head's logits, summed in float32; a few rows of logits at a time.
+
+    hidden: [tokens, hidden]; weight: [vocabulary, hidden]; targets: [tokens]. The gradient is made
+    with the loss, as the logits do not live until backward. (torch's linear_cross_entropy sums in
+    the dtype of its input: in bfloat16 a sum of 800 is a multiple of 4.)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), LOGIT_ROWS):
+            rows = slice(start, start + LOGIT_ROWS)
+            log_probabilities = log_softmax(hidden[rows] @ weight.T, dim=-1, dtype=torch.float32)
+            total += nll_loss(log_probabilities, targets[rows], reduction="sum")
+            if gradient is not None:
+                probabilities = log_probabilities.exp_()
+                probabilities[torch.arange(len(probabilities)), targets[rows]] -= 1
+                torch.matmul(probabilities.to(weight.dtype), weight, out=gradient[rows])
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
+
+
 def prefix_of(model, batch: Batch) -> SharedPrefix | None:
     """What the batch's samples share, computed; None where they share nothing."""
     return None if batch.prefix is None else SharedPrefix(model, batch.prefix.to(model.device))
@@ -92,9 +118,7 @@ def summed_loss(model, minibatch: Minibatch, prefix: SharedPrefix | None = None)
     hidden, targets = hidden.to(weight.device), minibatch.targets.to(weight.device)
     if type(weight) is not torch.nn.Parameter:  # quantised: only the module knows how to multiply
         return cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
-    rows = LOGIT_ROWS.get(weight.device.type, DEFAULT_LOGIT_ROWS)
-    options = LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-    return linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options).float()
+    return HeadCrossEntropy.apply(hidden, weight, targets)
 
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes
@@ -185,13 +209,14 @@ class ScaleTrainer:
         """
         device = self.model.device
         total = torch.zeros((), device=device)
-        running = "the tokens that the batch's samples share"
+        running, remedy = "the tokens that all samples share", "use --gradient_checkpointing"
         try:
             prefix = prefix_of(self.model, batch)
             for number, minibatch in enumerate(batch.minibatches):
                 rows, length = minibatch.input_ids.shape
                 running = f"minibatch {number} ({rows} x {length} tokens)"
-                loss = summed_loss(self.model, minibatch.to(device), prefix) / batch.num_loss_counted_tokens
+                remedy = "lower --max_tokens_per_batch, or use --gradient_checkpointing"
+                loss = summed_loss(self.model, minibatch.to(device), prefix)
                 loss.backward()
                 total += loss.detach().to(device)
             if prefix is not None:
@@ -199,15 +224,15 @@ class ScaleTrainer:
         except RuntimeError as error:  # torch has no common class for it over its devices
             if not _is_out_of_memory(error):
                 raise
-            raise TrainingError(
-                f"{where}: out of memory in {running}; "
-                "lower --max_tokens_per_batch, or use --gradient_checkpointing"
-            ) from error
+            raise TrainingError(f"{where}: out of memory in {running}; {remedy}") from error
         if self.reduce is not None:
             total = self._reduce_gradients(total)
+        for parameter in self.parameters:  # divided only now: the mean's gradients underflow in float16
+            if parameter.grad is not None:
+                parameter.grad /= batch.num_loss_counted_tokens
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total
+        return total / batch.num_loss_counted_tokens
 
     def _reduce_gradients(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum gradients and loss over processes, in one message."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -101,6 +102,36 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys):
     check_refused(param_scale, other, r"was trained with blocks_to_skip = \[1\], now it is \[2\]", capsys)
 
 
+def test_training_resumes_after_the_last_epoch_whichever_are_left(work, tmp_path):
+    common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2")
+    assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "whole"]) == 0
+    assert param_scale.main([*common, "--num_epochs", "2", "--output_dir", "parts"]) == 0
+    shutil.rmtree(tmp_path / "parts" / f"{work.name}_scaled_epoch_0")
+    assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
+    assert not (tmp_path / "parts" / f"{work.name}_scaled_epoch_0").exists()
+    a, b = (tmp_path / part / f"{work.name}_scaled_epoch_2" for part in ("whole", "parts"))
+    assert torch.equal(checkpoints.load_scales(a, 4), checkpoints.load_scales(b, 4))
+    report = json.loads((tmp_path / "parts/report.json").read_text())
+    assert [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
+
+
+def test_an_export_that_cannot_succeed_is_refused_before_training(work, tiny_folder, capsys):
+    arguments = flags(tiny_folder("qwen3"), "--blocks_to_skip", "1", "--export", "nemotron_nas")
+    check_refused(param_scale, arguments, "no place for the q and k norms of qwen3", capsys)
+
+
+def test_a_journal_of_other_weights_is_refused(work, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(work, folder)
+    assert block_selection.main([*flags(folder), "--output", "report.json"]) == 0
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    arguments = [*flags(folder), "--output", "report.json"]
+    check_refused(block_selection, arguments, "journal.jsonl: was made with weights = ", capsys)
+
+
 @pytest.mark.parametrize("script", ["block_selection.py", "param_scale.py"])
 def test_two_processes_equal_one(work, tmp_path, script):
     more = (
@@ -184,6 +215,14 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
             ["--output", "data.jsonl/report.json"],
             "data.jsonl is a file; name another folder",
         ),
+        (block_selection, ["--output", "."], "is a folder; name a file"),
+        (block_selection, ["--plot", "losses.pgn"], "give a file name that ends in .png, .pdf, .svg"),
+        (block_selection, ["--keep", "0"], "must be above 0 and at most 1"),
+        (
+            block_selection,
+            ["--starting_skipped_blocks", "mine.json", "--output", "mine.json"],
+            "would overwrite that report; name another --output",
+        ),
         (param_scale, ["--blocks_to_skip", "0", "1", "2", "3"], "all 4 attention blocks would be skipped"),
         (param_scale, ["--blocks_to_skip", "other.json"], "a report of model other"),
         (param_scale, ["--blocks_to_skip", "data.jsonl"], "not a report of block_selection.py"),
@@ -201,6 +240,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\nnot json\n")
     other = {"model": "other", "num_layers": 4, "skipped_blocks": [1]}
     (tmp_path / "other.json").write_text(json.dumps(other))
+    (tmp_path / "mine.json").write_text(json.dumps(other | {"model": work.name}))
 
     def no_model(*args, **kwargs):
         pytest.fail("a model was loaded before the input was checked")

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM
 from hopscotch_common import data, scales
 from hopscotch_common.cli import InputError, TrainingError
 from hopscotch_common.models import load_model, model_ref
-from hopscotch_common.training import ScaleState, ScaleTrainer, evaluate, prepare_model, summed_loss
+from hopscotch_common.training import (
+    HeadCrossEntropy,
+    ScaleState,
+    ScaleTrainer,
+    evaluate,
+    prepare_model,
+    summed_loss,
+)
 
 
 def random_samples(count: int = 8, seed: int = 0) -> list[data.Sample]:
@@ -128,6 +135,36 @@ def test_frozen_weights_get_no_gradient_and_keep_no_input(tiny_folder):
     assert inputs["gate_proj"] not in saved and inputs["down_proj"] not in saved
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {n for n, s in scales.named_scales(model)} - {"model.layers.1.b_scale_attn"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_head_sums_its_loss_in_float32(dtype):
+    torch.manual_seed(0)
+    hidden = torch.randn(1000, 16).to(dtype).requires_grad_()
+    weight, targets = torch.randn(70, 16).to(dtype), torch.randint(70, (1000,))
+    loss = HeadCrossEntropy.apply(hidden, weight, targets)
+    (2 * loss).backward()
+    logits = (hidden.detach() @ weight.T).float()
+    expected = cross_entropy(logits, targets, reduction="sum")
+    assert loss.dtype == torch.float32 and math.isclose(loss.item(), expected.item(), rel_tol=1e-6)
+    exact = hidden.detach().double().requires_grad_()
+    (2 * cross_entropy(exact @ weight.double().T, targets, reduction="sum")).backward()
+    step = torch.finfo(dtype).eps
+    assert_close(hidden.grad.double(), exact.grad, rtol=64 * step, atol=64 * step)
+
+
+def test_float16_gradients_of_a_large_batch_do_not_underflow(tiny_folder):
+    samples = random_samples(400)
+    gradients = {}
+    for dtype in ("float32", "float16"):
+        model = load_model(model_ref(str(tiny_folder())), dtype, device="cpu")
+        trainer = ScaleTrainer(model, 1e-2)
+        trainer.start([1])
+        trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
+        trainer.run(data.make_batches(samples, 400, 2000, seed=0), "epoch 0")
+        gradients[dtype] = torch.cat([parameter.grad for parameter in trainer.parameters])
+    largest = gradients["float32"].abs().max()
+    assert_close(gradients["float16"], gradients["float32"], rtol=0.02, atol=0.01 * largest.item())
 
 
 def test_evaluate_is_the_mean_over_tokens(tiny_folder):
