@@ -55,20 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--first_look",
         type=cli.positive_int,
-        help="race: batches before the first comparison (default: a 32nd of an epoch, at least 1)",
-    )
-    group.add_argument(
-        "--keep",
-        type=cli.positive_fraction,
-        default=0.5,
-        help="race: share of the candidates that goes on at most after the first look, "
-        "and again each time the number of batches has doubled (1: no limit)",
+        help="race: batches before the first comparison, after which at most half of the candidates go on, "
+        "and at most 1/(1+n) after n times as many (default: a 32nd of an epoch, at least 1)",
     )
     group.add_argument(
         "--confidence",
         type=cli.positive_float,
-        default=2.0,
-        help="race: a candidate drops out when it is this many standard errors worse than the leader",
+        default=3.0,
+        help="race: a candidate that is this many standard errors worse than the leader drops out sooner",
     )
     cli.add_training_arguments(parser, learning_rate=1e-2)
     parser.add_argument(
@@ -184,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     race = search.FULL
     if arguments.search == "race":
         first_look = arguments.first_look or search.default_first_look(len(batches))
-        race = search.Race(first_look, arguments.confidence, arguments.keep)
+        race = search.Race(first_look, arguments.confidence)
     bar = search.SearchBar(arguments.num_blocks, race, processes)
     iterations: list[search.Iteration] = []
     try:

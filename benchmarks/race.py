@@ -31,14 +31,14 @@ def replay(batch_losses: dict[int, list[float]], race: Race) -> tuple[int, float
     return leader(racing).block, spent / num_batches
 
 
-def judge(iterations: list[dict], first_look: int, keep: float, confidence: float) -> list[dict]:
+def judge(iterations: list[dict], first_look: int, confidence: float) -> list[dict]:
     """A race's result in each recorded iteration, beside the full search's."""
     results = []
     for iteration in iterations:
         losses = {int(block): values for block, values in iteration["batch_losses"].items()}
         means = {block: sum(values) / len(values) for block, values in losses.items()}
         num_batches = len(next(iter(losses.values())))
-        race = Race(first_look or default_first_look(num_batches), confidence, keep)
+        race = Race(first_look or default_first_look(num_batches), confidence)
         block, spent = replay(losses, race)
         best = min(means, key=means.get)
         results.append(
@@ -61,18 +61,17 @@ def main() -> None:
         "--first_look",
         nargs="+",
         type=int,
-        default=[0, 1, 2],
+        default=[0, 2, 3],
         help="0: the default, by the number of batches",
     )
-    parser.add_argument("--keep", nargs="+", type=float, default=[0.4, 0.5, 0.6, 0.7, 1.0])
-    parser.add_argument("--confidence", nargs="+", type=float, default=[1.0, 1.5, 2.0, 2.5, 3.0, 99.0])
+    parser.add_argument("--confidence", nargs="+", type=float, default=[1.0, 1.5, 2.0, 3.0, 4.0, 99.0])
     arguments = parser.parse_args()
     reports = {path.stem: json.loads(path.read_text()) for path in arguments.reports}
     schedules = []
-    for settings in itertools.product(arguments.first_look, arguments.keep, arguments.confidence):
+    for settings in itertools.product(arguments.first_look, arguments.confidence):
         by_report = {name: judge(report["iterations"], *settings) for name, report in reports.items()}
         every = [result for results in by_report.values() for result in results]
-        row = dict(zip(("first_look", "keep", "confidence"), settings, strict=True)) | {
+        row = dict(zip(("first_look", "confidence"), settings, strict=True)) | {
             "same_picks": sum(r["picked"] == r["best"] for r in every),
             "iterations": len(every),
             "worst_excess_loss": max(r["excess_loss"] for r in every),

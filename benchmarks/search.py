@@ -100,7 +100,7 @@ def race(arguments: argparse.Namespace) -> dict:
         trainer,
         batches,
         [],
-        Race(default_first_look(len(batches)), flags.confidence, flags.keep),
+        Race(default_first_look(len(batches)), flags.confidence),
         Journal(None, {}),
         {},
         Processes(),

@@ -137,14 +137,6 @@ def fraction(text: str) -> float:
     return value
 
 
-def positive_fraction(text: str) -> float:
-    """argparse type: a number above 0, up to and including 1."""
-    value = _number(float, text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
-
-
 def block_index(text: str) -> int:
     """argparse type: the index of a decoder layer, from 0."""
     value = _number(int, text)

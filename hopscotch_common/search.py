@@ -1,11 +1,11 @@
 """The greedy search: candidates, the two schedules, and the journal that makes it resumable.
 
 `full` gives every candidate a whole epoch (the paper's search). `race` lets all candidates advance
-together over the same batches and looks at them again and again: those whose loss is worse than the
-leader's beyond doubt drop out, and each time that the batches have doubled, at most a share goes on
-(successive halving, arXiv 1502.07943), which bounds the cost whatever the data. Finalists run the
-whole epoch, so the winner's loss is the number that `full` gives. Both are one loop: `full` is a
-race with a single look, after the last batch.
+together over the same batches and looks at them again and again. At most a share goes on that falls
+as the batches add up (in the spirit of successive halving, arXiv 1502.07943), which bounds the cost
+whatever the data, and those whose loss is worse than the leader's beyond doubt drop out sooner.
+Finalists run the whole epoch, so the winner's loss is the number that `full` gives. Both are one
+loop: `full` is a race with a single look, after the last batch.
 """
 
 import math
@@ -17,6 +17,8 @@ from pathlib import Path
 from hopscotch_common.cli import InputError
 from hopscotch_common.data import Batch, append_line, read_jsonl, truncate_partial_line
 from hopscotch_common.training import ScaleState, ScaleTrainer
+
+MIN_BATCHES = 4  # a standard deviation of fewer losses says little
 
 
 @dataclass
@@ -38,15 +40,13 @@ class Candidate:
 class Race:
     """When candidates are compared, and which of them go on.
 
-    first_look: batches before the first comparison. confidence: standard errors of the paired
-    difference to the leader that count as beyond doubt; math.inf drops nobody. keep: the share of
-    candidates that goes on at most after the first look, and again each time the number of batches
-    has doubled.
+    first_look: batches before the first comparison, after which at most half go on, and at most
+    1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to the
+    leader that count as beyond doubt; math.inf drops nobody sooner.
     """
 
     first_look: int
     confidence: float
-    keep: float
 
     def looks(self, num_batches: int) -> list[int]:
         """Numbers of batches after which to compare: the first look, then every next batch or,
@@ -58,8 +58,9 @@ class Race:
 
     def most_survivors(self, num_candidates: int, batches: int) -> int:
         """How many of the candidates that began may go on after a look at so many batches."""
-        doublings = (batches // self.first_look).bit_length()
-        return math.ceil(num_candidates * self.keep**doublings)
+        if batches < self.first_look:
+            return num_candidates
+        return max(1, num_candidates * self.first_look // (self.first_look + batches))
 
     def survivors(self, candidates: Sequence[Candidate], num_candidates: int) -> list[Candidate]:
         """Those of the candidates that go on after a look, by block.
@@ -84,7 +85,7 @@ def default_first_look(num_batches: int) -> int:
     return max(1, num_batches // 32)
 
 
-FULL = Race(first_look=2**62, confidence=math.inf, keep=1.0)
+FULL = Race(first_look=2**62, confidence=math.inf)
 
 
 def _by_loss(candidate: Candidate) -> tuple[float, int]:
@@ -101,11 +102,11 @@ def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Ca
 
     All have seen the same batches, so the losses are compared in pairs, which takes out how hard a
     batch is. The noise of a paired difference is taken as at least its median over the candidates:
-    with few batches, some look far too sure by chance.
+    with few batches, some look far too sure by chance. With fewer than MIN_BATCHES all are in doubt.
     """
     best = leader(candidates)
     count = len(best.losses)
-    if math.isinf(confidence) or count < 2 or len(candidates) == 1:
+    if math.isinf(confidence) or count < MIN_BATCHES or len(candidates) == 1:
         return list(candidates)
     differences = {
         candidate.block: [a - b for a, b in zip(candidate.losses, best.losses, strict=True)]

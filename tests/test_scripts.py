@@ -217,7 +217,6 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
         ),
         (block_selection, ["--output", "."], "is a folder; name a file"),
         (block_selection, ["--plot", "losses.pgn"], "give a file name that ends in .png, .pdf, .svg"),
-        (block_selection, ["--keep", "0"], "must be above 0 and at most 1"),
         (
             block_selection,
             ["--starting_skipped_blocks", "mine.json", "--output", "mine.json"],

@@ -71,7 +71,7 @@ def test_full_search_equals_a_plain_loop(tiny_folder, skipped):
 def test_race_finds_the_same_block_with_the_same_loss_for_less(tiny_folder):
     batches = data.make_batches(random_samples(24), 2, 60, seed=5)
     full = iterate(tiny_folder(), batches)
-    raced = iterate(tiny_folder(), batches, race=Race(first_look=2, confidence=2.0, keep=1.0))
+    raced = iterate(tiny_folder(), batches, race=Race(first_look=2, confidence=2.0))
     assert raced.block == full.block and raced.loss == full.loss
     assert raced.candidate_epochs < full.candidate_epochs and raced.dropped
     for block, losses in raced.batch_losses.items():  # the same trajectory, cut short
@@ -123,37 +123,44 @@ def test_losses_are_compared_in_pairs():
     assert len(search.not_ruled_out(racing(hard_and_easy, always_worse), math.inf)) == 2
 
 
-def test_a_share_goes_on_each_time_the_batches_have_doubled():
-    race = Race(first_look=2, confidence=math.inf, keep=0.5)
-    assert [race.most_survivors(10, batches) for batches in (1, 2, 3, 4, 7, 8)] == [10, 5, 5, 3, 3, 2]
+def test_too_few_batches_leave_all_in_doubt():
+    losses = [1.0, 1.1, 1.2], [2.0, 2.1, 2.2]
+    assert len(search.not_ruled_out(racing(*losses), confidence=2.0)) == 2
+    assert len(search.not_ruled_out(racing(*(x + [1.0] for x in losses)), confidence=2.0)) == 1
+
+
+def test_fewer_go_on_the_more_batches_were_seen():
+    race = Race(first_look=2, confidence=math.inf)
+    assert [race.most_survivors(10, batches) for batches in (1, 2, 3, 4, 6, 8, 20)] == [10, 5, 4, 3, 2, 2, 1]
     candidates = racing(*[[3.0 - block / 10] * 2 for block in range(10)])
     assert [candidate.block for candidate in race.survivors(candidates, 10)] == [5, 6, 7, 8, 9]
-    # Two batches of ten, two of five, four of three, and four of two.
-    assert race.most_batches(10, 12) == 2 * 10 + 2 * 5 + 4 * 3 + 4 * 2
-    assert race.most_batches(10, 12, processes=4) == 2 * 3 + 2 * 2 + 4 + 4
+    # Two batches of ten, then one of five, of four, and of three, and two of two.
+    assert race.most_batches(10, 7) == 2 * 10 + 5 + 4 + 3 + 2 + 2
+    assert race.most_batches(10, 7, processes=4) == 2 * 3 + 2 + 1 + 1 + 1 + 1
     assert search.FULL.most_batches(10, 12) == 120
 
 
 def test_the_default_race_is_bounded_whatever_the_data():
     arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
     for num_batches, share in ((12, 1 / 4), (16, 1 / 4), (64, 1 / 8), (128, 1 / 8), (1000, 1 / 8)):
-        race = Race(search.default_first_look(num_batches), arguments.confidence, arguments.keep)
-        for layers in (28, 30, 32, 80):
+        race = Race(search.default_first_look(num_batches), arguments.confidence)
+        for layers in (28, 30, 32):
             assert race.most_batches(layers, num_batches) <= share * layers * num_batches
 
 
 def test_a_race_keeps_to_its_bound(tiny_folder):
     batches = data.make_batches(random_samples(12), 2, 60, seed=5)
-    raced = iterate(tiny_folder(), batches, race=Race(first_look=1, confidence=math.inf, keep=0.5))
-    assert [len(losses) for losses in sorted(raced.batch_losses.values(), key=len)] == [1, 1, 2, 6]
-    assert raced.candidate_epochs == 10 / 6
+    race = Race(first_look=1, confidence=math.inf)
+    raced = iterate(tiny_folder(), batches, race=race)
+    assert sorted(len(losses) for losses in raced.batch_losses.values()) == [1, 1, 2, 6]
+    assert raced.candidate_epochs == 10 / 6 == race.most_batches(4, 6) / 6
 
 
 def test_looks_end_with_the_last_batch():
-    assert Race(2, 2.0, 1.0).looks(5) == [2, 3, 4, 5]
-    assert Race(8, 2.0, 1.0).looks(5) == [5]
+    assert Race(2, 2.0).looks(5) == [2, 3, 4, 5]
+    assert Race(8, 2.0).looks(5) == [5]
     assert search.FULL.looks(7) == [7]
-    looks = Race(2, 2.0, 1.0).looks(100)
+    looks = Race(2, 2.0).looks(100)
     assert looks[-1] == 100 and looks == sorted(set(looks)) and len(looks) < 50
 
 
