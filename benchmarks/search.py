@@ -9,6 +9,7 @@ benchmarks/results/search_cpu.json.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -154,19 +155,17 @@ def matmul(arguments: argparse.Namespace) -> dict:
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         work = [(torch.randn(rows, i, dtype=dtype), torch.randn(o, i, dtype=dtype)) for o, i in shapes[-8:]]
-        repeat = 1 if dtype == torch.bfloat16 else 5
-
-        def products(work=work, repeat=repeat):
-            for _ in range(repeat):
-                for x, weight in work:
-                    out = x @ weight.T
-                    out @ weight
-
-        products()
-        start = time.perf_counter()
-        products()
-        flops = repeat * sum(4 * x.shape[0] * w.numel() for x, w in work)
-        rates[str(dtype).removeprefix("torch.")] = flops / (time.perf_counter() - start)
+        flops = sum(4 * x.shape[0] * w.numel() for x, w in work)
+        best = math.inf
+        for _ in range(6):
+            start = time.perf_counter()
+            for x, weight in work:
+                out = x @ weight.T
+                out @ weight
+            best = min(best, time.perf_counter() - start)
+            if best > 5:  # an emulated dtype: a second time tells no more
+                break
+        rates[str(dtype).removeprefix("torch.")] = flops / best
     return {"rows": rows, "flops_per_second": rates}
 
 
