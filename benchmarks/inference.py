@@ -273,9 +273,11 @@ def main() -> None:
         rounds = {"transformers": transformers_rounds, "vllm": vllm_rounds}[arguments.worker]
         arguments.output.write_text(json.dumps(rounds(arguments)))
         return
-    with tempfile.TemporaryDirectory() as root:
-        results = {name: benchmark(name, arguments, Path(root)) for name in arguments.models}
-    measuring.save("inference_cpu", {"bar": BAR, "results": results})
+    results = {}
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as root:
+            results[name] = benchmark(name, arguments, Path(root))
+        measuring.save("inference_cpu", {"bar": BAR, "results": results})
 
 
 if __name__ == "__main__":
