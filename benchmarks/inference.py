@@ -6,7 +6,8 @@ For 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one
 and in vLLM. The numbers of blocks take turns in every round; figures are medians over rounds. What
 a block's attention costs is measured where nothing is skipped, by timing the modules (norm and
 attention), so that it owes nothing to the skipping. `gained` is the time that skipping saves over
-the time that the skipped modules took. Results go to benchmarks/results/inference_cpu.json.
+the time that the skipped modules took. Where the machine's speed drifts, many rounds of one repeat
+cancel it best. Results go to benchmarks/results/inference_cpu.json.
 """
 
 import argparse
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt_tokens", type=int, default=256)
     parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--result", default="inference_cpu", help="name of the file in benchmarks/results/")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--folders", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
@@ -277,7 +279,7 @@ def main() -> None:
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as root:
             results[name] = benchmark(name, arguments, Path(root))
-        measuring.save("inference_cpu", {"bar": BAR, "results": results})
+        measuring.save(arguments.result, {"bar": BAR, "results": results})
 
 
 if __name__ == "__main__":
