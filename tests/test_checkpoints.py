@@ -23,6 +23,16 @@ def save(folder, base, **options):
     return values
 
 
+def test_what_a_killed_writer_left_is_removed(tiny_folder, tmp_path):
+    leftover = tmp_path / f".ckpt.{2**22 + 1}.tmp"  # beyond Linux's largest process id
+    leftover.mkdir()
+    (leftover / "base.safetensors").write_text("half")
+    running = tmp_path / ".ckpt.1.tmp"
+    running.mkdir()
+    save(tmp_path / "ckpt", tiny_folder())
+    assert not leftover.exists() and running.exists() and (tmp_path / "ckpt").is_dir()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "mistral", "qwen3"])
 def test_round_trip(tiny_folder, tmp_path, family):
     values = save(tmp_path / "ckpt", tiny_folder(family))

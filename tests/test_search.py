@@ -182,6 +182,15 @@ def test_journal_survives_a_torn_line(tmp_path):
     assert len(Journal(path, {"seed": 1}).entries) == 2
 
 
+def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
+    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    expected = iterate(tiny_folder(), batches)
+    race = Race(first_look=1, confidence=math.inf)
+    raced = iterate(tiny_folder(), batches, race=race, journal=Journal(tmp_path / "journal.jsonl", {}))
+    found = iterate(tiny_folder(), batches, journal=Journal(tmp_path / "journal.jsonl", {}))
+    assert raced.loss == expected.losses[raced.block] and found == expected
+
+
 def write_data(path, samples) -> None:
     with open(path, "w") as file:
         for sample in samples:
