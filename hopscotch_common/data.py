@@ -224,19 +224,19 @@ def make_batches(
     os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     from instructlab.training.sampler import EpochSampler, MaxTokensPerRankCollator
 
+    collate = MaxTokensPerRankCollator(
+        max_tokens_per_batch,
+        rank=rank,
+        world_size=world_size,
+        flash_enabled=packed,
+        pad_token_id=pad_token_id,
+    )
     sampler = EpochSampler(len(samples), seed=seed, epoch=epoch)
     order = list(sampler) if shuffle else list(range(len(samples)))
     batches = []
     for start in range(0, len(order), batch_size):
         chosen = [samples[i] for i in order[start : start + batch_size]]
         prefix = shared_prefix(chosen) if share_prefix else []
-        collate = MaxTokensPerRankCollator(
-            max_tokens_per_batch,
-            rank=rank,
-            world_size=world_size,
-            flash_enabled=packed,
-            pad_token_id=pad_token_id,
-        )
         items = collate([_collator_item(sample, len(prefix)) for sample in chosen])
         batches.append(
             Batch(

@@ -217,9 +217,10 @@ def load_model(
     try:
         model = model_class.from_pretrained(ref.folder(), **options)
     except (ImportError, ValueError) as error:
-        if attn_implementation not in str(error):
+        if attn_implementation == "auto" or "attention" not in str(error).lower():
             raise
-        raise InputError(f"--attn_implementation {attn_implementation}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"--attn_implementation {attn_implementation}: {reason} (or give sdpa)") from error
     scales.freeze_base(model)
     return model.eval()
 

@@ -77,7 +77,8 @@ class HeadCrossEntropy(torch.autograd.Function):
             total += nll_loss(log_probabilities, targets[rows], reduction="sum")
             if gradient is not None:
                 probabilities = log_probabilities.exp_()
-                probabilities[torch.arange(len(probabilities)), targets[rows]] -= 1
+                positions = torch.arange(len(probabilities), device=hidden.device)
+                probabilities[positions, targets[rows]] -= 1
                 torch.matmul(probabilities.to(weight.dtype), weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return total

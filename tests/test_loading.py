@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 from hopscotch_common import checkpoints, scales
+from hopscotch_common.cli import InputError
 from hopscotch_common.models import QUANTIZATIONS, load_model, model_ref, quantization_config
 
 SKIPPED = [0, 2]
@@ -179,3 +180,9 @@ def test_lm_eval_runs_a_checkpoint(checkpoint, tmp_path):
                 logits = model(torch.tensor([question + answer])).logits[0, len(question) - 1 : -1]
             expected = logits.log_softmax(-1)[range(len(answer)), answer].sum()
             assert float(response[0][0]) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash attention is installed")
+def test_an_attention_kernel_that_is_missing_is_refused(tiny_folder):
+    with pytest.raises(InputError, match="--attn_implementation flash_attention_2: .*or give sdpa"):
+        load_model(model_ref(str(tiny_folder())), device="cpu", attn_implementation="flash_attention_2")
