@@ -53,9 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
         "another one that is about as good",
     )
     group.add_argument(
+        "--screening",
+        type=cli.share,
+        default=0.25,
+        help="race: share of the candidates that is trained at all, chosen by their losses on the first "
+        "--first_look batches before training; 1 trains all",
+    )
+    group.add_argument(
         "--first_look",
         type=cli.positive_int,
-        help="race: batches before the first comparison, after which at most half of the candidates go on, "
+        help="race: batches before the first comparison, after which at most half of all candidates go on, "
         "and at most 1/(1+n) after n times as many (default: a 32nd of an epoch, at least 1)",
     )
     group.add_argument(
@@ -152,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.data_path, config.vocab_size, arguments.max_tokens_per_batch, arguments.max_samples
     )
 
-    from hopscotch_common import distributed, search
+    from hopscotch_common import distributed, schedules, search
+    from hopscotch_common.progress import SearchBar
     from hopscotch_common.training import ScaleTrainer, epoch_batches, prepare_model
 
     cli.seed_everything(arguments.seed)
@@ -175,11 +183,11 @@ def main(argv: list[str] | None = None) -> int:
         processes.count,
     )
 
-    race = search.FULL
+    race = schedules.FULL
     if arguments.search == "race":
-        first_look = arguments.first_look or search.default_first_look(len(batches))
-        race = search.Race(first_look, arguments.confidence)
-    bar = search.SearchBar(arguments.num_blocks, race, processes)
+        first_look = arguments.first_look or schedules.default_first_look(len(batches))
+        race = schedules.Race(first_look, arguments.confidence, arguments.screening)
+    bar = SearchBar(arguments.num_blocks, race, processes)
     iterations: list[search.Iteration] = []
     try:
         for _ in range(arguments.num_blocks):

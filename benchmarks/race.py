@@ -14,7 +14,7 @@ from pathlib import Path
 
 import measuring
 
-from hopscotch_common.search import Candidate, Race, default_first_look, leader
+from hopscotch_common.schedules import Candidate, Race, default_first_look, leader
 
 
 def replay(batch_losses: dict[int, list[float]], race: Race) -> tuple[int, float]:

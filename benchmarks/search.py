@@ -92,7 +92,10 @@ def ours(arguments: argparse.Namespace) -> dict:
 
 def race(arguments: argparse.Namespace) -> dict:
     """A whole iteration of the race with the default settings."""
-    from hopscotch_common.search import Journal, Processes, Progress, Race, default_first_look, run_iteration
+    from hopscotch_common.distributed import Processes
+    from hopscotch_common.progress import Progress
+    from hopscotch_common.schedules import Race, default_first_look
+    from hopscotch_common.search import Journal, run_iteration
 
     flags = search_flags(arguments)
     _, trainer, batches = prepared(arguments)
@@ -101,7 +104,7 @@ def race(arguments: argparse.Namespace) -> dict:
         trainer,
         batches,
         [],
-        Race(default_first_look(len(batches)), flags.confidence),
+        Race(default_first_look(len(batches)), flags.confidence, flags.screening),
         Journal(None, {}),
         {},
         Processes(),
@@ -112,7 +115,7 @@ def race(arguments: argparse.Namespace) -> dict:
         "block": found.block,
         "loss": found.loss,
         "candidate_epochs": found.candidate_epochs,
-        "candidates": len(found.batch_losses),
+        "candidates": len(found.untrained_losses),
     }
 
 

@@ -129,6 +129,14 @@ def positive_float(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """argparse type: a number above 0, up to 1."""
+    value = _number(float, text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
 def fraction(text: str) -> float:
     """argparse type: a number from 0 up to, not including, 1."""
     value = _number(float, text)

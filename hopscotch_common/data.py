@@ -196,6 +196,26 @@ class Batch:
     num_loss_counted_tokens: int
     prefix: torch.Tensor | None = None
 
+    def whole_minibatches(self) -> list[Minibatch]:
+        """The minibatches with the prefix in each row."""
+        if self.prefix is None:
+            return self.minibatches
+        return [_prepend(self.prefix, minibatch) for minibatch in self.minibatches]
+
+
+def _prepend(prefix: torch.Tensor, minibatch: Minibatch) -> Minibatch:
+    rows, length = minibatch.input_ids.shape
+    prefix = prefix.expand(rows, -1)
+    mask = minibatch.attention_mask
+    row, column = minibatch.predicting // length, minibatch.predicting % length
+    return Minibatch(
+        torch.cat([prefix, minibatch.input_ids], dim=1),
+        None if mask is None else torch.cat([torch.ones_like(prefix), mask], dim=1),
+        minibatch.position_ids,
+        row * (prefix.shape[1] + length) + prefix.shape[1] + column,
+        minibatch.targets,
+    )
+
 
 def make_batches(
     samples: Sequence[Sample],

@@ -1,10 +1,19 @@
 """Several processes (`accelerate launch --multi_gpu`): they share a search's candidates, or each batch."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 
-from hopscotch_common.search import Processes
+
+@dataclass
+class Processes:
+    """How candidates spread over processes. gather: one object a process -> all of them, in all."""
+
+    rank: int = 0
+    count: int = 1
+    gather: Callable[[object], list] = lambda item: [item]
 
 
 def join_processes(device: str) -> Processes:

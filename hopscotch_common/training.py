@@ -2,7 +2,8 @@
 
 import base64
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,10 +99,6 @@ def summed_loss(model, minibatch: Minibatch, prefix: SharedPrefix | None = None)
     """Cross entropy summed over the minibatch's loss-counted tokens, a float32 scalar.
 
     prefix: the `prefix_of` its batch.
-
-    Only hidden states that predict such a token reach the LM head, and their logits are made and
-    consumed a few rows at a time, so the full [tokens, vocabulary] matrix never exists. Of a model
-    that is spread over devices, the loss is on the LM head's.
     """
     mask = minibatch.attention_mask
     hidden = model.model(
@@ -111,6 +108,16 @@ def summed_loss(model, minibatch: Minibatch, prefix: SharedPrefix | None = None)
         past_key_values=None if prefix is None else prefix.cache(len(minibatch.input_ids)),
         use_cache=False,
     ).last_hidden_state
+    return summed_head_loss(model, hidden, minibatch)
+
+
+def summed_head_loss(model, hidden: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
+    """`summed_loss` from the base model's output [rows, length, hidden].
+
+    Only hidden states that predict a loss-counted token reach the LM head, and their logits are
+    made and consumed a few rows at a time, so the full [tokens, vocabulary] matrix never exists. Of
+    a model that is spread over devices, the loss is on the LM head's.
+    """
     hidden = hidden.flatten(0, 1)[minibatch.predicting.to(hidden.device)]
     logits_scaling = getattr(model.config, "logits_scaling", None)  # Granite divides its logits
     if logits_scaling is not None:
@@ -210,22 +217,16 @@ class ScaleTrainer:
         """
         device = self.model.device
         total = torch.zeros((), device=device)
-        running, remedy = "the tokens that all samples share", "use --gradient_checkpointing"
-        try:
+        with _naming_shared_prefix(where):
             prefix = prefix_of(self.model, batch)
-            for number, minibatch in enumerate(batch.minibatches):
-                rows, length = minibatch.input_ids.shape
-                running = f"minibatch {number} ({rows} x {length} tokens)"
-                remedy = "lower --max_tokens_per_batch, or use --gradient_checkpointing"
+        for number, minibatch in enumerate(batch.minibatches):
+            with naming_minibatch(where, number, minibatch):
                 loss = summed_loss(self.model, minibatch.to(device), prefix)
                 loss.backward()
                 total += loss.detach().to(device)
-            if prefix is not None:
+        if prefix is not None:
+            with _naming_shared_prefix(where):
                 prefix.backward()
-        except RuntimeError as error:  # torch has no common class for it over its devices
-            if not _is_out_of_memory(error):
-                raise
-            raise TrainingError(f"{where}: out of memory in {running}; {remedy}") from error
         if self.reduce is not None:
             total = self._reduce_gradients(total)
         for parameter in self.parameters:  # divided only now: the mean's gradients underflow in float16
@@ -279,5 +280,27 @@ class ScaleTrainer:
         return losses
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+@contextmanager
+def naming_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn an out-of-memory error into a TrainingError that says in what, and what helps."""
+    try:
+        yield
+    except RuntimeError as error:  # torch has no common class for it over its devices
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise TrainingError(f"{what}; {remedy}") from error
+
+
+def naming_minibatch(where: str, number: int, minibatch: Minibatch):
+    """`naming_out_of_memory` for one minibatch of the batch `where`."""
+    rows, length = minibatch.input_ids.shape
+    return naming_out_of_memory(
+        f"{where}: out of memory in minibatch {number} ({rows} x {length} tokens)",
+        "lower --max_tokens_per_batch, or use --gradient_checkpointing",
+    )
+
+
+def _naming_shared_prefix(where: str):
+    return naming_out_of_memory(
+        f"{where}: out of memory in the tokens that all samples share", "use --gradient_checkpointing"
+    )

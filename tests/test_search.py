@@ -11,20 +11,24 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FAMILY_SIZES, ROOT
 from test_training import random_samples, reference_loss
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import block_selection
-from hopscotch_common import data, search
+from hopscotch_common import data, schedules, search
 from hopscotch_common.cli import InputError
+from hopscotch_common.distributed import Processes
 from hopscotch_common.models import load_model, model_ref
-from hopscotch_common.search import Candidate, Journal, Processes, Progress, Race
-from hopscotch_common.training import ScaleTrainer
+from hopscotch_common.progress import Progress, SearchBar
+from hopscotch_common.schedules import Candidate, Race
+from hopscotch_common.screening import untrained_losses
+from hopscotch_common.search import Journal
+from hopscotch_common.training import ScaleState, ScaleTrainer
 
 
-def iterate(folder, batches, skipped=(), race=search.FULL, known=None, journal=None):
+def iterate(folder, batches, skipped=(), race=schedules.FULL, known=None, journal=None):
     trainer = ScaleTrainer(load_model(model_ref(str(folder)), device="cpu"), 1e-2)
     journal = journal or Journal(None, {})
     return search.run_iteration(
@@ -88,7 +92,7 @@ def test_known_losses_are_not_trained_again(tiny_folder):
 
 
 def test_the_bar_knows_what_a_full_search_takes():
-    bar = search.SearchBar(num_iterations=2, race=search.FULL, processes=Processes())
+    bar = SearchBar(num_iterations=2, race=schedules.FULL, processes=Processes())
     for candidates in (4, 3):
         bar.start_iteration(candidates, num_batches=5)
         assert bar.bar.total == 35
@@ -99,12 +103,67 @@ def test_the_bar_knows_what_a_full_search_takes():
     bar.close()
 
 
+def test_the_bar_counts_screening_at_its_cost():
+    race = Race(first_look=2, confidence=math.inf, screening=0.5)
+    bar = SearchBar(num_iterations=1, race=race, processes=Processes())
+    bar.start_iteration(9, num_batches=4)
+    for _ in range(18):
+        bar.on_screened()
+    assert bar.bar.n == 6 and bar.bar.total == 6 + 2 * 5 + 4 + 3
+    bar.close()
+
+
 def test_the_bar_leaves_out_what_the_journal_had():
-    bar = search.SearchBar(num_iterations=1, race=search.FULL, processes=Processes())
+    bar = SearchBar(num_iterations=1, race=schedules.FULL, processes=Processes())
     bar.start_iteration(4, num_batches=5)
     bar.restored(10)
     assert bar.bar.total == 10
     bar.close()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
+@pytest.mark.parametrize("prefix", [0, 9])
+def test_untrained_losses_equal_a_plain_loop(tiny_folder, family, prefix):
+    samples = random_samples(6)
+    shared = list(range(40, 40 + prefix))
+    samples = [data.Sample(shared + s.input_ids, [-100] * prefix + s.labels) for s in samples]
+    (batch,) = data.make_batches(samples, 6, 75, seed=0, share_prefix=True)
+    assert len(batch.minibatches) > 1 and (batch.prefix is None) == (prefix == 0)
+    model = load_model(model_ref(str(tiny_folder(family))), device="cpu")
+    told = []
+    losses = untrained_losses(model, batch, [2], [0, 1, 3], "batch 0", lambda: told.append(1))
+
+    stock = AutoModelForCausalLM.from_pretrained(tiny_folder(family), attn_implementation="eager").eval()
+    tokens = sum(sample.num_loss_counted_tokens for sample in samples)
+    with torch.no_grad():
+        expected = {
+            block: sum(reference_loss(stock, s, torch.ones(4, 4), {2, block}) for s in samples).item()
+            / tokens
+            for block in (0, 1, 3)
+        }
+    assert losses == pytest.approx(expected, rel=1e-4) and len(told) == 3
+    trainer = ScaleTrainer(model, 1e-2)
+    trainer.start([2, 0])
+    assert trainer.run([batch], "epoch 0") == pytest.approx([losses[0]], rel=1e-5)
+
+
+def test_screening_trains_only_the_best_before_training(tiny_folder, tmp_path):
+    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    full = iterate(tiny_folder(), batches)
+    first = {block: losses[0] for block, losses in full.batch_losses.items()}
+    best = sorted(sorted(first, key=first.get)[:2])
+    race = Race(first_look=1, confidence=math.inf, screening=0.5)
+    journal = tmp_path / "journal.jsonl"
+    raced = iterate(tiny_folder(), batches, race=race, journal=Journal(journal, {}))
+    assert raced.untrained_losses == pytest.approx(first, rel=1e-5)
+    assert sorted(raced.batch_losses) == best and raced.losses.items() <= full.losses.items()
+    for block in set(first) - set(best):
+        assert raced.dropped[block]["after_batches"] == 0
+    assert sum(map(len, raced.batch_losses.values())) == 2 + 6 - 1 + 1
+    assert raced.candidate_epochs == pytest.approx((8 + 4 / 3) / 6)
+    written = journal.read_bytes()
+    assert iterate(tiny_folder(), batches, race=race, journal=Journal(journal, {})) == raced
+    assert journal.read_bytes() == written  # nothing was computed again
 
 
 def racing(*losses: list[float]) -> list[Candidate]:
@@ -115,18 +174,18 @@ def test_losses_are_compared_in_pairs():
     hard_and_easy = [5.0, 1.0, 4.0, 2.0]
     always_worse = [x + 0.10 + 0.001 * i for i, x in enumerate(hard_and_easy)]
     sometimes_worse = [x + d for x, d in zip(hard_and_easy, [0.2, -0.19, 0.2, -0.19], strict=True)]
-    left = search.not_ruled_out(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
+    left = schedules.not_ruled_out(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
     # The typical noise (the median of 0.001 and 0.2) leaves the second in doubt, its own does not.
     assert [candidate.block for candidate in left] == [0, 1, 2]
-    left = search.not_ruled_out(racing(hard_and_easy, always_worse), confidence=2.0)
+    left = schedules.not_ruled_out(racing(hard_and_easy, always_worse), confidence=2.0)
     assert [candidate.block for candidate in left] == [0]
-    assert len(search.not_ruled_out(racing(hard_and_easy, always_worse), math.inf)) == 2
+    assert len(schedules.not_ruled_out(racing(hard_and_easy, always_worse), math.inf)) == 2
 
 
 def test_too_few_batches_leave_all_in_doubt():
     losses = [1.0, 1.1, 1.2], [2.0, 2.1, 2.2]
-    assert len(search.not_ruled_out(racing(*losses), confidence=2.0)) == 2
-    assert len(search.not_ruled_out(racing(*(x + [1.0] for x in losses)), confidence=2.0)) == 1
+    assert len(schedules.not_ruled_out(racing(*losses), confidence=2.0)) == 2
+    assert len(schedules.not_ruled_out(racing(*(x + [1.0] for x in losses)), confidence=2.0)) == 1
 
 
 def test_fewer_go_on_the_more_batches_were_seen():
@@ -137,13 +196,15 @@ def test_fewer_go_on_the_more_batches_were_seen():
     # Two batches of ten, then one of five, of four, and of three, and two of two.
     assert race.most_batches(10, 7) == 2 * 10 + 5 + 4 + 3 + 2 + 2
     assert race.most_batches(10, 7, processes=4) == 2 * 3 + 2 + 1 + 1 + 1 + 1
-    assert search.FULL.most_batches(10, 12) == 120
+    assert schedules.FULL.most_batches(10, 12) == 120
+    # Screening ten on two batches costs seven batches, three are left.
+    assert Race(2, math.inf, screening=0.3).most_batches(10, 7) == 7 + 2 * 3 + 3 + 3 + 3 + 2 + 2
 
 
 def test_the_default_race_is_bounded_whatever_the_data():
     arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
     for num_batches, share in ((12, 1 / 4), (16, 1 / 4), (64, 1 / 8), (128, 1 / 8), (1000, 1 / 8)):
-        race = Race(search.default_first_look(num_batches), arguments.confidence)
+        race = Race(schedules.default_first_look(num_batches), arguments.confidence, arguments.screening)
         for layers in (28, 30, 32):
             assert race.most_batches(layers, num_batches) <= share * layers * num_batches
 
@@ -159,7 +220,7 @@ def test_a_race_keeps_to_its_bound(tiny_folder):
 def test_looks_end_with_the_last_batch():
     assert Race(2, 2.0).looks(5) == [2, 3, 4, 5]
     assert Race(8, 2.0).looks(5) == [5]
-    assert search.FULL.looks(7) == [7]
+    assert schedules.FULL.looks(7) == [7]
     looks = Race(2, 2.0).looks(100)
     assert looks[-1] == 100 and looks == sorted(set(looks)) and len(looks) < 50
 
@@ -169,6 +230,18 @@ def test_journal_refuses_other_settings_and_names_them(tmp_path):
     Journal(path, {"model": "a", "learning_rate": 0.01})
     with pytest.raises(InputError, match="learning_rate = 0.01, now it is 0.02"):
         Journal(path, {"model": "a", "learning_rate": 0.02})
+
+
+def test_journal_gives_the_longest_training_it_has():
+    journal = Journal(None, {})
+    state = ScaleState(torch.rand(4, 2, 4))
+    for count in (1, 3, 6):
+        journal.add([], Candidate(0, [1.0] * count, None if count == 6 else state))
+    assert journal.find([], 0, 4).losses == [1.0] * 3
+    assert torch.equal(journal.find([], 0, 4).state.tensors, state.tensors)
+    assert journal.find([], 0, 6).losses == [1.0] * 6
+    assert journal.find([], 0, 8).losses == [1.0] * 3  # an epoch's end has no state to go on from
+    assert journal.find([], 1, 4) is None and journal.find([2], 0, 4) is None
 
 
 def test_journal_survives_a_torn_line(tmp_path):
@@ -219,7 +292,7 @@ def test_killed_at_any_moment_it_ends_alike(tiny_folder, tmp_path, schedule):
     write_data(tmp_path / "data.jsonl", random_samples(16))
     common = ["--search", schedule]
     if schedule == "race":
-        common += ["--confidence", "1.0"]
+        common += ["--confidence", "1.0", "--screening", "0.7"]
     whole = selection_command(folder, tmp_path / "data.jsonl", tmp_path / "whole.json", *common)
     expected = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert expected.count("Best block to remove") == 2

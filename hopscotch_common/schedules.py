@@ -1,0 +1,137 @@
+"""The two schedules of the search: which candidates go on, and how far each is trained.
+
+`full` gives every candidate a whole epoch (the paper's search). `race` first screens: candidates
+are compared by their losses on the first batches before any training, which is cheap, and only the
+best go on. Those advance together over the same batches and are looked at again and again. At most
+a share goes on that falls as the batches add up (in the spirit of successive halving, arXiv
+1502.07943), which bounds the cost whatever the data, and those whose loss is worse than the
+leader's beyond doubt drop out sooner. Finalists run the whole epoch, so the winner's loss is the
+number that `full` gives. Both are one rule: `full` is a race with a single look, after the last
+batch.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hopscotch_common.training import ScaleState
+
+MIN_BATCHES = 4  # a standard deviation of fewer losses says little
+SCREENING_COST = 1 / 3  # of a training step: no backward pass, and half of the layers on average
+
+
+@dataclass
+class Candidate:
+    """A block that might be skipped next, and how far its training has come."""
+
+    block: int
+    losses: list[float] = field(default_factory=list)  # one a batch
+    state: ScaleState | None = None
+    known_loss: float | None = None  # given by --prev: nothing to train
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the batches so far, which after an epoch is the search's criterion."""
+        return self.known_loss if self.known_loss is not None else statistics.fmean(self.losses)
+
+
+@dataclass(frozen=True)
+class Race:
+    """When candidates are compared, and which of them go on.
+
+    first_look: batches before the first comparison, after which at most half of all go on, and at
+    most 1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to
+    the leader that count as beyond doubt; math.inf drops nobody sooner. screening: the share that
+    is trained at all, by the losses on the first_look batches before training; 1 screens nobody.
+    """
+
+    first_look: int
+    confidence: float
+    screening: float = 1.0
+
+    def screened_batches(self, num_batches: int) -> int:
+        """Batches that the screening sees."""
+        return 0 if self.screening == 1 else min(self.first_look, num_batches)
+
+    def most_trained(self, num_candidates: int) -> int:
+        """How many of the candidates the screening leaves."""
+        return math.ceil(num_candidates * self.screening)
+
+    def looks(self, num_batches: int) -> list[int]:
+        """Numbers of batches after which to compare: the first look, then every next batch or,
+        where there are many, every further eighth; always ends with num_batches."""
+        looks = [min(self.first_look, num_batches)]
+        while looks[-1] < num_batches:
+            looks.append(min(looks[-1] + max(1, looks[-1] // 8), num_batches))
+        return looks
+
+    def most_survivors(self, num_candidates: int, batches: int) -> int:
+        """How many of the candidates that began may go on after a look at so many batches."""
+        if batches < self.first_look:
+            return num_candidates
+        return max(1, num_candidates * self.first_look // (self.first_look + batches))
+
+    def survivors(self, candidates: Sequence[Candidate], num_candidates: int) -> list[Candidate]:
+        """Those of the candidates that go on after a look, by block.
+
+        num_candidates: how many the race began with.
+        """
+        most = self.most_survivors(num_candidates, len(candidates[0].losses))
+        best = sorted(not_ruled_out(candidates, self.confidence), key=_by_loss)[:most]
+        return sorted(best, key=lambda candidate: candidate.block)
+
+    def most_batches(self, num_candidates: int, num_batches: int, processes: int = 1) -> int:
+        """The most batches that one of so many processes trains in a race, the screening's at their cost."""
+        share = math.ceil(num_candidates / processes)
+        total = math.ceil(share * self.screened_batches(num_batches) * SCREENING_COST)
+        done, racing = 0, self.most_trained(num_candidates)
+        for look in self.looks(num_batches):
+            total += math.ceil(racing / processes) * (look - done)
+            done, racing = look, min(racing, self.most_survivors(num_candidates, look))
+        return total
+
+
+def default_first_look(num_batches: int) -> int:
+    """A 32nd of an epoch: the losses of more batches cost more than they tell."""
+    return max(1, num_batches // 32)
+
+
+FULL = Race(first_look=2**62, confidence=math.inf)
+
+
+def _by_loss(candidate: Candidate) -> tuple[float, int]:
+    return candidate.mean_loss, candidate.block
+
+
+def leader(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate with the lowest mean loss; the lower index wins a tie."""
+    return min(candidates, key=_by_loss)
+
+
+def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Candidate]:
+    """The candidates whose loss is not beyond doubt worse than the leader's.
+
+    All have seen the same batches, so the losses are compared in pairs, which takes out how hard a
+    batch is. The noise of a paired difference is taken as at least its median over the candidates:
+    with few batches, some look far too sure by chance. With fewer than MIN_BATCHES all are in doubt.
+    """
+    best = leader(candidates)
+    count = len(best.losses)
+    if math.isinf(confidence) or count < MIN_BATCHES or len(candidates) == 1:
+        return list(candidates)
+    differences = {
+        candidate.block: [a - b for a, b in zip(candidate.losses, best.losses, strict=True)]
+        for candidate in candidates
+        if candidate is not best
+    }
+    noise = {block: statistics.stdev(values) for block, values in differences.items()}
+    typical = statistics.median(noise.values())
+
+    def stays(candidate: Candidate) -> bool:
+        if candidate is best:
+            return True
+        doubt = confidence * max(noise[candidate.block], typical) / math.sqrt(count)
+        return statistics.fmean(differences[candidate.block]) <= doubt
+
+    return [candidate for candidate in candidates if stays(candidate)]
