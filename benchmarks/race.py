@@ -4,7 +4,8 @@
     python benchmarks/race.py full.json [more.json …]
 
 A report of `--search full` holds every candidate's loss on every batch, so any schedule can be
-replayed without training. Writes benchmarks/results/race.json.
+replayed without training; a screening of several batches needs what `untrained.py` records
+besides. Writes benchmarks/results/race.json.
 """
 
 import argparse
@@ -14,14 +15,33 @@ from pathlib import Path
 
 import measuring
 
-from hopscotch_common.schedules import Candidate, Race, default_first_look, leader
+from hopscotch_common.schedules import (
+    SCREENING_COST,
+    Candidate,
+    Race,
+    default_first_look,
+    leader,
+)
 
 
-def replay(batch_losses: dict[int, list[float]], race: Race) -> tuple[int, float]:
-    """(the block a race picks, what it spends in candidate-epochs)."""
-    racing = [Candidate(block) for block in batch_losses]
+def replay(
+    batch_losses: dict[int, list[float]], race: Race, untrained: dict[int, list[float]] | None = None
+) -> tuple[int, float]:
+    """(the block a race picks, what it spends in candidate-epochs).
+
+    untrained: losses before training by block and batch, where the screening sees more batches
+    than one; a full search's first loss is that of the first batch before training.
+    """
     num_batches = len(next(iter(batch_losses.values())))
-    spent = done = 0
+    screened = race.screened_batches(num_batches)
+    blocks = list(batch_losses)
+    spent = len(blocks) * screened * SCREENING_COST
+    if screened:
+        seen = untrained if screened > 1 else batch_losses
+        blocks.sort(key=lambda block: sum(seen[block][:screened]))
+        blocks = sorted(blocks[: race.most_trained(len(blocks))])
+    racing = [Candidate(block) for block in blocks]
+    done = 0
     for look in race.looks(num_batches):
         spent += len(racing) * (look - done)
         racing = [Candidate(c.block, batch_losses[c.block][:look]) for c in racing]
@@ -31,15 +51,14 @@ def replay(batch_losses: dict[int, list[float]], race: Race) -> tuple[int, float
     return leader(racing).block, spent / num_batches
 
 
-def judge(iterations: list[dict], first_look: int, confidence: float) -> list[dict]:
+def judge(iterations: list[dict], untrained: list[dict] | None, race_of) -> list[dict]:
     """A race's result in each recorded iteration, beside the full search's."""
     results = []
-    for iteration in iterations:
+    for number, iteration in enumerate(iterations):
         losses = {int(block): values for block, values in iteration["batch_losses"].items()}
         means = {block: sum(values) / len(values) for block, values in losses.items()}
-        num_batches = len(next(iter(losses.values())))
-        race = Race(first_look or default_first_look(num_batches), confidence)
-        block, spent = replay(losses, race)
+        before = {int(b): values for b, values in untrained[number].items()} if untrained else None
+        block, spent = replay(losses, race_of(len(next(iter(losses.values())))), before)
         best = min(means, key=means.get)
         results.append(
             {
@@ -58,20 +77,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("reports", nargs="+", type=Path, help="reports of --search full")
     parser.add_argument(
-        "--first_look",
-        nargs="+",
-        type=int,
-        default=[0, 2, 3],
-        help="0: the default, by the number of batches",
+        "--first_look", nargs="+", type=int, default=[0], help="0: the default, by the number of batches"
     )
+    parser.add_argument("--screening", nargs="+", type=float, default=[1.0, 0.5, 0.25, 0.15])
     parser.add_argument("--confidence", nargs="+", type=float, default=[1.0, 1.5, 2.0, 3.0, 4.0, 99.0])
     arguments = parser.parse_args()
     reports = {path.stem: json.loads(path.read_text()) for path in arguments.reports}
+    untrained = {
+        path.stem: json.loads(path.with_suffix(".untrained.json").read_text())
+        for path in arguments.reports
+        if path.with_suffix(".untrained.json").exists()
+    }
     schedules = []
-    for settings in itertools.product(arguments.first_look, arguments.confidence):
-        by_report = {name: judge(report["iterations"], *settings) for name, report in reports.items()}
+    for first_look, screening, confidence in itertools.product(
+        arguments.first_look, arguments.screening, arguments.confidence
+    ):
+
+        def race_of(num_batches: int, settings=(first_look, confidence, screening)) -> Race:
+            return Race(settings[0] or default_first_look(num_batches), *settings[1:])
+
+        by_report = {
+            name: judge(report["iterations"], untrained.get(name), race_of)
+            for name, report in reports.items()
+        }
         every = [result for results in by_report.values() for result in results]
-        row = dict(zip(("first_look", "confidence"), settings, strict=True)) | {
+        row = {
+            "first_look": first_look,
+            "screening": screening,
+            "confidence": confidence,
             "same_picks": sum(r["picked"] == r["best"] for r in every),
             "iterations": len(every),
             "worst_excess_loss": max(r["excess_loss"] for r in every),

@@ -30,6 +30,6 @@ def test_reference_chooses_the_same_block_with_the_same_losses(tiny_folder, fami
 def test_replayed_race_equals_a_run_one(tiny_folder):
     batches = data.make_batches(random_samples(24), 2, 60, seed=5)
     full = iterate(tiny_folder(), batches)
-    schedule = race.Race(first_look=2, confidence=1.5)
-    raced = iterate(tiny_folder(), batches, race=schedule)
-    assert race.replay(full.batch_losses, schedule) == (raced.block, raced.candidate_epochs)
+    for schedule in (race.Race(2, confidence=1.5), race.Race(1, confidence=1.5, screening=0.5)):
+        raced = iterate(tiny_folder(), batches, race=schedule)
+        assert race.replay(full.batch_losses, schedule) == (raced.block, raced.candidate_epochs)
