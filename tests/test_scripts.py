@@ -132,15 +132,16 @@ def test_a_journal_of_other_weights_is_refused(work, tmp_path, capsys):
     check_refused(block_selection, arguments, "journal.jsonl: was made with weights = ", capsys)
 
 
-@pytest.mark.parametrize("script", ["block_selection.py", "param_scale.py"])
-def test_two_processes_equal_one(work, tmp_path, script):
-    more = (
-        ["--num_blocks", "2"]
-        if script == "block_selection.py"
-        else ["--blocks_to_skip", "1", "--num_epochs", "2"]
-    )
-    if script == "param_scale.py":
-        more += ["--validation_split", "0.25"]
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [
+        ("block_selection.py", ["--num_blocks", "2"]),
+        ("block_selection.py", ["--num_blocks", "2", "--search", "race", "--screening", "0.75"]),
+        ("param_scale.py", ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]),
+    ],
+    ids=["full", "race", "param_scale"],
+)
+def test_two_processes_equal_one(work, tmp_path, script, more):
     results = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
@@ -189,6 +190,7 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
         (block_selection, ["--data_path", "none.jsonl"], "none.jsonl: no such file"),
         (block_selection, ["--data_path", "empty.jsonl"], "empty.jsonl: holds no records"),
         (block_selection, ["--data_path", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+        (block_selection, ["--screening", "0"], "must be above 0 and at most 1, got 0"),
         (block_selection, ["--starting_skipped_blocks", "4"], "block 4 does not exist"),
         (block_selection, ["--starting_skipped_blocks", "-1"], "block -1 does not exist"),
         (block_selection, ["--starting_skipped_blocks", "1", "1"], "block 1 is named twice"),
