@@ -16,6 +16,8 @@ from hopscotch_common.data import Batch, Minibatch
 from hopscotch_common.training import naming_minibatch, summed_head_loss
 
 
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # to compile the layers again, without gradients, takes longer
 def untrained_losses(
     model,
     batch: Batch,
@@ -35,7 +37,7 @@ def untrained_losses(
     minibatches = batch.whole_minibatches()
     for number, minibatch in enumerate(minibatches):
         minibatch = minibatch.to(model.device)
-        with torch.no_grad(), naming_minibatch(where, number, minibatch):
+        with naming_minibatch(where, number, minibatch):
             calls = _layer_calls(model, minibatch)
             for block in blocks:
                 loss = _loss_without(model, block, calls, minibatch)
