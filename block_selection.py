@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--screening",
         type=cli.share,
-        default=0.25,
+        default=0.33,
         help="race: share of the candidates that is trained at all, chosen by their losses on the first "
         "--first_look batches before training; 1 trains all",
     )

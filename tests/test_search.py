@@ -203,7 +203,7 @@ def test_fewer_go_on_the_more_batches_were_seen():
 
 def test_the_default_race_is_bounded_whatever_the_data():
     arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
-    for num_batches, share in ((12, 1 / 5), (16, 1 / 5), (64, 1 / 10), (128, 1 / 10), (1000, 1 / 10)):
+    for num_batches, share in ((12, 0.22), (16, 0.18), (64, 0.11), (128, 0.11), (1000, 0.11)):
         race = Race(schedules.default_first_look(num_batches), arguments.confidence, arguments.screening)
         for layers in (28, 30, 32):
             assert race.most_batches(layers, num_batches) <= share * layers * num_batches
