@@ -56,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--screening",
         type=cli.share,
         default=0.33,
-        help="race: share of the candidates that is trained at all, chosen by their losses on the first "
-        "--first_look batches before training; 1 trains all",
+        help="race: share of the candidates that is trained at all (at least 2 are), chosen by their losses "
+        "on the first --first_look batches before training; 1 trains all",
     )
     group.add_argument(
         "--first_look",
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSON report (default: {model}_block_selection.json); the journal stands beside it",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the losses of all candidates (PNG, PDF or SVG)"
+        "--plot", type=Path, metavar="FILE", help="also draw the whole-epoch losses (PNG, PDF or SVG)"
     )
     return parser
 
@@ -138,18 +138,23 @@ def settings(arguments: argparse.Namespace, samples: list) -> dict:
 
 @cli.command
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
     output = arguments.output or Path(f"{arguments.model.name}_block_selection.json")
     config = read_config(arguments.model)
     num_layers = config.num_hidden_layers
     skipped = report.blocks_from(
-        arguments.starting_skipped_blocks, arguments.model, num_layers, "--starting_skipped_blocks"
+        arguments.starting_skipped_blocks, arguments.model, config, "--starting_skipped_blocks"
     )
     if len(skipped) + arguments.num_blocks >= num_layers:
         raise InputError(
             f"--num_blocks {arguments.num_blocks}: {len(skipped)} of {num_layers} are skipped already, "
             f"so at most {num_layers - 1 - len(skipped)} more can be"
         )
+    if arguments.search == "full":
+        for flag in ("screening", "first_look", "confidence"):
+            if getattr(arguments, flag) != parser.get_default(flag):
+                logger.warning("--%s has no effect without --search race", flag)
     known = known_losses(arguments.prev, skipped, num_layers)
     check_outputs(arguments, output)
 
@@ -198,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
                 bar.bar.clear()
                 print(f"Best block to remove: {found.block} (loss: {found.loss:.4f})", flush=True)
                 write_results(output, arguments, samples, num_layers, skipped, iterations)
+        bar.finish()
     finally:
         bar.close()
     return 0

@@ -98,9 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     output_dir = arguments.output_dir or Path(f"scaled_{arguments.model.name}_ckpts")
     config = read_config(arguments.model)
-    blocks = report.blocks_from(
-        arguments.blocks_to_skip, arguments.model, config.num_hidden_layers, "--blocks_to_skip"
-    )
+    blocks = report.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
 
     from hopscotch_common import data
 

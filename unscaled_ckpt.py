@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     output_dir = arguments.output_dir or Path(f"unscaled_{arguments.model.name}_ckpts")
     config = read_config(arguments.model)
     num_layers = config.num_hidden_layers
-    blocks = report.blocks_from(arguments.blocks_to_skip, arguments.model, num_layers, "--blocks_to_skip")
+    blocks = report.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
     cli.check_writable(output_dir)
     folder = output_dir / f"{arguments.model.name}_unscaled"
     report.check_exports(arguments.export, config, folder)

@@ -33,11 +33,13 @@ def replay(
     than one; a full search's first loss is that of the first batch before training.
     """
     num_batches = len(next(iter(batch_losses.values())))
-    screened = race.screened_batches(num_batches)
     blocks = list(batch_losses)
+    screened = race.screened_batches(len(blocks), num_batches)
     spent = len(blocks) * screened * SCREENING_COST
     if screened:
-        seen = untrained if screened > 1 else batch_losses
+        seen = batch_losses if screened == 1 else untrained
+        if seen is None or len(seen[blocks[0]]) < screened:
+            raise SystemExit(f"a screening of {screened} batches needs what benchmarks/untrained.py records")
         blocks.sort(key=lambda block: sum(seen[block][:screened]))
         blocks = sorted(blocks[: race.most_trained(len(blocks))])
     racing = [Candidate(block) for block in blocks]

@@ -67,7 +67,7 @@ def prepared(arguments: argparse.Namespace):
 
 
 def search_flags(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The flags of the search, defaults where this script has none."""
+    """The flags of the search, defaults where this script has none (the model's is not read)."""
     import block_selection
 
     flags = ["--data_path", str(arguments.data_path), "--batch_size", str(arguments.batch_size)]

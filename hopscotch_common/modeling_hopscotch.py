@@ -81,7 +81,7 @@ class HopscotchForCausalLM:
 
     def __init__(self, config):
         super().__init__(config)
-        check_skipped_blocks(config.skipped_attention_blocks or (), config.num_hidden_layers)
+        check_skipped_blocks(config.skipped_attention_blocks or (), config)
         layers = self.model.layers
         for index in range(len(layers)):
             layers[index] = self.scaled_layer_class(config, index)
@@ -108,21 +108,23 @@ class HopscotchForCausalLM:
         where a model mixes full and sliding attention), so that slot must be one that is filled,
         even when block 0 is skipped.
         """
-        types = getattr(self.config, "layer_types", None)
-        types = types or ["full_attention"] * len(self.model.layers)
+        layers = self.model.layers
+        check_skipped_blocks([i for i, layer in enumerate(layers) if layer.skip_attention], self.config)
+        types = attention_types(self.config)
         slots = {kind: iter([i for i, t in enumerate(types) if t == kind]) for kind in set(types)}
-        kept = [i for i, layer in enumerate(self.model.layers) if not layer.skip_attention]
-        if types[0] not in {types[i] for i in kept}:
-            raise ValueError(
-                f"every {types[0]} block is skipped, which the KV cache cannot represent: "
-                f"keep at least one of blocks {[i for i, t in enumerate(types) if t == types[0]]}"
-            )
-        for index in kept:
-            self.model.layers[index].self_attn.layer_idx = next(slots[types[index]])
+        for layer, kind in zip(layers, types, strict=True):
+            if not layer.skip_attention:
+                layer.self_attn.layer_idx = next(slots[kind])
 
 
-def check_skipped_blocks(blocks, num_layers: int) -> None:
-    """Raise ValueError unless `blocks` are distinct layer indices that leave a block over."""
+def attention_types(config) -> list[str]:
+    """Each layer's kind of attention, as transformers names it."""
+    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+
+
+def check_skipped_blocks(blocks, config) -> None:
+    """Raise ValueError unless `blocks` are distinct layer indices that can all be skipped."""
+    num_layers, types = config.num_hidden_layers, attention_types(config)
     for block in blocks:
         if not 0 <= block < num_layers:
             raise ValueError(f"block {block} does not exist: the model has blocks 0 to {num_layers - 1}")
@@ -131,6 +133,12 @@ def check_skipped_blocks(blocks, num_layers: int) -> None:
         raise ValueError(f"block {twice[0]} is named twice")
     if len(blocks) >= num_layers:
         raise ValueError(f"all {num_layers} attention blocks would be skipped: keep at least one")
+    needed = [i for i, kind in enumerate(types) if kind == types[0]]
+    if set(needed) <= set(blocks):
+        raise ValueError(
+            f"every {types[0]} block is skipped, which the KV cache cannot represent: "
+            f"keep at least one of blocks {needed}"
+        )
 
 
 class HopscotchLlamaConfig(LlamaConfig):

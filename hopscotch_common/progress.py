@@ -7,9 +7,9 @@ from hopscotch_common.schedules import SCREENING_COST, Candidate, Race
 class Progress:
     """What a search tells; this one says nothing (see `SearchBar`)."""
 
-    def start_iteration(self, num_candidates: int, num_batches: int) -> None: ...
+    def start_iteration(self, num_candidates: int, num_blocks: int, num_batches: int) -> None: ...
 
-    def on_screened(self) -> None: ...
+    def on_screened(self, share: float) -> None: ...
 
     def on_batch(self, loss: float) -> None: ...
 
@@ -31,34 +31,46 @@ class SearchBar(Progress):
         self.bar = tqdm(unit="batch", disable=processes.rank != 0, dynamic_ncols=True)
         self.num_iterations, self.iterations_begun = num_iterations, 0
         self.race, self.processes = race, processes.count
-        self.screened = 0  # since the bar last moved
+        self.moved = 0.0  # what of a batch the bar has not shown yet
+        self.removed = 0.0  # what of a batch is still to be taken off the total
 
-    def start_iteration(self, num_candidates: int, num_batches: int) -> None:
+    def start_iteration(self, num_candidates: int, num_blocks: int, num_batches: int) -> None:
+        """num_candidates: to be trained in this iteration; num_blocks: those whose loss is known, too."""
         iterations_left = self.num_iterations - self.iterations_begun
         self.iterations_begun += 1
         self.bar.set_description(f"block {self.iterations_begun}")
+        candidates = [num_candidates, *(num_blocks - later for later in range(1, iterations_left))]
         self.bar.total = self.bar.n + sum(
-            self.race.most_batches(num_candidates - later, num_batches, self.processes)
-            for later in range(iterations_left)
+            self.race.most_batches(count, num_batches, self.processes) for count in candidates
         )
         self.bar.refresh()
 
-    def on_screened(self) -> None:
-        self.screened += 1
-        whole = int(self.screened * SCREENING_COST)
+    def on_screened(self, share: float) -> None:
+        """share: the part of a batch that a candidate was screened on."""
+        self._move(share * SCREENING_COST)
+
+    def on_batch(self, loss: float) -> None:
+        self._move(1.0)
+
+    def _move(self, batches: float) -> None:
+        self.moved += batches
+        whole = int(self.moved + 1e-6)
         if whole:
-            self.screened = 0
+            self.moved -= whole
             self.bar.update(whole)
 
     def restored(self, batches: float) -> None:
-        self.bar.total -= int(batches)
-
-    def on_batch(self, loss: float) -> None:
-        self.bar.update()
+        self.removed += batches
+        whole = int(self.removed + 1e-6)
+        self.removed -= whole
+        self.bar.total -= whole
 
     def advanced(self, racing: int, best: Candidate) -> None:
         self.bar.set_postfix_str(f"{racing} racing, leader {best.block} at {best.mean_loss:.4f}")
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """All is found: what a race did not need is not left to do."""
         self.bar.total = self.bar.n
+
+    def close(self) -> None:
         self.bar.close()

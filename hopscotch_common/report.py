@@ -101,7 +101,7 @@ def run_exports(formats: list[str], checkpoint: Path, target: Path) -> dict[str,
     return results
 
 
-def blocks_from(words: list[str], model: ModelRef, num_layers: int, flag: str) -> list[int]:
+def blocks_from(words: list[str], model: ModelRef, config, flag: str) -> list[int]:
     """Block indices of a command line: numbers, or the path of one selection report.
 
     Raises InputError for a report of another model, and for indices that the model cannot skip.
@@ -109,14 +109,14 @@ def blocks_from(words: list[str], model: ModelRef, num_layers: int, flag: str) -
     from hopscotch_common.modeling_hopscotch import check_skipped_blocks
 
     if len(words) == 1 and not words[0].lstrip("-").isdigit():
-        blocks = _blocks_of_report(Path(words[0]), model, num_layers, flag)
+        blocks = _blocks_of_report(Path(words[0]), model, config.num_hidden_layers, flag)
     else:
         try:
             blocks = [int(word) for word in words]
         except ValueError:
             raise InputError(f"{flag}: give block indices or one selection report, got {words}") from None
     try:
-        check_skipped_blocks(blocks, num_layers)
+        check_skipped_blocks(blocks, config)
     except ValueError as error:
         raise InputError(f"{flag}: {error}") from error
     return blocks

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common.modeling_hopscotch import SCALE_NAMES, check_skipped_blocks
 
 
 def named_scales(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -34,6 +34,19 @@ def trainable_scales(model) -> list[torch.nn.Parameter]:
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert trainable == {id(scale) for scale in scales}, "a parameter other than the scales trains"
     return scales
+
+
+def skippable_blocks(model, skipped) -> list[int]:
+    """The attention blocks of which each could be skipped besides `skipped`."""
+
+    def possible(block: int) -> bool:
+        try:
+            check_skipped_blocks([*skipped, block], model.config)
+        except ValueError:  # skipped already, or the last one that the KV cache needs
+            return False
+        return True
+
+    return [block for block in range(len(model.model.layers)) if possible(block)]
 
 
 @torch.no_grad()

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from hopscotch_common.training import ScaleState
 
 MIN_BATCHES = 4  # a standard deviation of fewer losses says little
-SCREENING_COST = 1 / 3  # of a training step: no backward pass, and half of the layers on average
+# Of a training step on the same batch: no backward pass, half of the layers on average, and the LM
+# head. More where samples share a long prefix, which training computes once a batch.
+SCREENING_COST = 1 / 3
 
 
 @dataclass
@@ -43,20 +45,22 @@ class Race:
     first_look: batches before the first comparison, after which at most half of all go on, and at
     most 1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to
     the leader that count as beyond doubt; math.inf drops nobody sooner. screening: the share that
-    is trained at all, by the losses on the first_look batches before training; 1 screens nobody.
+    is trained at all (at least two), by the losses on the first_look batches before training; 1
+    screens nobody.
     """
 
     first_look: int
     confidence: float
     screening: float = 1.0
 
-    def screened_batches(self, num_batches: int) -> int:
-        """Batches that the screening sees."""
-        return 0 if self.screening == 1 else min(self.first_look, num_batches)
-
     def most_trained(self, num_candidates: int) -> int:
         """How many of the candidates the screening leaves."""
-        return math.ceil(num_candidates * self.screening)
+        return min(num_candidates, max(2, math.ceil(num_candidates * self.screening)))
+
+    def screened_batches(self, num_candidates: int, num_batches: int) -> int:
+        """Batches that the screening sees: none where it could drop nobody."""
+        drops = self.most_trained(num_candidates) < num_candidates
+        return min(self.first_look, num_batches) if drops else 0
 
     def looks(self, num_batches: int) -> list[int]:
         """Numbers of batches after which to compare: the first look, then every next batch or,
@@ -84,7 +88,7 @@ class Race:
     def most_batches(self, num_candidates: int, num_batches: int, processes: int = 1) -> int:
         """The most batches that one of so many processes trains in a race, the screening's at their cost."""
         share = math.ceil(num_candidates / processes)
-        total = math.ceil(share * self.screened_batches(num_batches) * SCREENING_COST)
+        total = math.ceil(share * self.screened_batches(num_candidates, num_batches) * SCREENING_COST)
         done, racing = 0, self.most_trained(num_candidates)
         for look in self.looks(num_batches):
             total += math.ceil(racing / processes) * (look - done)

@@ -24,26 +24,26 @@ def untrained_losses(
     skipped: Sequence[int],
     blocks: Sequence[int],
     where: str,
-    on_candidate: Callable[[], None] = lambda: None,
+    on_screened: Callable[[float], None] = lambda share: None,
 ) -> dict[int, float]:
     """The batch's mean loss with each of `blocks` skipped besides `skipped`, at scales of 1.
 
     The same as the loss of a first training step on that batch. where: named in the errors, for
-    example "screening, batch 3". on_candidate is called as often as there are blocks. Raises
-    TrainingError when a minibatch does not fit into memory, or at a loss that is not finite.
+    example "screening, batch 3". on_screened gets the share of the batch that a block was run on,
+    each time. Raises TrainingError when a minibatch does not fit into memory, or at a loss that is
+    not finite.
     """
     scales.reset(model, skipped)
     totals = {block: torch.zeros((), device=model.device) for block in blocks}
     minibatches = batch.whole_minibatches()
     for number, minibatch in enumerate(minibatches):
         minibatch = minibatch.to(model.device)
-        with naming_minibatch(where, number, minibatch):
+        with naming_minibatch(where, number, minibatch, "lower --max_tokens_per_batch"):
             calls = _layer_calls(model, minibatch)
             for block in blocks:
                 loss = _loss_without(model, block, calls, minibatch)
                 totals[block] += loss.to(model.device)
-                if number == len(minibatches) - 1:
-                    on_candidate()
+                on_screened(1 / len(minibatches))
     losses = {block: total.item() / batch.num_loss_counted_tokens for block, total in totals.items()}
     for block, loss in losses.items():
         if not math.isfinite(loss):

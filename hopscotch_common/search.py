@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hopscotch_common import scales
 from hopscotch_common.cli import InputError
 from hopscotch_common.data import Batch, append_line, read_jsonl, truncate_partial_line
 from hopscotch_common.distributed import Processes
@@ -22,10 +23,12 @@ class Iteration:
     block: int
     loss: float
     losses: dict[int, float]  # full-epoch means, of the finalists (all candidates of `full`)
-    dropped: dict[int, dict]  # block -> after how many batches, its mean loss and the leader's
-    untrained_losses: dict[int, float]  # what the screening compared; empty where there was none
+    # block -> after how many batches of training, its mean loss and the leader's (before any
+    # training: of the untrained_losses)
+    dropped: dict[int, dict]
+    untrained_losses: dict[int, float]  # means of the screened batches; empty without a screening
     batch_losses: dict[int, list[float]]
-    candidate_epochs: float  # training spent, in epochs of one candidate
+    candidate_epochs: float  # training in epochs of one candidate, the screening at SCREENING_COST
 
 
 class Journal:
@@ -60,17 +63,18 @@ class Journal:
                     "repeat that setting, name another --output, or delete the journal"
                 )
         for record in lines[1:]:
-            self.entries[self._key(record)] = record
+            self._remember(record)
 
-    @staticmethod
-    def _key(record: dict) -> tuple:
-        skipped = tuple(sorted(record["skipped"]))
-        if "untrained" in record:
-            return skipped, "untrained", record["batch"]
-        return skipped, record["block"], len(record["losses"])
+    def _remember(self, record: dict) -> None:
+        kind, number = ("untrained", record["batch"]) if "untrained" in record else ("block", record["block"])
+        key = (tuple(sorted(record["skipped"])), kind, number)
+        if kind == "untrained":
+            self.entries[key] = record
+        else:
+            self.entries.setdefault(key, {})[len(record["losses"])] = record
 
     def _add(self, record: dict) -> None:
-        self.entries[self._key(record)] = record
+        self._remember(record)
         if self.file is not None:
             append_line(self.file, record)
 
@@ -80,18 +84,25 @@ class Journal:
             record["state"] = candidate.state.encode()
         self._add(record)
 
-    def find(self, skipped: Sequence[int], block: int, num_batches: int) -> Candidate | None:
-        """The candidate after at most so many batches: the longest training that is known."""
-        for count in range(num_batches, 0, -1):
-            record = self.entries.get((tuple(sorted(skipped)), block, count))
-            if record is not None and (count == num_batches or "state" in record):
-                state = ScaleState.decode(record["state"]) if "state" in record else None
-                return Candidate(block, record["losses"], state)
-        return None
+    def find(self, skipped: Sequence[int], block: int, done: int, look: int) -> Candidate | None:
+        """The candidate after `look` batches or, where that is not known, after the most that are.
+
+        None where no training of more than `done` batches is known. A longer training tells the
+        losses at a look, too, but not the state then.
+        """
+        known = self.entries.get((tuple(sorted(skipped)), "block", block), {})
+        longer = [count for count in known if count >= look]
+        shorter = [count for count in known if done < count < look and "state" in known[count]]
+        if not longer and not shorter:
+            return None
+        record = known[min(longer) if longer else max(shorter)]
+        losses = record["losses"][:look]
+        has_state = "state" in record and len(losses) == len(record["losses"])
+        return Candidate(block, losses, ScaleState.decode(record["state"]) if has_state else None)
 
     def add_untrained(self, skipped: Sequence[int], batch: int, losses: dict[int, float]) -> None:
-        by_name = {str(block): loss for block, loss in losses.items()}
-        self._add({"skipped": list(skipped), "batch": batch, "untrained": by_name})
+        as_json = {str(block): loss for block, loss in losses.items()}
+        self._add({"skipped": list(skipped), "batch": batch, "untrained": as_json})
 
     def find_untrained(self, skipped: Sequence[int], batch: int) -> dict[int, float]:
         """Losses by block on a batch before training, as far as they are known."""
@@ -115,21 +126,21 @@ def run_iteration(
     several processes each trains other candidates over the same batches, and every one returns
     the same result.
     """
-    blocks = [block for block in range(len(trainer.model.model.layers)) if block not in skipped]
+    blocks = scales.skippable_blocks(trainer.model, skipped)
     known = [Candidate(block, known_loss=known_losses[block]) for block in blocks if block in known_losses]
     racing = [Candidate(block) for block in blocks if block not in known_losses]
-    progress.start_iteration(len(racing), len(batches))
+    progress.start_iteration(len(racing), len(blocks), len(batches))
     num_candidates = len(racing)
-    screened = race.screened_batches(len(batches)) if racing else 0
-    untrained = {}
+    screened = race.screened_batches(num_candidates, len(batches))
+    untrained: dict[int, float] = {}
     dropped, batch_losses, spent = {}, {}, num_candidates * screened * SCREENING_COST
     if screened:
-        names = [candidate.block for candidate in racing]
-        untrained = _screen(trainer, batches[:screened], skipped, names, journal, processes, progress)
-        best = sorted(names, key=untrained.get)[: race.most_trained(num_candidates)]
-        racing = [candidate for candidate in racing if candidate.block in best]
-        for block in set(names) - set(best):
-            dropped[block] = _dropped(0, untrained[block], untrained[best[0]])
+        compared = [candidate.block for candidate in racing]
+        untrained = _screen(trainer, batches[:screened], skipped, compared, journal, processes, progress)
+        kept = sorted(compared, key=untrained.get)[: race.most_trained(num_candidates)]
+        racing = [candidate for candidate in racing if candidate.block in kept]
+        for block in set(compared) - set(kept):
+            dropped[block] = _dropped(0, untrained[block], untrained[kept[0]])
     for look in race.looks(len(batches)) if racing else []:
         advanced: list[Candidate] = []
         for start in range(0, len(racing), processes.count):
@@ -210,8 +221,8 @@ def _advance(
 ) -> tuple[Candidate, bool]:
     """Train a candidate up to `look` batches; (the candidate then, whether the journal lacks it)."""
     done = len(candidate.losses)
-    found = journal.find(skipped, candidate.block, look)
-    if found is not None and len(found.losses) > done:
+    found = journal.find(skipped, candidate.block, done, look)
+    if found is not None:
         progress.restored(len(found.losses) - done)
         candidate, done = found, len(found.losses)
         if done == look:

@@ -25,6 +25,8 @@ def prepare_model(model, gradient_checkpointing: bool = False, compile_layers: b
         for layer in model.model.layers:
             layer.training = True  # the layer alone: its attention must not start dropping out
     if compile_layers:
+        # A layer comes skipped or not, with padding or without, first or later: more than torch's 8.
+        torch._dynamo.config.recompile_limit = 32
         for layer in model.model.layers:
             layer.compile(dynamic=True)
 
@@ -217,10 +219,11 @@ class ScaleTrainer:
         """
         device = self.model.device
         total = torch.zeros((), device=device)
+        remedy = "lower --max_tokens_per_batch, or use --gradient_checkpointing"
         with _naming_shared_prefix(where):
             prefix = prefix_of(self.model, batch)
         for number, minibatch in enumerate(batch.minibatches):
-            with naming_minibatch(where, number, minibatch):
+            with naming_minibatch(where, number, minibatch, remedy):
                 loss = summed_loss(self.model, minibatch.to(device), prefix)
                 loss.backward()
                 total += loss.detach().to(device)
@@ -291,12 +294,11 @@ def naming_out_of_memory(what: str, remedy: str) -> Iterator[None]:
         raise TrainingError(f"{what}; {remedy}") from error
 
 
-def naming_minibatch(where: str, number: int, minibatch: Minibatch):
+def naming_minibatch(where: str, number: int, minibatch: Minibatch, remedy: str):
     """`naming_out_of_memory` for one minibatch of the batch `where`."""
     rows, length = minibatch.input_ids.shape
     return naming_out_of_memory(
-        f"{where}: out of memory in minibatch {number} ({rows} x {length} tokens)",
-        "lower --max_tokens_per_batch, or use --gradient_checkpointing",
+        f"{where}: out of memory in minibatch {number} ({rows} x {length} tokens)", remedy
     )
 
 

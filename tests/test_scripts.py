@@ -142,7 +142,7 @@ def test_a_journal_of_other_weights_is_refused(work, tmp_path, capsys):
     ids=["full", "race", "param_scale"],
 )
 def test_two_processes_equal_one(work, tmp_path, script, more):
-    results = []
+    results, iterations = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
@@ -162,9 +162,13 @@ def test_two_processes_equal_one(work, tmp_path, script, more):
         assert result.returncode == 0, result.stderr
         assert f"; {processes} process(es)" in result.stderr
         results.append(numbers(result.stdout))
+        if script == "block_selection.py":
+            (report,) = folder.glob("*_block_selection.json")
+            iterations.append(json.loads(report.read_text())["iterations"])
     assert results[0].keys() == results[1].keys() and len(results[0]) >= 2
     for line, values in results[0].items():
         assert results[1][line] == pytest.approx(values, abs=2e-4), line
+    assert iterations[1:] == iterations[:1]
 
 
 def numbers(text: str) -> dict[str, list[float]]:

@@ -17,15 +17,15 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import block_selection
-from hopscotch_common import data, schedules, search
-from hopscotch_common.cli import InputError
+from hopscotch_common import data, scales, schedules, search
+from hopscotch_common.cli import InputError, TrainingError
 from hopscotch_common.distributed import Processes
 from hopscotch_common.models import load_model, model_ref
 from hopscotch_common.progress import Progress, SearchBar
 from hopscotch_common.schedules import Candidate, Race
 from hopscotch_common.screening import untrained_losses
 from hopscotch_common.search import Journal
-from hopscotch_common.training import ScaleState, ScaleTrainer
+from hopscotch_common.training import ScaleState, ScaleTrainer, prepare_model
 
 
 def iterate(folder, batches, skipped=(), race=schedules.FULL, known=None, journal=None):
@@ -91,10 +91,72 @@ def test_known_losses_are_not_trained_again(tiny_folder):
     assert iterate(tiny_folder(), batches, known={0: 0.0}).block == 0
 
 
+@pytest.mark.parametrize("kind", ["checkpointed", "packed"])
+def test_untrained_losses_do_not_depend_on_how_they_are_run(tiny_folder, kind):
+    samples = random_samples(6)
+    losses = []
+    for special in (False, True):
+        model = load_model(model_ref(str(tiny_folder())), device="cpu")
+        prepare_model(model, gradient_checkpointing=special and kind == "checkpointed")
+        (batch,) = data.make_batches(samples, 6, 75, seed=0, packed=special and kind == "packed")
+        losses.append(untrained_losses(model, batch, [2], [0, 1, 3], "batch 0"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_an_untrained_loss_that_is_not_finite_is_named(tiny_folder):
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    model.model.layers[3].mlp.down_proj.weight.data.fill_(math.inf)
+    (batch,) = data.make_batches(random_samples(2), 2, 60, seed=0)
+    with pytest.raises(TrainingError, match="batch 0: without block 1 the loss is nan before any training"):
+        untrained_losses(model, batch, [], [1], "batch 0")
+
+
+def test_screening_goes_on_where_it_was(tiny_folder, tmp_path):
+    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    race = Race(first_look=3, confidence=math.inf, screening=0.5)
+    whole = tmp_path / "whole.jsonl"
+    expected = iterate(tiny_folder(), batches, race=race, journal=Journal(whole, {}))
+    lines = whole.read_text().splitlines(keepends=True)
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(lines[:3]))  # the settings and two of three screened batches
+    assert iterate(tiny_folder(), batches, race=race, journal=Journal(cut, {})) == expected
+    record = json.loads(lines[1])
+    del record["untrained"]["1"]  # as after a run with `--prev`, which screens fewer
+    cut.write_text(lines[0] + json.dumps(record) + "\n")
+    assert iterate(tiny_folder(), batches, race=race, journal=Journal(cut, {})) == expected
+
+
+def test_screening_that_would_drop_nobody_is_left_out(tiny_folder):
+    race = Race(first_look=1, confidence=3.0, screening=0.4)
+    assert race.most_trained(2) == race.most_trained(5) == 2 and race.most_trained(1) == 1
+    assert race.screened_batches(2, 6) == 0 and race.screened_batches(3, 6) == 1
+    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    raced = iterate(tiny_folder(), batches, skipped=[0, 3], race=race)
+    assert not raced.untrained_losses and raced.dropped.keys().isdisjoint({raced.block})
+
+
+def test_a_race_with_known_losses(tiny_folder):
+    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    full = iterate(tiny_folder(), batches)
+    race = Race(first_look=1, confidence=math.inf, screening=0.5)
+    known = {full.block: full.loss}
+    raced = iterate(tiny_folder(), batches, race=race, known=known)
+    assert raced.block == full.block and set(raced.untrained_losses) == set(full.losses) - {full.block}
+    assert raced.losses.items() <= full.losses.items() and len(raced.losses) == 2
+
+
+def test_the_last_block_of_the_kind_that_the_cache_needs_is_no_candidate(tiny_folder):
+    mixed = dict(use_sliding_window=True, sliding_window=5, max_window_layers=2)
+    model = load_model(model_ref(str(tiny_folder("qwen2", **mixed))), device="cpu")
+    assert scales.skippable_blocks(model, [0]) == [2, 3]
+    assert scales.skippable_blocks(model, [2, 3]) == [0, 1]
+    assert scales.skippable_blocks(model, [0, 2]) == [3]
+
+
 def test_the_bar_knows_what_a_full_search_takes():
     bar = SearchBar(num_iterations=2, race=schedules.FULL, processes=Processes())
     for candidates in (4, 3):
-        bar.start_iteration(candidates, num_batches=5)
+        bar.start_iteration(candidates, candidates, num_batches=5)
         assert bar.bar.total == 35
         for _ in range(5 * candidates):
             bar.on_batch(1.0)
@@ -106,18 +168,26 @@ def test_the_bar_knows_what_a_full_search_takes():
 def test_the_bar_counts_screening_at_its_cost():
     race = Race(first_look=2, confidence=math.inf, screening=0.5)
     bar = SearchBar(num_iterations=1, race=race, processes=Processes())
-    bar.start_iteration(9, num_batches=4)
-    for _ in range(18):
-        bar.on_screened()
+    bar.start_iteration(9, 9, num_batches=4)
+    for _ in range(36):
+        bar.on_screened(0.5)
     assert bar.bar.n == 6 and bar.bar.total == 6 + 2 * 5 + 4 + 3
     bar.close()
 
 
 def test_the_bar_leaves_out_what_the_journal_had():
     bar = SearchBar(num_iterations=1, race=schedules.FULL, processes=Processes())
-    bar.start_iteration(4, num_batches=5)
-    bar.restored(10)
+    bar.start_iteration(4, 4, num_batches=5)
+    for batches in [9] + [1 / 12] * 12:
+        bar.restored(batches)
     assert bar.bar.total == 10
+    bar.close()
+
+
+def test_the_bar_knows_that_later_iterations_train_what_is_known_now():
+    bar = SearchBar(num_iterations=2, race=schedules.FULL, processes=Processes())
+    bar.start_iteration(1, 4, num_batches=5)
+    assert bar.bar.total == 5 + 3 * 5
     bar.close()
 
 
@@ -131,7 +201,7 @@ def test_untrained_losses_equal_a_plain_loop(tiny_folder, family, prefix):
     assert len(batch.minibatches) > 1 and (batch.prefix is None) == (prefix == 0)
     model = load_model(model_ref(str(tiny_folder(family))), device="cpu")
     told = []
-    losses = untrained_losses(model, batch, [2], [0, 1, 3], "batch 0", lambda: told.append(1))
+    losses = untrained_losses(model, batch, [2], [0, 1, 3], "batch 0", told.append)
 
     stock = AutoModelForCausalLM.from_pretrained(tiny_folder(family), attn_implementation="eager").eval()
     tokens = sum(sample.num_loss_counted_tokens for sample in samples)
@@ -141,7 +211,7 @@ def test_untrained_losses_equal_a_plain_loop(tiny_folder, family, prefix):
             / tokens
             for block in (0, 1, 3)
         }
-    assert losses == pytest.approx(expected, rel=1e-4) and len(told) == 3
+    assert losses == pytest.approx(expected, rel=1e-4) and sum(told) == pytest.approx(3)
     trainer = ScaleTrainer(model, 1e-2)
     trainer.start([2, 0])
     assert trainer.run([batch], "epoch 0") == pytest.approx([losses[0]], rel=1e-5)
@@ -235,13 +305,16 @@ def test_journal_refuses_other_settings_and_names_them(tmp_path):
 def test_journal_gives_the_longest_training_it_has():
     journal = Journal(None, {})
     state = ScaleState(torch.rand(4, 2, 4))
-    for count in (1, 3, 6):
-        journal.add([], Candidate(0, [1.0] * count, None if count == 6 else state))
-    assert journal.find([], 0, 4).losses == [1.0] * 3
-    assert torch.equal(journal.find([], 0, 4).state.tensors, state.tensors)
-    assert journal.find([], 0, 6).losses == [1.0] * 6
-    assert journal.find([], 0, 8).losses == [1.0] * 3  # an epoch's end has no state to go on from
-    assert journal.find([], 1, 4) is None and journal.find([2], 0, 4) is None
+    for count in (1, 3):
+        journal.add([], Candidate(0, [1.0, 2.0, 3.0][:count], state))
+    assert journal.find([], 0, 0, 3).losses == [1.0, 2.0, 3.0] == journal.find([], 0, 1, 5).losses
+    assert torch.equal(journal.find([], 0, 0, 5).state.tensors, state.tensors)
+    assert journal.find([], 0, 0, 2) == Candidate(0, [1.0, 2.0])  # the losses, not the state then
+    assert journal.find([], 0, 3, 5) is None
+    journal.add([], Candidate(0, [1.0, 2.0, 3.0, 4.0]))
+    assert journal.find([], 0, 3, 5) is None  # an epoch's end has no state to go on from
+    assert journal.find([], 0, 3, 4).losses == [1.0, 2.0, 3.0, 4.0]
+    assert journal.find([], 1, 0, 4) is None and journal.find([2], 0, 0, 4) is None
 
 
 def test_journal_survives_a_torn_line(tmp_path):
@@ -250,7 +323,7 @@ def test_journal_survives_a_torn_line(tmp_path):
     with open(path, "a") as file:
         file.write('{"skipped": [3], "blo')
     journal = Journal(path, {"seed": 1})
-    assert journal.find([3], 0, 2).losses == [1.0, 2.0] and journal.find([3], 1, 2) is None
+    assert journal.find([3], 0, 0, 2).losses == [1.0, 2.0] and journal.find([3], 1, 0, 2) is None
     journal.add([3], Candidate(1, [4.0, 4.0]))
     assert len(Journal(path, {"seed": 1}).entries) == 2
 
@@ -259,9 +332,26 @@ def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
     batches = data.make_batches(random_samples(12), 2, 60, seed=5)
     expected = iterate(tiny_folder(), batches)
     race = Race(first_look=1, confidence=math.inf)
-    raced = iterate(tiny_folder(), batches, race=race, journal=Journal(tmp_path / "journal.jsonl", {}))
-    found = iterate(tiny_folder(), batches, journal=Journal(tmp_path / "journal.jsonl", {}))
-    assert raced.loss == expected.losses[raced.block] and found == expected
+    path = tmp_path / "journal.jsonl"
+    raced = iterate(tiny_folder(), batches, race=race, journal=Journal(path, {}))
+    assert raced.loss == expected.losses[raced.block]
+    assert iterate(tiny_folder(), batches, journal=Journal(path, {})) == expected
+    written = path.read_bytes()
+    for look in (1, 2, 4):  # a full search's losses say all that a race wants to know
+        race = Race(first_look=look, confidence=1.0)
+        again = iterate(tiny_folder(), batches, race=race, journal=Journal(path, {}))
+        assert again == iterate(tiny_folder(), batches, race=race)
+    assert path.read_bytes() == written
+
+
+def test_a_race_goes_on_from_another_ones_looks(tiny_folder, tmp_path):
+    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    path, settings = tmp_path / "journal.jsonl", dict(confidence=math.inf)
+    iterate(tiny_folder(), batches, race=Race(first_look=2, **settings), journal=Journal(path, {}))
+    for look in (1, 3):
+        race = Race(first_look=look, **settings)
+        found = iterate(tiny_folder(), batches, race=race, journal=Journal(path, {}))
+        assert found == iterate(tiny_folder(), batches, race=race)
 
 
 def write_data(path, samples) -> None:
