@@ -62,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--first_look",
         type=cli.positive_int,
-        help="race: batches before the first comparison, after which at most half of all candidates go on, "
-        "and at most 1/(1+n) after n times as many (default: a 32nd of an epoch, at least 1)",
+        help="race: batches before the first comparison, after which at most about half of all candidates go "
+        "on, and about 1/(1+n) after n times as many (default: a 32nd of an epoch, at least 1)",
     )
     group.add_argument(
         "--confidence",

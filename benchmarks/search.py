@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidate", type=int, default=5, help="the block whose epoch is timed")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--race", action="store_true", help="also time one whole iteration of a race")
-    parser.add_argument("--worker", choices=["reference", "ours", "race", "matmul"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", choices=["reference", "ours", "race", "screening", "matmul"], help=argparse.SUPPRESS
+    )
     return parser
 
 
@@ -117,6 +119,25 @@ def race(arguments: argparse.Namespace) -> dict:
         "candidate_epochs": found.candidate_epochs,
         "candidates": len(found.untrained_losses),
     }
+
+
+def screening(arguments: argparse.Namespace) -> dict:
+    """Screening every candidate on two batches, against a training step of one on the same batches."""
+    from hopscotch_common.screening import untrained_losses
+
+    model, trainer, batches = prepared(arguments)
+    blocks = list(range(model.config.num_hidden_layers))
+    seconds = {"training": 0.0, "screening": 0.0}
+    for batch in batches[:2]:
+        for kind, run in (
+            ("training", lambda batch=batch: trainer.run([batch] * 3, "epoch 0")),
+            ("screening", lambda batch=batch: untrained_losses(model, batch, [], blocks, "batch")),
+        ):
+            trainer.start([arguments.candidate])
+            start = time.perf_counter()
+            run()
+            seconds[kind] += time.perf_counter() - start
+    return {"cost_of_a_training_step": seconds["screening"] / len(blocks) / (seconds["training"] / 3)}
 
 
 def count_flops(model, batches, skipped: int) -> float:
@@ -206,6 +227,8 @@ def main() -> None:
         "runs": runs,
     }
     if arguments.race:
+        costs = [run_worker("screening")["cost_of_a_training_step"] for _ in range(arguments.runs)]
+        content["screening_cost_of_a_training_step"] = measuring.median(costs)
         whole = run_worker("race")
         content["race"] = whole | {
             "speedup_of_an_iteration": seconds["reference"] * whole["candidates"] / whole["seconds"],

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from hopscotch_common.training import ScaleState
 
 MIN_BATCHES = 4  # a standard deviation of fewer losses says little
+# With a power of 1, one of 18 recorded picks was lost; 0.9 costs an eighth more (benchmarks/README.md).
+SHARE_POWER = 0.9
 # Of a training step on the same batch: no backward pass, half of the layers on average, and the LM
 # head. More where samples share a long prefix, which training computes once a batch.
 SCREENING_COST = 1 / 3
@@ -42,8 +44,8 @@ class Candidate:
 class Race:
     """When candidates are compared, and which of them go on.
 
-    first_look: batches before the first comparison, after which at most half of all go on, and at
-    most 1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to
+    first_look: batches before the first comparison, after which about half of all go on at most, and
+    about 1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to
     the leader that count as beyond doubt; math.inf drops nobody sooner. screening: the share that
     is trained at all (at least two), by the losses on the first_look batches before training; 1
     screens nobody.
@@ -74,7 +76,8 @@ class Race:
         """How many of the candidates that began may go on after a look at so many batches."""
         if batches < self.first_look:
             return num_candidates
-        return max(1, num_candidates * self.first_look // (self.first_look + batches))
+        share = self.first_look / (self.first_look + batches)
+        return max(1, int(num_candidates * share**SHARE_POWER))
 
     def survivors(self, candidates: Sequence[Candidate], num_candidates: int) -> list[Candidate]:
         """Those of the candidates that go on after a look, by block.

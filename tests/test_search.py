@@ -263,17 +263,17 @@ def test_fewer_go_on_the_more_batches_were_seen():
     assert [race.most_survivors(10, batches) for batches in (1, 2, 3, 4, 6, 8, 20)] == [10, 5, 4, 3, 2, 2, 1]
     candidates = racing(*[[3.0 - block / 10] * 2 for block in range(10)])
     assert [candidate.block for candidate in race.survivors(candidates, 10)] == [5, 6, 7, 8, 9]
-    # Two batches of ten, then one of five, of four, and of three, and two of two.
-    assert race.most_batches(10, 7) == 2 * 10 + 5 + 4 + 3 + 2 + 2
+    # Two batches of ten, then one of five and of four, two of three, and one of two.
+    assert race.most_batches(10, 7) == 2 * 10 + 5 + 4 + 3 + 3 + 2
     assert race.most_batches(10, 7, processes=4) == 2 * 3 + 2 + 1 + 1 + 1 + 1
     assert schedules.FULL.most_batches(10, 12) == 120
     # Screening ten on two batches costs seven batches, three are left.
-    assert Race(2, math.inf, screening=0.3).most_batches(10, 7) == 7 + 2 * 3 + 3 + 3 + 3 + 2 + 2
+    assert Race(2, math.inf, screening=0.3).most_batches(10, 7) == 7 + 2 * 3 + 3 + 3 + 3 + 3 + 2
 
 
 def test_the_default_race_is_bounded_whatever_the_data():
     arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
-    for num_batches, share in ((12, 0.22), (16, 0.18), (64, 0.11), (128, 0.11), (1000, 0.11)):
+    for num_batches, share in ((12, 1 / 4), (16, 1 / 4), (64, 1 / 8), (128, 1 / 8), (1000, 1 / 8)):
         race = Race(schedules.default_first_look(num_batches), arguments.confidence, arguments.screening)
         for layers in (28, 30, 32):
             assert race.most_batches(layers, num_batches) <= share * layers * num_batches
