@@ -11,6 +11,8 @@ class Progress:
 
     def on_screened(self, share: float) -> None: ...
 
+    def on_candidate(self, block: int) -> None: ...
+
     def on_batch(self, loss: float) -> None: ...
 
     def restored(self, batches: float) -> None: ...
@@ -19,7 +21,8 @@ class Progress:
 
 
 class SearchBar(Progress):
-    """One bar over the whole search, in batches of this process, with the leader and an ETA.
+    """One bar over the whole search, in batches of this process: the pick that is sought and the
+    candidate that is trained for it, the leader and its loss, and an ETA.
 
     The total is the most that the search can take: exact for `full`, a little high for a race.
     Screening a candidate on a batch counts as the part of a training step that it costs.
@@ -38,7 +41,7 @@ class SearchBar(Progress):
         """num_candidates: to be trained in this iteration; num_blocks: those whose loss is known, too."""
         iterations_left = self.num_iterations - self.iterations_begun
         self.iterations_begun += 1
-        self.bar.set_description(f"block {self.iterations_begun}")
+        self.bar.set_description(f"pick {self.iterations_begun}, before training")
         candidates = [num_candidates, *(num_blocks - later for later in range(1, iterations_left))]
         self.bar.total = self.bar.n + sum(
             self.race.most_batches(count, num_batches, self.processes) for count in candidates
@@ -48,6 +51,9 @@ class SearchBar(Progress):
     def on_screened(self, share: float) -> None:
         """share: the part of a batch that a candidate was screened on."""
         self._move(share * SCREENING_COST)
+
+    def on_candidate(self, block: int) -> None:
+        self.bar.set_description(f"pick {self.iterations_begun}, candidate {block}", refresh=False)
 
     def on_batch(self, loss: float) -> None:
         self._move(1.0)

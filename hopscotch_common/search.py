@@ -155,7 +155,8 @@ def run_iteration(
                     journal.add(skipped, candidate)
                 spent += look - len(before.losses)
                 advanced.append(candidate)
-            progress.advanced(len(racing), leader(advanced))
+            if not batch_losses or len(advanced) == len(racing):  # else only the last look knows a leader
+                progress.advanced(len(racing), leader(advanced))
         batch_losses |= {candidate.block: candidate.losses for candidate in advanced}
         racing = race.survivors(advanced, num_candidates) if look < len(batches) else advanced
         kept = {candidate.block for candidate in racing}
@@ -227,6 +228,7 @@ def _advance(
         candidate, done = found, len(found.losses)
         if done == look:
             return candidate, False
+    progress.on_candidate(candidate.block)
     trainer.start([*skipped, candidate.block], candidate.state)
     losses = trainer.run(
         batches[done:look],

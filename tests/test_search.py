@@ -158,10 +158,15 @@ def test_the_bar_knows_what_a_full_search_takes():
     for candidates in (4, 3):
         bar.start_iteration(candidates, candidates, num_batches=5)
         assert bar.bar.total == 35
+        bar.on_candidate(7)
         for _ in range(5 * candidates):
             bar.on_batch(1.0)
         bar.advanced(candidates, Candidate(0, [1.0]))
     assert bar.bar.n == 35
+    assert (
+        bar.bar.desc == "pick 2, candidate 7: "
+        and bar.bar.postfix == f"{candidates} racing, leader 0 at 1.0000"
+    )
     bar.close()
 
 
