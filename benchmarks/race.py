@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument(
         "--first_look", nargs="+", type=int, default=[0], help="0: the default, by the number of batches"
     )
-    parser.add_argument("--screening", nargs="+", type=float, default=[1.0, 0.5, 0.25, 0.15])
+    parser.add_argument("--screening", nargs="+", type=float, default=[1.0, 0.5, 0.33, 0.25])
     parser.add_argument("--confidence", nargs="+", type=float, default=[1.0, 1.5, 2.0, 3.0, 4.0, 99.0])
     arguments = parser.parse_args()
     reports = {path.stem: json.loads(path.read_text()) for path in arguments.reports}

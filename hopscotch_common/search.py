@@ -159,9 +159,9 @@ def run_iteration(
                 progress.advanced(len(racing), leader(advanced))
         batch_losses |= {candidate.block: candidate.losses for candidate in advanced}
         racing = race.survivors(advanced, num_candidates) if look < len(batches) else advanced
-        kept = {candidate.block for candidate in racing}
+        going_on = {candidate.block for candidate in racing}
         for candidate in advanced:
-            if candidate.block not in kept:
+            if candidate.block not in going_on:
                 dropped[candidate.block] = _dropped(look, candidate.mean_loss, leader(advanced).mean_loss)
     finalists = sorted(racing + known, key=lambda candidate: candidate.block)
     winner = leader(finalists)

@@ -295,6 +295,12 @@ def test_a_loss_that_is_not_finite_exits_1_and_picks_nothing(work, capsys):
     assert captured.out == "" and "candidate block 0, epoch 0, batch 1: the loss is nan" in captured.err
 
 
+def test_race_flags_without_a_race_are_named(work, capsys):
+    assert block_selection.main(flags(work, "--screening", "0.5")) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert len(warnings) == 1 and "--screening has no effect without --search race" in warnings[0]
+
+
 def test_interrupted_exits_130(work, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The search: against a plain loop, the race's rule, and the journal under kill -9."""
+"""The search: against a plain loop, races against full searches, and the journal under kill -9."""
 
 import json
 import math
@@ -11,21 +11,19 @@ import time
 
 import pytest
 import torch
-from conftest import FAMILY_SIZES, ROOT
+from conftest import ROOT
 from test_training import random_samples, reference_loss
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-import block_selection
 from hopscotch_common import data, scales, schedules, search
-from hopscotch_common.cli import InputError, TrainingError
+from hopscotch_common.cli import InputError
 from hopscotch_common.distributed import Processes
 from hopscotch_common.models import load_model, model_ref
-from hopscotch_common.progress import Progress, SearchBar
+from hopscotch_common.progress import Progress
 from hopscotch_common.schedules import Candidate, Race
-from hopscotch_common.screening import untrained_losses
 from hopscotch_common.search import Journal
-from hopscotch_common.training import ScaleState, ScaleTrainer, prepare_model
+from hopscotch_common.training import ScaleState, ScaleTrainer
 
 
 def iterate(folder, batches, skipped=(), race=schedules.FULL, known=None, journal=None):
@@ -91,50 +89,6 @@ def test_known_losses_are_not_trained_again(tiny_folder):
     assert iterate(tiny_folder(), batches, known={0: 0.0}).block == 0
 
 
-@pytest.mark.parametrize("kind", ["checkpointed", "packed"])
-def test_untrained_losses_do_not_depend_on_how_they_are_run(tiny_folder, kind):
-    samples = random_samples(6)
-    losses = []
-    for special in (False, True):
-        model = load_model(model_ref(str(tiny_folder())), device="cpu")
-        prepare_model(model, gradient_checkpointing=special and kind == "checkpointed")
-        (batch,) = data.make_batches(samples, 6, 75, seed=0, packed=special and kind == "packed")
-        losses.append(untrained_losses(model, batch, [2], [0, 1, 3], "batch 0"))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
-def test_an_untrained_loss_that_is_not_finite_is_named(tiny_folder):
-    model = load_model(model_ref(str(tiny_folder())), device="cpu")
-    model.model.layers[3].mlp.down_proj.weight.data.fill_(math.inf)
-    (batch,) = data.make_batches(random_samples(2), 2, 60, seed=0)
-    with pytest.raises(TrainingError, match="batch 0: without block 1 the loss is nan before any training"):
-        untrained_losses(model, batch, [], [1], "batch 0")
-
-
-def test_screening_goes_on_where_it_was(tiny_folder, tmp_path):
-    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
-    race = Race(first_look=3, confidence=math.inf, screening=0.5)
-    whole = tmp_path / "whole.jsonl"
-    expected = iterate(tiny_folder(), batches, race=race, journal=Journal(whole, {}))
-    lines = whole.read_text().splitlines(keepends=True)
-    cut = tmp_path / "cut.jsonl"
-    cut.write_text("".join(lines[:3]))  # the settings and two of three screened batches
-    assert iterate(tiny_folder(), batches, race=race, journal=Journal(cut, {})) == expected
-    record = json.loads(lines[1])
-    del record["untrained"]["1"]  # as after a run with `--prev`, which screens fewer
-    cut.write_text(lines[0] + json.dumps(record) + "\n")
-    assert iterate(tiny_folder(), batches, race=race, journal=Journal(cut, {})) == expected
-
-
-def test_screening_that_would_drop_nobody_is_left_out(tiny_folder):
-    race = Race(first_look=1, confidence=3.0, screening=0.4)
-    assert race.most_trained(2) == race.most_trained(5) == 2 and race.most_trained(1) == 1
-    assert race.screened_batches(2, 6) == 0 and race.screened_batches(3, 6) == 1
-    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
-    raced = iterate(tiny_folder(), batches, skipped=[0, 3], race=race)
-    assert not raced.untrained_losses and raced.dropped.keys().isdisjoint({raced.block})
-
-
 def test_a_race_with_known_losses(tiny_folder):
     batches = data.make_batches(random_samples(12), 2, 60, seed=5)
     full = iterate(tiny_folder(), batches)
@@ -153,151 +107,12 @@ def test_the_last_block_of_the_kind_that_the_cache_needs_is_no_candidate(tiny_fo
     assert scales.skippable_blocks(model, [0, 2]) == [3]
 
 
-def test_the_bar_knows_what_a_full_search_takes():
-    bar = SearchBar(num_iterations=2, race=schedules.FULL, processes=Processes())
-    for candidates in (4, 3):
-        bar.start_iteration(candidates, candidates, num_batches=5)
-        assert bar.bar.total == 35
-        bar.on_candidate(7)
-        for _ in range(5 * candidates):
-            bar.on_batch(1.0)
-        bar.advanced(candidates, Candidate(0, [1.0]))
-    assert bar.bar.n == 35
-    assert (
-        bar.bar.desc == "pick 2, candidate 7: "
-        and bar.bar.postfix == f"{candidates} racing, leader 0 at 1.0000"
-    )
-    bar.close()
-
-
-def test_the_bar_counts_screening_at_its_cost():
-    race = Race(first_look=2, confidence=math.inf, screening=0.5)
-    bar = SearchBar(num_iterations=1, race=race, processes=Processes())
-    bar.start_iteration(9, 9, num_batches=4)
-    for _ in range(36):
-        bar.on_screened(0.5)
-    assert bar.bar.n == 6 and bar.bar.total == 6 + 2 * 5 + 4 + 3
-    bar.close()
-
-
-def test_the_bar_leaves_out_what_the_journal_had():
-    bar = SearchBar(num_iterations=1, race=schedules.FULL, processes=Processes())
-    bar.start_iteration(4, 4, num_batches=5)
-    for batches in [9] + [1 / 12] * 12:
-        bar.restored(batches)
-    assert bar.bar.total == 10
-    bar.close()
-
-
-def test_the_bar_knows_that_later_iterations_train_what_is_known_now():
-    bar = SearchBar(num_iterations=2, race=schedules.FULL, processes=Processes())
-    bar.start_iteration(1, 4, num_batches=5)
-    assert bar.bar.total == 5 + 3 * 5
-    bar.close()
-
-
-@pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
-@pytest.mark.parametrize("prefix", [0, 9])
-def test_untrained_losses_equal_a_plain_loop(tiny_folder, family, prefix):
-    samples = random_samples(6)
-    shared = list(range(40, 40 + prefix))
-    samples = [data.Sample(shared + s.input_ids, [-100] * prefix + s.labels) for s in samples]
-    (batch,) = data.make_batches(samples, 6, 75, seed=0, share_prefix=True)
-    assert len(batch.minibatches) > 1 and (batch.prefix is None) == (prefix == 0)
-    model = load_model(model_ref(str(tiny_folder(family))), device="cpu")
-    told = []
-    losses = untrained_losses(model, batch, [2], [0, 1, 3], "batch 0", told.append)
-
-    stock = AutoModelForCausalLM.from_pretrained(tiny_folder(family), attn_implementation="eager").eval()
-    tokens = sum(sample.num_loss_counted_tokens for sample in samples)
-    with torch.no_grad():
-        expected = {
-            block: sum(reference_loss(stock, s, torch.ones(4, 4), {2, block}) for s in samples).item()
-            / tokens
-            for block in (0, 1, 3)
-        }
-    assert losses == pytest.approx(expected, rel=1e-4) and sum(told) == pytest.approx(3)
-    trainer = ScaleTrainer(model, 1e-2)
-    trainer.start([2, 0])
-    assert trainer.run([batch], "epoch 0") == pytest.approx([losses[0]], rel=1e-5)
-
-
-def test_screening_trains_only_the_best_before_training(tiny_folder, tmp_path):
-    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
-    full = iterate(tiny_folder(), batches)
-    first = {block: losses[0] for block, losses in full.batch_losses.items()}
-    best = sorted(sorted(first, key=first.get)[:2])
-    race = Race(first_look=1, confidence=math.inf, screening=0.5)
-    journal = tmp_path / "journal.jsonl"
-    raced = iterate(tiny_folder(), batches, race=race, journal=Journal(journal, {}))
-    assert raced.untrained_losses == pytest.approx(first, rel=1e-5)
-    assert sorted(raced.batch_losses) == best and raced.losses.items() <= full.losses.items()
-    for block in set(first) - set(best):
-        assert raced.dropped[block]["after_batches"] == 0
-    assert sum(map(len, raced.batch_losses.values())) == 2 + 6 - 1 + 1
-    assert raced.candidate_epochs == pytest.approx((8 + 4 / 3) / 6)
-    written = journal.read_bytes()
-    assert iterate(tiny_folder(), batches, race=race, journal=Journal(journal, {})) == raced
-    assert journal.read_bytes() == written  # nothing was computed again
-
-
-def racing(*losses: list[float]) -> list[Candidate]:
-    return [Candidate(block, list(values)) for block, values in enumerate(losses)]
-
-
-def test_losses_are_compared_in_pairs():
-    hard_and_easy = [5.0, 1.0, 4.0, 2.0]
-    always_worse = [x + 0.10 + 0.001 * i for i, x in enumerate(hard_and_easy)]
-    sometimes_worse = [x + d for x, d in zip(hard_and_easy, [0.2, -0.19, 0.2, -0.19], strict=True)]
-    left = schedules.not_ruled_out(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
-    # The typical noise (the median of 0.001 and 0.2) leaves the second in doubt, its own does not.
-    assert [candidate.block for candidate in left] == [0, 1, 2]
-    left = schedules.not_ruled_out(racing(hard_and_easy, always_worse), confidence=2.0)
-    assert [candidate.block for candidate in left] == [0]
-    assert len(schedules.not_ruled_out(racing(hard_and_easy, always_worse), math.inf)) == 2
-
-
-def test_too_few_batches_leave_all_in_doubt():
-    losses = [1.0, 1.1, 1.2], [2.0, 2.1, 2.2]
-    assert len(schedules.not_ruled_out(racing(*losses), confidence=2.0)) == 2
-    assert len(schedules.not_ruled_out(racing(*(x + [1.0] for x in losses)), confidence=2.0)) == 1
-
-
-def test_fewer_go_on_the_more_batches_were_seen():
-    race = Race(first_look=2, confidence=math.inf)
-    assert [race.most_survivors(10, batches) for batches in (1, 2, 3, 4, 6, 8, 20)] == [10, 5, 4, 3, 2, 2, 1]
-    candidates = racing(*[[3.0 - block / 10] * 2 for block in range(10)])
-    assert [candidate.block for candidate in race.survivors(candidates, 10)] == [5, 6, 7, 8, 9]
-    # Two batches of ten, then one of five and of four, two of three, and one of two.
-    assert race.most_batches(10, 7) == 2 * 10 + 5 + 4 + 3 + 3 + 2
-    assert race.most_batches(10, 7, processes=4) == 2 * 3 + 2 + 1 + 1 + 1 + 1
-    assert schedules.FULL.most_batches(10, 12) == 120
-    # Screening ten on two batches costs seven batches, three are left.
-    assert Race(2, math.inf, screening=0.3).most_batches(10, 7) == 7 + 2 * 3 + 3 + 3 + 3 + 3 + 2
-
-
-def test_the_default_race_is_bounded_whatever_the_data():
-    arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
-    for num_batches, share in ((12, 1 / 4), (16, 1 / 4), (64, 1 / 8), (128, 1 / 8), (1000, 1 / 8)):
-        race = Race(schedules.default_first_look(num_batches), arguments.confidence, arguments.screening)
-        for layers in (28, 30, 32):
-            assert race.most_batches(layers, num_batches) <= share * layers * num_batches
-
-
 def test_a_race_keeps_to_its_bound(tiny_folder):
     batches = data.make_batches(random_samples(12), 2, 60, seed=5)
     race = Race(first_look=1, confidence=math.inf)
     raced = iterate(tiny_folder(), batches, race=race)
     assert sorted(len(losses) for losses in raced.batch_losses.values()) == [1, 1, 2, 6]
     assert raced.candidate_epochs == 10 / 6 == race.most_batches(4, 6) / 6
-
-
-def test_looks_end_with_the_last_batch():
-    assert Race(2, 2.0).looks(5) == [2, 3, 4, 5]
-    assert Race(8, 2.0).looks(5) == [5]
-    assert schedules.FULL.looks(7) == [7]
-    looks = Race(2, 2.0).looks(100)
-    assert looks[-1] == 100 and looks == sorted(set(looks)) and len(looks) < 50
 
 
 def test_journal_refuses_other_settings_and_names_them(tmp_path):
