@@ -41,7 +41,8 @@ class SearchBar(Progress):
         """num_candidates: to be trained in this iteration; num_blocks: those whose loss is known, too."""
         iterations_left = self.num_iterations - self.iterations_begun
         self.iterations_begun += 1
-        self.bar.set_description(f"pick {self.iterations_begun}, before training")
+        self.bar.set_description(f"pick {self.iterations_begun}, before training", refresh=False)
+        self.bar.set_postfix_str("", refresh=False)  # the last pick's leader
         candidates = [num_candidates, *(num_blocks - later for later in range(1, iterations_left))]
         self.bar.total = self.bar.n + sum(
             self.race.most_batches(count, num_batches, self.processes) for count in candidates

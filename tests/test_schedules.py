@@ -65,6 +65,7 @@ def test_the_bar_knows_what_a_full_search_takes():
     for candidates in (4, 3):
         bar.start_iteration(candidates, candidates, num_batches=5)
         assert bar.bar.total == 35
+        assert not bar.bar.postfix
         bar.on_candidate(7)
         for _ in range(5 * candidates):
             bar.on_batch(1.0)
