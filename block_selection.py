@@ -11,21 +11,23 @@ same command is given again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import sys
 from pathlib import Path
 
-from hopscotch_common import cli, report
-from hopscotch_common.cli import InputError, logger
-from hopscotch_common.models import add_model_arguments, load_model, read_config
+from hopscotch_common import cli, files
+from hopscotch_common.errors import InputError, logger
+from hopscotch_common.models import load_model, read_config
+from hopscotch_common.report import describe_run, plot_losses
 
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
-    add_model_arguments(parser)
+    cli.add_model_arguments(parser)
     parser.add_argument("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
     parser.add_argument(
         "--starting_skipped_blocks",
@@ -95,35 +97,40 @@ def known_losses(prev: list[float], skipped: list[int], num_layers: int) -> dict
 
 
 def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
-    """InputError for outputs that could not be written, or would take the place of an input."""
-    cli.check_writable(output.parent)
-    if output.is_dir():
-        raise InputError(f"--output {output}: is a folder; name a file")
-    for word in arguments.starting_skipped_blocks:
-        if output.exists() and Path(word).exists() and output.samefile(word):
-            raise InputError(
-                f"--starting_skipped_blocks {word}: this run would overwrite that report; "
-                "name another --output"
-            )
+    """InputError for outputs that could not be written, or would take the place of something else."""
+    reports = [Path(word) for word in arguments.starting_skipped_blocks if not word.isdecimal()]
+    inputs = [arguments.data_path, *reports]
+    files.check_output(output, "--output", inputs)
+    files.check_output(journal_path(output), "--output", inputs)
+    if output.exists() and not is_selection_report(output):
+        raise InputError(f"--output {output}: exists and is not a report of this script; name another file")
     if arguments.plot:
-        cli.check_writable(arguments.plot.parent)
+        files.check_output(arguments.plot, "--plot", [*inputs, output, journal_path(output)])
         if arguments.plot.suffix.lower() not in PLOT_FORMATS:
             raise InputError(
                 f"--plot {arguments.plot}: give a file name that ends in {', '.join(PLOT_FORMATS)}"
             )
 
 
+def is_selection_report(path: Path) -> bool:
+    """Whether a file is an earlier report of this script, which may be replaced."""
+    try:
+        return "skipped_blocks" in files.read_json(path)
+    except InputError:
+        return False
+
+
 def journal_path(output: Path) -> Path:
     return output.with_name(output.name.removesuffix(".json") + ".journal.jsonl")
 
 
-def settings(arguments: argparse.Namespace, samples: list) -> dict:
+def journal_settings(arguments: argparse.Namespace, samples: list) -> dict:
     """What a candidate's losses depend on, besides the blocks skipped before.
 
     Not the schedule: a race only decides how far a candidate gets.
     """
     from hopscotch_common.checkpoints import weights_fingerprint
-    from hopscotch_common.data import fingerprint
+    from hopscotch_common.training.batches import fingerprint
 
     return {
         "model": arguments.model.source,
@@ -143,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output or Path(f"{arguments.model.name}_block_selection.json")
     config = read_config(arguments.model)
     num_layers = config.num_hidden_layers
-    skipped = report.blocks_from(
+    skipped = cli.blocks_from(
         arguments.starting_skipped_blocks, arguments.model, config, "--starting_skipped_blocks"
     )
     if len(skipped) + arguments.num_blocks >= num_layers:
@@ -158,54 +165,63 @@ def main(argv: list[str] | None = None) -> int:
     known = known_losses(arguments.prev, skipped, num_layers)
     check_outputs(arguments, output)
 
-    from hopscotch_common.data import load_samples
+    from hopscotch_common.search import journal, schedule
+    from hopscotch_common.search.candidates import CandidateTrainer
+    from hopscotch_common.search.progress import SearchBar
+    from hopscotch_common.search.search import Search
+    from hopscotch_common.training.batches import load_samples
+    from hopscotch_common.training.distributed import check_launch, join_processes
+    from hopscotch_common.training.trainer import prepare_model
 
+    check_launch(arguments.device)
     samples = load_samples(
-        arguments.data_path, config.vocab_size, arguments.max_tokens_per_batch, arguments.max_samples
+        arguments.data_path,
+        config.vocab_size,
+        config.max_position_embeddings,
+        arguments.max_tokens_per_batch,
+        arguments.max_samples,
     )
-
-    from hopscotch_common import distributed, schedules, search
-    from hopscotch_common.progress import SearchBar
-    from hopscotch_common.training import ScaleTrainer, epoch_batches, prepare_model
-
     cli.seed_everything(arguments.seed)
-    processes = distributed.join_processes(arguments.device)
-    journal = search.Journal(
-        journal_path(output) if processes.rank == 0 else None, settings(arguments, samples)
-    )
-    journal.entries = processes.gather(journal.entries)[0]
-    model = load_model(arguments.model, arguments.dtype, arguments.device, arguments.attn_implementation)
-    prepare_model(model, arguments.gradient_checkpointing, arguments.compile)
-    trainer = ScaleTrainer(model, arguments.learning_rate)
-    batches = epoch_batches(samples, model, arguments)
-    logger.info(
-        "%d answers in %d batches, %d loss-counted tokens; %d layers, skipped already: %s; %d process(es)",
-        len(samples),
-        len(batches),
-        sum(sample.num_loss_counted_tokens for sample in samples),
-        num_layers,
-        skipped or "none",
-        processes.count,
-    )
-
-    race = schedules.FULL
-    if arguments.search == "race":
-        first_look = arguments.first_look or schedules.default_first_look(len(batches))
-        race = schedules.Race(first_look, arguments.confidence, arguments.screening)
-    bar = SearchBar(arguments.num_blocks, race, processes)
-    iterations: list[search.Iteration] = []
-    try:
+    processes = join_processes(arguments.device)
+    options = cli.training_options(arguments)
+    with contextlib.ExitStack() as resources:
+        records, append = [], lambda record: None
+        if processes.rank == 0:
+            settings = journal_settings(arguments, samples)
+            log = files.Log(journal_path(output), settings, journal.KIND, journal.REMEDY)
+            resources.enter_context(log)
+            records, append = [(f"{log.path}, line {n}", record) for n, record in log.records], log.append
+        known_before = journal.Journal(processes.gather(records)[0], append)  # only rank 0's disk is sure
+        model = load_model(arguments.model, arguments.dtype, arguments.device, arguments.attn_implementation)
+        prepare_model(model, options)
+        trainer = CandidateTrainer(model, samples, options)
+        logger.info(
+            "%d answers in %d batches, %d loss-counted tokens; %d layers, skipped already: %s; "
+            "%d process(es)",
+            len(samples),
+            trainer.num_batches,
+            sum(sample.num_loss_counted_tokens for sample in samples),
+            num_layers,
+            skipped or "none",
+            processes.count,
+        )
+        rule = schedule.FULL
+        if arguments.search == "race":
+            first_look = arguments.first_look or schedule.default_first_look(trainer.num_batches)
+            rule = schedule.Schedule(first_look, arguments.confidence, arguments.screening)
+        bar = SearchBar(arguments.num_blocks, rule, processes)
+        resources.callback(bar.close)
+        search = Search(trainer, rule, known_before, processes, bar)
+        iterations = []
         for _ in range(arguments.num_blocks):
-            found = search.run_iteration(trainer, batches, skipped, race, journal, known, processes, bar)
+            found = search.next_block(skipped, known)
             skipped, known = [*skipped, found.block], {}
             iterations.append(found)
             if processes.rank == 0:
-                bar.bar.clear()
-                print(f"Best block to remove: {found.block} (loss: {found.loss:.4f})", flush=True)
                 write_results(output, arguments, samples, num_layers, skipped, iterations)
+                with bar.out_of_the_way():
+                    print(f"Best block to remove: {found.block} (loss: {found.loss:.4f})", flush=True)
         bar.finish()
-    finally:
-        bar.close()
     return 0
 
 
@@ -213,7 +229,7 @@ def write_results(
     output: Path, arguments, samples: list, num_layers: int, skipped: list[int], iterations: list
 ) -> None:
     """The JSON report, and the plot if one is asked for."""
-    from hopscotch_common.data import fingerprint
+    from hopscotch_common.training.batches import fingerprint
 
     content = {
         "model": arguments.model.name,
@@ -227,12 +243,10 @@ def write_results(
             "tokens": sum(len(sample) for sample in samples),
             "loss_counted_tokens": sum(sample.num_loss_counted_tokens for sample in samples),
         },
-    } | report.describe_run(arguments)
-    report.write_report(output, content)
+    } | describe_run(vars(arguments))
+    files.write_json(output, content)
     if arguments.plot:
-        report.plot_losses(
-            arguments.plot, content["iterations"], f"{arguments.model.name}: candidates by loss"
-        )
+        plot_losses(arguments.plot, content["iterations"], f"{arguments.model.name}: candidates by loss")
 
 
 if __name__ == "__main__":

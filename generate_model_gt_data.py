@@ -8,24 +8,15 @@ Answers go to {model}_math_final.jsonl, in input order. While they come they are
 {model}_math.jsonl, so that the same command goes on where an interrupted one stopped.
 """
 
+import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from hopscotch_common.cli import (
-    ArgumentParser,
-    InputError,
-    check_writable,
-    command,
-    logger,
-    positive_int,
-    seed_everything,
-    write_atomic,
-)
-from hopscotch_common.generation import (
+from hopscotch_common import cli, files
+from hopscotch_common.answers.engines import (
     BACKENDS,
     Answer,
     EngineOptions,
@@ -34,9 +25,11 @@ from hopscotch_common.generation import (
     stop_token_ids,
     tensor_parallel_size,
 )
-from hopscotch_common.models import ModelRef, add_model_arguments, load_tokenizer, read_config
-from hopscotch_common.prompts import HUB_PROMPTS, LOCAL_PROMPTS, find_prompts, tokenize
-from hopscotch_common.report import describe_run, write_report
+from hopscotch_common.answers.partial import PartialAnswers
+from hopscotch_common.answers.prompts import HUB_PROMPTS, LOCAL_PROMPTS, find_prompts, tokenize
+from hopscotch_common.errors import InputError, logger
+from hopscotch_common.models import ModelRef, load_tokenizer, read_config
+from hopscotch_common.report import describe_run
 
 
 def output_paths(output_file: Path | None, model: ModelRef) -> tuple[Path, Path, Path]:
@@ -47,14 +40,23 @@ def output_paths(output_file: Path | None, model: ModelRef) -> tuple[Path, Path,
     return final, final.with_name(f"{partial}.jsonl"), final.with_name(f"{stem}_report.json")
 
 
-def answer_missing(partial, tokenizer, stop_ids: set[int], answers: Iterable[Answer]) -> None:
+def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | None) -> None:
+    """InputError for outputs that could not be written, or would take the place of an input."""
+    inputs = [] if input_file is None else [input_file]
+    for path in (final, partial, report):
+        files.check_output(path, "--output_file", inputs)
+    if final.exists() and not report.exists() and not partial.exists():
+        raise InputError(f"--output_file {final}: exists and is not of this script; name another file")
+
+
+def answer_missing(partial: PartialAnswers, tokenizer, stop_ids: set[int], answers: Iterable[Answer]) -> None:
     """Run the engine's `answers` iterator to its end, keeping each answer as it comes."""
     from tqdm import tqdm
 
     missing = partial.missing()
     tokens = 0
     total = len(partial.prompts)
-    with partial.open() as file, tqdm(total=total, initial=total - len(missing), unit="answer") as bar:
+    with tqdm(total=total, initial=total - len(missing), unit="answer") as bar:
         started = time.perf_counter()
         for answer in answers:
             index = missing[answer.index]
@@ -62,11 +64,11 @@ def answer_missing(partial, tokenizer, stop_ids: set[int], answers: Iterable[Ans
             text = tokenizer.decode(text_ids, skip_special_tokens=True)
             record = {
                 "index": index,
-                "messages": [*partial.prompts[index], {"role": "assistant", "content": text}],
+                "messages": [*partial.prompts[index].messages, {"role": "assistant", "content": text}],
                 "finish_reason": answer.finish_reason,
                 "num_generated_tokens": len(answer.token_ids),
             }
-            partial.add(file, record)
+            partial.add(record)
             tokens += len(answer.token_ids)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
             bar.update()
@@ -90,9 +92,9 @@ def select_answers(records: dict[int, dict], keep_truncated: bool) -> tuple[list
     return kept, figures
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(__doc__)
-    add_model_arguments(parser)
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    cli.add_model_arguments(parser)
     parser.add_argument(
         "--input_file",
         type=Path,
@@ -104,23 +106,23 @@ def build_parser() -> ArgumentParser:
         type=Path,
         help="where the answers go, JSONL (default: {model}_math_final.jsonl)",
     )
-    parser.add_argument("--num_samples", type=positive_int, help="answer only the first so many prompts")
-    parser.add_argument("--max_tokens", type=positive_int, default=4096, help="tokens an answer may have")
+    parser.add_argument("--num_samples", type=cli.positive_int, help="answer only the first so many prompts")
+    parser.add_argument("--max_tokens", type=cli.positive_int, default=4096, help="tokens an answer may have")
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
-        default="auto",
+        default=EngineOptions.backend,
         help="engine; auto: vllm where it can run, otherwise transformers",
     )
     parser.add_argument(
         "--tensor_parallel_size",
-        type=positive_int,
-        help="vllm: GPUs that share the model (default: as many as divide its attention heads)",
+        type=cli.positive_int,
+        help="vllm: GPUs that share the model (default: as many as its heads and MLP can be split over)",
     )
     parser.add_argument(
         "--max_tokens_per_batch",
-        type=positive_int,
-        default=32768,
+        type=cli.positive_int,
+        default=EngineOptions.max_tokens_per_batch,
         help="tokens of KV cache, padding included, that all answers in progress may take "
         "(transformers, and vllm on a CPU); lower it when memory runs out",
     )
@@ -132,13 +134,11 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-@command
+@cli.command
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from hopscotch_common.partial_answers import PartialAnswers  # imports torch, so after --help
-
     final, partial_file, report_file = output_paths(args.output_file, args.model)
-    check_writable(final.parent)
+    check_outputs(final, partial_file, report_file, args.input_file)
     options = EngineOptions(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineOptions)}
     )
@@ -146,35 +146,42 @@ def main(argv: list[str] | None = None) -> int:
     backend = resolve_backend(options)
     config = read_config(args.model)
     if backend == "vllm":
-        tensor_parallel_size(args.tensor_parallel_size, config.num_attention_heads)
+        tensor_parallel_size(args.tensor_parallel_size, config)
     tokenizer = load_tokenizer(args.model)
     prompt_ids = tokenize(prompts, tokenizer, config.max_position_embeddings)
-    partial = PartialAnswers(
-        partial_file,
-        {"model": args.model.source, "dtype": args.dtype, "max_tokens": args.max_tokens},
-        [prompt.messages for prompt in prompts],
-        [prompt.where for prompt in prompts],
-    )
-    missing = partial.missing()
-    logger.info(
-        "%d prompts, %d answered before; %s answers the rest",
-        len(prompts),
-        len(prompts) - len(missing),
-        backend,
-    )
-    if missing:
-        seed_everything(args.seed)
-        answers = generate(args.model, [prompt_ids[i] for i in missing], args.max_tokens, options)
-        stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
-        answer_missing(partial, tokenizer, stop_ids, answers)
-    kept, figures = select_answers(partial.records, args.keep_truncated)
-    if not kept:
-        raise InputError(
-            f"no answer is left of {len(prompts)}: {figures['truncated_dropped']} were cut off at "
-            f"--max_tokens {args.max_tokens} (see --keep_truncated), {figures['empty_dropped']} are empty"
+
+    from hopscotch_common.checkpoints import weights_fingerprint  # imports torch, so after all that
+
+    settings = {
+        "model": args.model.source,
+        "weights": weights_fingerprint(args.model.folder()),
+        "dtype": args.dtype,
+        "max_tokens": args.max_tokens,
+    }
+    partial = PartialAnswers(partial_file, settings, prompts)
+    try:
+        missing = partial.missing()
+        logger.info(
+            "%d prompts, %d answered before; %s answers the rest",
+            len(prompts),
+            len(prompts) - len(missing),
+            backend,
         )
-    write_atomic(final, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-    write_report(report_file, describe_run(args) | {"backend": backend} | figures)
+        if missing:
+            cli.seed_everything(args.seed)
+            answers = generate(args.model, [prompt_ids[i] for i in missing], args.max_tokens, options)
+            stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
+            answer_missing(partial, tokenizer, stop_ids, answers)
+        kept, figures = select_answers(partial.records, args.keep_truncated)
+        if not kept:
+            raise InputError(
+                f"no answer is left of {len(prompts)}: {figures['truncated_dropped']} were cut off at "
+                f"--max_tokens {args.max_tokens} (see --keep_truncated), {figures['empty_dropped']} are empty"
+            )
+        files.write_json(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
+        files.write_atomic(final, files.lines_of(kept))
+    finally:
+        partial.close()
     print(
         f"{final}: {figures['answers']} answers to {figures['prompts']} prompts "
         f"({figures['truncated_dropped']} truncated and {figures['empty_dropped']} empty ones dropped), "

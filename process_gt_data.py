@@ -8,30 +8,26 @@ Writes data.jsonl, a sample a line: input_ids, labels (-100 where the loss does 
 answer and its end-of-turn token count), len; and beside it data_report.json.
 """
 
+import argparse
 import contextlib
 import io
 import json
+import math
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hopscotch_common.cli import (
-    ArgumentParser,
-    InputError,
-    check_writable,
-    command,
-    logger,
-    positive_int,
-)
-from hopscotch_common.models import add_model_arguments, load_tokenizer, read_config
-from hopscotch_common.report import describe_run, write_report
+from hopscotch_common import cli, files
+from hopscotch_common.answers.prompts import check_messages, render
+from hopscotch_common.errors import InputError, logger
+from hopscotch_common.models import load_tokenizer, read_config
+from hopscotch_common.report import describe_run
 
 MIN_SEQ_LEN = 20  # instructlab-training drops what is shorter
 RESERVED = "<|UNMASK_"  # instructlab-training's marks around what the loss counts
 NO_LIMIT = 2**62
+SAMPLES_A_PROCESS = 2000  # another process takes seconds to start, a sample milliseconds
 
 
 def read_conversations(path: Path, tokenizer) -> list[dict]:
@@ -40,9 +36,10 @@ def read_conversations(path: Path, tokenizer) -> list[dict]:
     Checked is all that would stop or silently spoil the processing: the messages' shape, an
     answer at the end, and whether the chat template takes the conversation and keeps the answer.
     """
-    from hopscotch_common.data import read_jsonl
-
-    checked = [check_conversation(record, f"{path}, line {n}", tokenizer) for n, record in read_jsonl(path)]
+    checked = [
+        check_conversation(record, f"{path}, line {number}", tokenizer)
+        for number, record in files.read_jsonl(path)
+    ]
     text = tokenizer.apply_chat_template(checked[0]["messages"], tokenize=False)
     if (tokenizer.eos_token or "") not in text.rpartition(checked[0]["messages"][-1]["content"])[2]:
         logger.warning(
@@ -55,10 +52,6 @@ def read_conversations(path: Path, tokenizer) -> list[dict]:
 
 def check_conversation(record: dict, where: str, tokenizer) -> dict:
     """One record as instructlab-training takes it; InputError when it would not."""
-    from jinja2 import TemplateError
-
-    from hopscotch_common.data import check_messages
-
     if "messages" not in record:
         raise InputError(f"{where}: needs 'messages'; make them with generate_model_gt_data.py")
     messages = [
@@ -72,10 +65,7 @@ def check_conversation(record: dict, where: str, tokenizer) -> dict:
     if any(message["role"] == "pretraining" for message in messages):
         raise InputError(f"{where}: role 'pretraining' is not for answers; use system, user, assistant")
     messages = [split_reasoning(message, tokenizer) for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise InputError(f"{where}: the model's chat template refuses it: {error}") from error
+    text = render(tokenizer, messages, where, tokenize=False)
     if messages[-1]["content"].strip() not in text:
         raise InputError(f"{where}: the model's chat template leaves out part of the answer")
     return {"messages": messages}
@@ -103,6 +93,12 @@ def private_datasets_cache(folder: Path) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = before
 
 
+def processes_worth(requested: int, num_conversations: int) -> int:
+    """How many of the requested processes can work at once, and have enough to do to be worth a start."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(requested, cores, math.ceil(num_conversations / SAMPLES_A_PROCESS))
+
+
 def process(conversations: list[dict], model_folder: Path, workspace: Path, num_cpu_procs: int) -> Path:
     """Have instructlab-training make samples; the file of all with at least MIN_SEQ_LEN tokens."""
     from instructlab.training.data_process import process_messages_into_input_ids
@@ -118,29 +114,37 @@ def process(conversations: list[dict], model_folder: Path, workspace: Path, num_
             data_output_path=str(output),
             max_seq_len=NO_LIMIT,  # kept_samples drops the long ones, and counts them
             model_path=str(model_folder),
-            num_cpu_procs=min(num_cpu_procs, len(conversations)),
+            num_cpu_procs=processes_worth(num_cpu_procs, len(conversations)),
         )
     return output / "data.jsonl"
 
 
-def write_kept_samples(processed: Path, target: Path, num_conversations: int, max_seq_len: int) -> dict:
-    """Write the samples of fewer than max_seq_len tokens to `target`; the figures of the report."""
-    from hopscotch_common.data import IGNORE_INDEX
+def write_kept_samples(
+    processed: Path, file, num_conversations: int, max_seq_len: int, vocab_size: int
+) -> dict:
+    """Write the samples of fewer than max_seq_len tokens to a file; the figures of the report.
+
+    Raises InputError for a token that the model does not have: its tokenizer is another model's.
+    """
+    from hopscotch_common.training.batches import IGNORE_INDEX
 
     counted = kept = too_long = tokens = longest = 0
-    with open(processed, encoding="utf-8") as source, open(target, "w", encoding="utf-8") as file:
+    with open(processed, encoding="utf-8") as source:
         for line in source:
             sample = json.loads(line)
             if len(sample["input_ids"]) >= max_seq_len:
                 too_long += 1
                 continue
+            if max(sample["input_ids"]) >= vocab_size:
+                raise InputError(
+                    f"the tokenizer makes token {max(sample['input_ids'])}, but the model's vocabulary has "
+                    f"{vocab_size}; give --model a folder whose tokenizer and config.json are one model's"
+                )
             file.write(json.dumps(sample) + "\n")
             kept += 1
             tokens += len(sample["input_ids"])
             longest = max(longest, len(sample["input_ids"]))
             counted += sum(label != IGNORE_INDEX for label in sample["labels"])
-        file.flush()
-        os.fsync(file.fileno())
     return {
         "samples": num_conversations,
         "kept": kept,
@@ -152,9 +156,9 @@ def write_kept_samples(processed: Path, target: Path, num_conversations: int, ma
     }
 
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(__doc__)
-    add_model_arguments(parser, load=False)
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.ArgumentParser(__doc__)
+    cli.add_model_arguments(parser, load=False)
     parser.add_argument(
         "--input_file", type=Path, help="JSONL answers, 'messages' a line (default: {model}_math_final.jsonl)"
     )
@@ -163,51 +167,46 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--max_seq_len",
-        type=positive_int,
+        type=cli.positive_int,
         default=29000,
         help="samples with this many tokens or more are dropped",
     )
     parser.add_argument(
         "--num_cpu_procs",
-        type=positive_int,
+        type=cli.positive_int,
         default=8,
-        help="processes that work at once; never more than there are samples",
+        help=f"processes at once; never more than cores, nor than one for {SAMPLES_A_PROCESS} samples",
     )
     return parser
 
 
-@command
+@cli.command
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     input_file = args.input_file or Path(f"{args.model.name}_math_final.jsonl")
     output_dir = args.output_dir or Path("data") / f"{args.model.name}-processed-data"
-    if not input_file.is_file():
-        raise InputError(
-            f"{input_file}: no such file; make it with generate_model_gt_data.py --model …, "
-            "or name another with --input_file"
-        )
-    check_writable(output_dir)
-    read_config(args.model)
+    files.check_input(
+        input_file, "make it with generate_model_gt_data.py --model …, or name another with --input_file"
+    )
+    data_file, report_file = output_dir / "data.jsonl", output_dir / "data_report.json"
+    for path in (data_file, report_file):
+        files.check_output(path, "--output_dir", [input_file])
+    config = read_config(args.model)
     tokenizer = load_tokenizer(args.model)
     conversations = read_conversations(input_file, tokenizer)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=".processing-", dir=output_dir))
-    try:
+    with files.locked(data_file), files.scratch_folder(output_dir, "processing") as workspace:
         processed = process(conversations, args.model.folder(weights=False), workspace, args.num_cpu_procs)
-        complete = workspace / "data.jsonl"
-        figures = write_kept_samples(processed, complete, len(conversations), args.max_seq_len)
-        if not figures["kept"]:
-            raise InputError(
-                f"{input_file}: no sample is left, {figures['dropped_too_long']} have --max_seq_len "
-                f"{args.max_seq_len} tokens or more, {figures['dropped_too_short']} fewer than {MIN_SEQ_LEN}"
+        with files.atomic_file(data_file) as file:
+            figures = write_kept_samples(
+                processed, file, len(conversations), args.max_seq_len, config.vocab_size
             )
-        data_file = output_dir / "data.jsonl"
-        complete.replace(data_file)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-    write_report(
-        output_dir / "data_report.json", describe_run(args) | {"input_file": str(input_file)} | figures
-    )
+            if not figures["kept"]:
+                raise InputError(
+                    f"{input_file}: no sample is left, {figures['dropped_too_long']} have "
+                    f"--max_seq_len {args.max_seq_len} tokens or more, "
+                    f"{figures['dropped_too_short']} fewer than {MIN_SEQ_LEN}"
+                )
+        files.write_json(report_file, describe_run(vars(args)) | {"input_file": str(input_file)} | figures)
     logger.info("longest sample: %d tokens", figures["longest"])
     print(
         f"{data_file}: {figures['kept']} of {figures['samples']} samples kept "

@@ -10,18 +10,22 @@ import argparse
 import sys
 from pathlib import Path
 
-from hopscotch_common import cli, report
-from hopscotch_common.models import add_model_arguments, read_config
+from hopscotch_common import cli, files
+from hopscotch_common.models import read_config
+from hopscotch_common.report import describe_run
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
-    add_model_arguments(parser, load=False)
-    report.add_blocks_argument(parser)
+    cli.add_model_arguments(parser, load=False)
+    cli.add_blocks_argument(parser)
     parser.add_argument(
         "--output_dir", type=Path, help="folder of the checkpoint (default: unscaled_{model}_ckpts)"
     )
-    report.add_export_argument(parser, "also export the checkpoint")
+    cli.add_export_argument(parser, "also export the checkpoint")
+    parser.add_argument(
+        "--device", default="auto", help="where an export's check runs: cpu, cuda, auto or split"
+    )
     return parser
 
 
@@ -30,23 +34,25 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     output_dir = arguments.output_dir or Path(f"unscaled_{arguments.model.name}_ckpts")
     config = read_config(arguments.model)
-    num_layers = config.num_hidden_layers
-    blocks = report.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
-    cli.check_writable(output_dir)
+    blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
+    files.check_writable(output_dir)
     folder = output_dir / f"{arguments.model.name}_unscaled"
-    report.check_exports(arguments.export, config, folder)
 
     import torch
 
     from hopscotch_common import checkpoints
+    from hopscotch_common.export.formats import check_exports, run_exports
     from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 
-    values = torch.ones(num_layers, len(SCALE_NAMES))
+    checkpoints.check_replaceable(folder)
+    check_exports(arguments.export, config, folder)
+    values = torch.ones(config.num_hidden_layers, len(SCALE_NAMES))
     values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
     run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}
-    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run | report.describe_run(arguments))
-    print(folder)
-    report.run_exports(arguments.export, folder, folder)
+    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run | describe_run(vars(arguments)))
+    print(folder, flush=True)
+    for name, report in run_exports(arguments.export, folder, folder, arguments.device).items():
+        print(f"Exported {name}: {report['folder']}")
     return 0
 
 

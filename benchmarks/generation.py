@@ -20,7 +20,7 @@ from pathlib import Path
 
 import measuring
 
-from hopscotch_common.generation import ENGINES, EngineOptions, vllm_obstacle
+from hopscotch_common.answers.engines import ENGINES, EngineOptions, vllm_obstacle
 from hopscotch_common.models import load_tokenizer, model_ref, read_config
 
 BARS = {"vllm": 8, "transformers": 4}  # times the rate of one prompt at a time, on 2 cores
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_prompts(arguments: argparse.Namespace) -> list[list[int]]:
     """Token ids of the first prompts of the input file."""
-    from hopscotch_common.data import read_jsonl
+    from hopscotch_common.files import read_jsonl
 
     tokenizer = load_tokenizer(arguments.model)
     questions = [record["question"] for _, record in read_jsonl(arguments.input_file)]

@@ -28,10 +28,12 @@ from pathlib import Path
 import measuring
 import torch
 
-from hopscotch_common import checkpoints, export, models
-from hopscotch_common.cli import ArgumentParser, InputError, block_index, command, logger, positive_int
-from hopscotch_common.gguf import rewrite_gguf
-from hopscotch_common.report import write_report
+from hopscotch_common import checkpoints, embedded, models
+from hopscotch_common.cli import ArgumentParser, command, number, positive_int
+from hopscotch_common.errors import InputError, logger
+from hopscotch_common.export.formats import export_checkpoint
+from hopscotch_common.export.gguf import rewrite_gguf
+from hopscotch_common.files import write_json
 
 COMMAND = "python benchmarks/gguf_llama_cpp.py --llama_cpp LLAMA_CPP --bin LLAMA_CPP/build/bin"  # no paths
 PROMPTS = (
@@ -44,7 +46,7 @@ PROMPTS = (
 
 def make_checkpoint(folder: Path, skipped: list[int], seed: int) -> None:
     """A checkpoint of the embedded model with random scales near 1."""
-    base = models.model_ref(models.EMBEDDED)
+    base = models.model_ref(embedded.NAME)
     layers = models.read_config(base).num_hidden_layers
     values = 1 + 0.05 * torch.randn(layers, 4, generator=torch.Generator().manual_seed(seed))
     values[skipped, 0] = 0
@@ -119,7 +121,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     checkpoint = arguments.checkpoint or folder / "checkpoint"
     if arguments.checkpoint is None:
         make_checkpoint(checkpoint, arguments.blocks_to_skip, arguments.seed)
-    export.export_checkpoint(checkpoint, "folded", folder / "folded")
+    export_checkpoint(checkpoint, "folded", folder / "folded")
     expected = transformers_texts(checkpoint, folder / "folded", arguments.num_tokens)
     figures = {}
     for kind in arguments.types:
@@ -149,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="float32 checkpoint to take (default: one is made)")
     parser.add_argument(
         "--blocks_to_skip",
-        type=block_index,
+        type=number,
         nargs="+",
         default=[3, 5, 9, 12, 15, 18, 21, 24],
         help="blocks that the made one skips",
@@ -184,8 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     busy = {"load_average_5_minutes": round(os.getloadavg()[1], 1)}  # of the measurements just made
     base = {"command": COMMAND, "machine": measuring.machine() | busy, "model": "given by --checkpoint"}
     if arguments.checkpoint is None:
-        base["model"] = f"{models.ALIASES[models.EMBEDDED]}, random scales, seed {arguments.seed}"
-    write_report(measuring.RESULTS / "gguf.json", base | shape | {"types": figures})
+        base["model"] = f"{models.ALIASES[embedded.NAME]}, random scales, seed {arguments.seed}"
+    write_json(measuring.RESULTS / "gguf.json", base | shape | {"types": figures})
     same = all(figure["same_text_as_folded"] for figure in figures.values())
     same = same and figures.get("f32", {"same_text_as_transformers": True})["same_text_as_transformers"]
     for kind, figure in figures.items():

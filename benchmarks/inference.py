@@ -24,7 +24,7 @@ import measuring
 import torch
 
 from hopscotch_common import checkpoints, scales
-from hopscotch_common.export import export_checkpoint
+from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.models import ModelRef, load_model, model_ref, read_config
 
 SKIPPED_COUNTS = (0, 2, 4, 8)

@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hopscotch_common.report import package_versions, write_report  # noqa: E402
+from hopscotch_common.files import write_json  # noqa: E402
+from hopscotch_common.report import package_versions  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -30,7 +31,7 @@ def processor_name() -> str:
 def save(name: str, content: dict) -> None:
     """Write benchmarks/results/{name}.json with the command and the machine."""
     command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
-    write_report(RESULTS / f"{name}.json", {"command": command, "machine": machine()} | content)
+    write_json(RESULTS / f"{name}.json", {"command": command, "machine": machine()} | content)
     print(f"wrote {RESULTS / name}.json", file=sys.stderr)
 
 

@@ -15,61 +15,56 @@ from pathlib import Path
 
 import measuring
 
-from hopscotch_common.schedules import (
-    SCREENING_COST,
-    Candidate,
-    Race,
-    default_first_look,
-    leader,
-)
+from hopscotch_common.search.schedule import FULL, Candidate, Schedule, default_first_look
+from hopscotch_common.search.search import Iteration, Search
 
 
-def replay(
-    batch_losses: dict[int, list[float]], race: Race, untrained: dict[int, list[float]] | None = None
-) -> tuple[int, float]:
-    """(the block a race picks, what it spends in candidate-epochs).
+class Recorded:
+    """Stands in for `CandidateTrainer`: gives what a full search recorded, and trains nothing.
 
-    untrained: losses before training by block and batch, where the screening sees more batches
-    than one; a full search's first loss is that of the first batch before training.
+    batch_losses: by block, one a batch. untrained: losses before training by block and batch, where
+    a screening sees more batches than one; a full search's first loss is that of the first batch
+    before training.
     """
-    num_batches = len(next(iter(batch_losses.values())))
-    blocks = list(batch_losses)
-    screened = race.screened_batches(len(blocks), num_batches)
-    spent = len(blocks) * screened * SCREENING_COST
-    if screened:
-        seen = batch_losses if screened == 1 else untrained
-        if seen is None or len(seen[blocks[0]]) < screened:
-            raise SystemExit(f"a screening of {screened} batches needs what benchmarks/untrained.py records")
-        blocks.sort(key=lambda block: sum(seen[block][:screened]))
-        blocks = sorted(blocks[: race.most_trained(len(blocks))])
-    racing = [Candidate(block) for block in blocks]
-    done = 0
-    for look in race.looks(num_batches):
-        spent += len(racing) * (look - done)
-        racing = [Candidate(c.block, batch_losses[c.block][:look]) for c in racing]
-        if look < num_batches:
-            racing = race.survivors(racing, len(batch_losses))
-        done = look
-    return leader(racing).block, spent / num_batches
+
+    def __init__(self, batch_losses: dict[int, list[float]], untrained: dict[int, list[float]] | None = None):
+        self.batch_losses, self.untrained = batch_losses, untrained
+        self.num_batches = len(next(iter(batch_losses.values())))
+
+    def candidates(self, skipped) -> list[int]:
+        return sorted(self.batch_losses)
+
+    def train(self, skipped, candidate: Candidate, look: int, group, on_batch) -> Candidate:
+        return Candidate(candidate.block, self.batch_losses[candidate.block][:look])
+
+    def screen(self, skipped, blocks, batch: int, on_screened) -> dict[int, float]:
+        seen = self.batch_losses if batch == 0 else self.untrained
+        if seen is None or batch >= len(seen[blocks[0]]):
+            raise SystemExit(f"a screening of batch {batch} needs what benchmarks/untrained.py records")
+        return {block: seen[block][batch] for block in blocks}
 
 
-def judge(iterations: list[dict], untrained: list[dict] | None, race_of) -> list[dict]:
+def replay(recorded: Recorded, rule: Schedule) -> Iteration:
+    """The search of one block, by the search's own code, over what was recorded."""
+    return Search(recorded, rule).next_block([])
+
+
+def judge(iterations: list[dict], untrained: list[dict] | None, rule_of) -> list[dict]:
     """A race's result in each recorded iteration, beside the full search's."""
     results = []
     for number, iteration in enumerate(iterations):
         losses = {int(block): values for block, values in iteration["batch_losses"].items()}
-        means = {block: sum(values) / len(values) for block, values in losses.items()}
         before = {int(b): values for b, values in untrained[number].items()} if untrained else None
-        block, spent = replay(losses, race_of(len(next(iter(losses.values())))), before)
-        best = min(means, key=means.get)
+        recorded = Recorded(losses, before)
+        raced, full = replay(recorded, rule_of(recorded.num_batches)), replay(recorded, FULL)
         results.append(
             {
-                "picked": block,
-                "best": best,
-                "excess_loss": means[block] / means[best] - 1,
+                "picked": raced.block,
+                "best": full.block,
+                "excess_loss": full.losses[raced.block] / full.loss - 1,
                 "candidates": len(losses),
-                "candidate_epochs": spent,
-                "share": spent / len(losses),
+                "candidate_epochs": raced.candidate_epochs,
+                "share": raced.candidate_epochs / len(losses),
             }
         )
     return results
@@ -95,11 +90,11 @@ def main() -> None:
         arguments.first_look, arguments.screening, arguments.confidence
     ):
 
-        def race_of(num_batches: int, settings=(first_look, confidence, screening)) -> Race:
-            return Race(settings[0] or default_first_look(num_batches), *settings[1:])
+        def rule_of(num_batches: int, settings=(first_look, confidence, screening)) -> Schedule:
+            return Schedule(settings[0] or default_first_look(num_batches), *settings[1:])
 
         by_report = {
-            name: judge(report["iterations"], untrained.get(name), race_of)
+            name: judge(report["iterations"], untrained.get(name), rule_of)
             for name, report in reports.items()
         }
         every = [result for results in by_report.values() for result in results]

@@ -19,6 +19,7 @@ from pathlib import Path
 import measuring
 
 from hopscotch_common.models import load_model, model_ref
+from hopscotch_common.training import TrainingOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,59 +60,44 @@ def reference(arguments: argparse.Namespace) -> dict:
 
 
 def prepared(arguments: argparse.Namespace):
-    """Model, trainer and batches of the search."""
-    from hopscotch_common.data import load_samples
-    from hopscotch_common.training import ScaleTrainer, epoch_batches
+    """What trains the candidates of the search."""
+    from hopscotch_common.search.candidates import CandidateTrainer
+    from hopscotch_common.training.batches import load_samples
 
     model = load_model(arguments.model, device="cpu")
-    samples = load_samples(arguments.data_path, model.config.vocab_size, None, arguments.max_samples)
-    return model, ScaleTrainer(model, 1e-2), epoch_batches(samples, model, search_flags(arguments))
-
-
-def search_flags(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The flags of the search, defaults where this script has none (the model's is not read)."""
-    import block_selection
-
-    flags = ["--data_path", str(arguments.data_path), "--batch_size", str(arguments.batch_size)]
-    return block_selection.build_parser().parse_args(["--model", "smollm", *flags])
+    samples = load_samples(arguments.data_path, model.config.vocab_size, max_samples=arguments.max_samples)
+    return CandidateTrainer(model, samples, TrainingOptions(1e-2, arguments.batch_size))
 
 
 def ours(arguments: argparse.Namespace) -> dict:
     """One candidate of the search; the model is loaded once for all, so its loading does not count."""
-    model, trainer, batches = prepared(arguments)
-    weights = measuring.reset_peak_memory(model)
+    from hopscotch_common.training.trainer import ScaleTrainer
+
+    trainer = prepared(arguments)
+    batches = trainer.batches.epoch()
+    weights = measuring.reset_peak_memory(trainer.model)
     start = time.perf_counter()
-    trainer.start([arguments.candidate])
-    losses = trainer.run(batches, "epoch 0")
+    losses = ScaleTrainer(trainer.model, 1e-2, [arguments.candidate]).run(batches, "epoch 0")
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "loss": sum(losses) / len(losses),
         "bytes": measuring.peak_memory() - weights,
-        "flops": count_flops(model, batches, skipped=1),
+        "flops": count_flops(trainer.model, batches, skipped=1),
     }
 
 
 def race(arguments: argparse.Namespace) -> dict:
     """A whole iteration of the race with the default settings."""
-    from hopscotch_common.distributed import Processes
-    from hopscotch_common.progress import Progress
-    from hopscotch_common.schedules import Race, default_first_look
-    from hopscotch_common.search import Journal, run_iteration
+    import block_selection
+    from hopscotch_common.search.schedule import Schedule, default_first_look
+    from hopscotch_common.search.search import Search
 
-    flags = search_flags(arguments)
-    _, trainer, batches = prepared(arguments)
+    trainer = prepared(arguments)
+    default = block_selection.build_parser().get_default
+    rule = Schedule(default_first_look(trainer.num_batches), default("confidence"), default("screening"))
     start = time.perf_counter()
-    found = run_iteration(
-        trainer,
-        batches,
-        [],
-        Race(default_first_look(len(batches)), flags.confidence, flags.screening),
-        Journal(None, {}),
-        {},
-        Processes(),
-        Progress(),
-    )
+    found = Search(trainer, rule).next_block([])
     return {
         "seconds": time.perf_counter() - start,
         "block": found.block,
@@ -123,20 +109,21 @@ def race(arguments: argparse.Namespace) -> dict:
 
 def screening(arguments: argparse.Namespace) -> dict:
     """Screening every candidate on two batches, against a training step of one on the same batches."""
-    from hopscotch_common.screening import untrained_losses
+    from hopscotch_common.search.screening import untrained_losses
+    from hopscotch_common.training.trainer import ScaleTrainer
 
-    model, trainer, batches = prepared(arguments)
-    blocks = list(range(model.config.num_hidden_layers))
+    trainer = prepared(arguments)
+    model = trainer.model
+    blocks = trainer.candidates([])
     seconds = {"training": 0.0, "screening": 0.0}
-    for batch in batches[:2]:
-        for kind, run in (
-            ("training", lambda batch=batch: trainer.run([batch] * 3, "epoch 0")),
-            ("screening", lambda batch=batch: untrained_losses(model, batch, [], blocks, "batch")),
-        ):
-            trainer.start([arguments.candidate])
-            start = time.perf_counter()
-            run()
-            seconds[kind] += time.perf_counter() - start
+    for batch in trainer.batches.epoch()[:2]:
+        scales = ScaleTrainer(model, 1e-2, [arguments.candidate])
+        start = time.perf_counter()
+        scales.run([batch] * 3, "epoch 0")
+        seconds["training"] += time.perf_counter() - start
+        start = time.perf_counter()
+        untrained_losses(model, batch, [], blocks, "batch")
+        seconds["screening"] += time.perf_counter() - start
     return {"cost_of_a_training_step": seconds["screening"] / len(blocks) / (seconds["training"] / 3)}
 
 
@@ -158,7 +145,7 @@ def count_flops(model, batches, skipped: int) -> float:
         total += 4 * active * prefix + (layers - skipped) * 6 * width * prefix**2
         for minibatch in batch.minibatches:
             mask = minibatch.attention_mask
-            rows, length = minibatch.input_ids.shape
+            rows, length = minibatch.inputs["input_ids"].shape
             lengths = [length] * rows if mask is None else mask.sum(1).tolist()
             total += 4 * active * sum(lengths)
             total += 4 * model.lm_head.weight.numel() * len(minibatch.targets)
@@ -170,8 +157,9 @@ def matmul(arguments: argparse.Namespace) -> dict:
     """FLOP/s of the model's own matrix products, forward and input gradient, by dtype."""
     import torch
 
-    model, _, batches = prepared(arguments)
-    rows = sorted(mb.input_ids.numel() for batch in batches for mb in batch.minibatches)
+    trainer = prepared(arguments)
+    model = trainer.model
+    rows = sorted(part.num_tokens for batch in trainer.batches.epoch() for part in batch.minibatches)
     rows = rows[len(rows) // 2]
     layer = model.model.layers[0]
     shapes = [m.weight.shape for m in layer.modules() if isinstance(m, torch.nn.Linear)]

@@ -13,11 +13,12 @@ from pathlib import Path
 import measuring  # noqa: F401 (puts the project on the path)
 from tqdm import tqdm
 
-from hopscotch_common.cli import write_atomic
-from hopscotch_common.data import fingerprint, load_samples, make_batches
+from hopscotch_common.files import write_atomic
 from hopscotch_common.models import load_model, model_ref
-from hopscotch_common.screening import untrained_losses
-from hopscotch_common.training import token_budget
+from hopscotch_common.search.screening import untrained_losses
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.batches import fingerprint, load_samples
+from hopscotch_common.training.trainer import EpochBatches
 
 
 def record(
@@ -26,11 +27,16 @@ def record(
     """For each iteration of a report, {block: a loss a batch}."""
     settings = report["arguments"]
     model = load_model(model_name, settings["dtype"], "cpu")
-    samples = load_samples(data_path, model.config.vocab_size, None, settings["max_samples"])
+    samples = load_samples(data_path, model.config.vocab_size, max_samples=settings["max_samples"])
     if fingerprint(samples) != report["data"]["sha256"]:
         raise SystemExit(f"{data_path}: not the data of the report ({report['data']['path']})")
-    budget = token_budget(samples, model, settings["max_tokens_per_batch"])
-    batches = make_batches(samples, settings["batch_size"], budget, seed=settings["seed"])[:num_batches]
+    options = TrainingOptions(
+        settings["learning_rate"],
+        settings["batch_size"],
+        settings["max_tokens_per_batch"],
+        seed=settings["seed"],
+    )
+    batches = EpochBatches(model, samples, options).epoch()[:num_batches]
     results = []
     for iteration in report["iterations"]:
         blocks = [int(block) for block in iteration["batch_losses"]]

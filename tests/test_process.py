@@ -120,7 +120,14 @@ def test_earlier_data_is_replaced_whole_or_not_at_all(work, monkeypatch):
     assert len(read_samples()) == 3 and Path("out/mine.txt").exists()
 
 
-def test_never_more_processes_than_samples_and_no_stale_cache(work, monkeypatch, tmp_path):
+def test_no_more_processes_than_cores_or_than_the_work_pays_for(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    counts = [process_gt_data.processes_worth(8, samples) for samples in (1, 48, 2000, 2001, 7000, 10**6)]
+    assert counts == [1, 1, 1, 2, 4, 4]
+    assert process_gt_data.processes_worth(2, 10**6) == 2
+
+
+def test_one_process_for_little_work_and_no_stale_cache(work, monkeypatch, tmp_path):
     asked = []
     real_map = datasets.Dataset.map
 
@@ -131,7 +138,7 @@ def test_never_more_processes_than_samples_and_no_stale_cache(work, monkeypatch,
     monkeypatch.setattr(datasets.Dataset, "map", counting)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "users-cache")
     assert process_gt_data.main([*work, "--num_cpu_procs", "8"]) == 0
-    assert set(asked) == {3}
+    assert set(asked) == {1}
     assert len(read_samples()) == 3
     assert not (tmp_path / "users-cache").exists()
 

@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
+
 import block_selection
-from hopscotch_common import schedules
-from hopscotch_common.distributed import Processes
-from hopscotch_common.progress import SearchBar
-from hopscotch_common.schedules import Candidate, Race
+from hopscotch_common.search import schedule
+from hopscotch_common.search.progress import SearchBar
+from hopscotch_common.search.schedule import Candidate, Schedule
+from hopscotch_common.training.distributed import Processes
 
 
 def racing(*losses: list[float]) -> list[Candidate]:
@@ -17,56 +19,57 @@ def test_losses_are_compared_in_pairs():
     hard_and_easy = [5.0, 1.0, 4.0, 2.0]
     always_worse = [x + 0.10 + 0.001 * i for i, x in enumerate(hard_and_easy)]
     sometimes_worse = [x + d for x, d in zip(hard_and_easy, [0.2, -0.19, 0.2, -0.19], strict=True)]
-    left = schedules.not_ruled_out(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
+    left = schedule.not_ruled_out(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
     # The typical noise (the median of 0.001 and 0.2) leaves the second in doubt, its own does not.
     assert [candidate.block for candidate in left] == [0, 1, 2]
-    left = schedules.not_ruled_out(racing(hard_and_easy, always_worse), confidence=2.0)
+    left = schedule.not_ruled_out(racing(hard_and_easy, always_worse), confidence=2.0)
     assert [candidate.block for candidate in left] == [0]
-    assert len(schedules.not_ruled_out(racing(hard_and_easy, always_worse), math.inf)) == 2
+    assert len(schedule.not_ruled_out(racing(hard_and_easy, always_worse), math.inf)) == 2
 
 
 def test_too_few_batches_leave_all_in_doubt():
     losses = [1.0, 1.1, 1.2], [2.0, 2.1, 2.2]
-    assert len(schedules.not_ruled_out(racing(*losses), confidence=2.0)) == 2
-    assert len(schedules.not_ruled_out(racing(*(x + [1.0] for x in losses)), confidence=2.0)) == 1
+    assert len(schedule.not_ruled_out(racing(*losses), confidence=2.0)) == 2
+    assert len(schedule.not_ruled_out(racing(*(x + [1.0] for x in losses)), confidence=2.0)) == 1
 
 
 def test_fewer_go_on_the_more_batches_were_seen():
-    race = Race(first_look=2, confidence=math.inf)
+    race = Schedule(first_look=2, confidence=math.inf)
     assert [race.most_survivors(10, batches) for batches in (1, 2, 3, 4, 6, 8, 20)] == [10, 5, 4, 3, 2, 2, 1]
     candidates = racing(*[[3.0 - block / 10] * 2 for block in range(10)])
-    assert [candidate.block for candidate in race.survivors(candidates, 10)] == [5, 6, 7, 8, 9]
+    assert [candidate.block for candidate in race.survivors(candidates, 10, 2)] == [5, 6, 7, 8, 9]
     # Two batches of ten, then one of five and of four, two of three, and one of two.
-    assert race.most_batches(10, 7) == 2 * 10 + 5 + 4 + 3 + 3 + 2
-    assert race.most_batches(10, 7, processes=4) == 2 * 3 + 2 + 1 + 1 + 1 + 1
-    assert schedules.FULL.most_batches(10, 12) == 120
+    assert race.longest(10, 7) == 2 * 10 + 5 + 4 + 3 + 3 + 2
+    # Ten on four: two rounds, and two candidates that two processes share; and so on.
+    assert race.longest(10, 7, processes=4) == 2 * 2.5 + 1.25 + 1 + 1 + 1 + 0.5
+    assert schedule.FULL.longest(10, 12) == 120
     # Screening ten on two batches costs seven batches, three are left.
-    assert Race(2, math.inf, screening=0.3).most_batches(10, 7) == 7 + 2 * 3 + 3 + 3 + 3 + 3 + 2
+    assert Schedule(2, math.inf, screening=0.3).longest(10, 7) == pytest.approx(20 / 3 + 2 * 3 + 3 + 3 + 3 + 3 + 2)
 
 
 def test_the_default_race_is_bounded_whatever_the_data():
     arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
     for num_batches, share in ((12, 1 / 4), (16, 1 / 4), (64, 1 / 8), (128, 1 / 8), (1000, 1 / 8)):
-        race = Race(schedules.default_first_look(num_batches), arguments.confidence, arguments.screening)
+        race = Schedule(schedule.default_first_look(num_batches), arguments.confidence, arguments.screening)
         for layers in (28, 30, 32):
-            assert race.most_batches(layers, num_batches) <= share * layers * num_batches
+            assert race.longest(layers, num_batches) <= share * layers * num_batches
 
 
 def test_looks_end_with_the_last_batch():
-    assert Race(2, 2.0).looks(5) == [2, 3, 4, 5]
-    assert Race(8, 2.0).looks(5) == [5]
-    assert schedules.FULL.looks(7) == [7]
-    looks = Race(2, 2.0).looks(100)
+    assert Schedule(2, 2.0).looks(5) == [2, 3, 4, 5]
+    assert Schedule(8, 2.0).looks(5) == [5]
+    assert schedule.FULL.looks(7) == [7]
+    looks = Schedule(2, 2.0).looks(100)
     assert looks[-1] == 100 and looks == sorted(set(looks)) and len(looks) < 50
 
 
 def test_the_bar_knows_what_a_full_search_takes():
-    bar = SearchBar(num_iterations=2, race=schedules.FULL, processes=Processes())
+    bar = SearchBar(num_iterations=2, schedule=schedule.FULL, processes=Processes())
     for candidates in (4, 3):
         bar.start_iteration(candidates, candidates, num_batches=5)
         assert bar.bar.total == 35
         assert not bar.bar.postfix
-        bar.on_candidate(7)
+        bar.on_candidate(7, 1.0)
         for _ in range(5 * candidates):
             bar.on_batch(1.0)
         bar.advanced(candidates, Candidate(0, [1.0]))
@@ -79,8 +82,8 @@ def test_the_bar_knows_what_a_full_search_takes():
 
 
 def test_the_bar_counts_screening_at_its_cost():
-    race = Race(first_look=2, confidence=math.inf, screening=0.5)
-    bar = SearchBar(num_iterations=1, race=race, processes=Processes())
+    race = Schedule(first_look=2, confidence=math.inf, screening=0.5)
+    bar = SearchBar(num_iterations=1, schedule=race, processes=Processes())
     bar.start_iteration(9, 9, num_batches=4)
     for _ in range(36):
         bar.on_screened(0.5)
@@ -89,7 +92,7 @@ def test_the_bar_counts_screening_at_its_cost():
 
 
 def test_the_bar_leaves_out_what_the_journal_had():
-    bar = SearchBar(num_iterations=1, race=schedules.FULL, processes=Processes())
+    bar = SearchBar(num_iterations=1, schedule=schedule.FULL, processes=Processes())
     bar.start_iteration(4, 4, num_batches=5)
     for batches in [9] + [1 / 12] * 12:
         bar.restored(batches)
@@ -98,7 +101,7 @@ def test_the_bar_leaves_out_what_the_journal_had():
 
 
 def test_the_bar_knows_that_later_iterations_train_what_is_known_now():
-    bar = SearchBar(num_iterations=2, race=schedules.FULL, processes=Processes())
+    bar = SearchBar(num_iterations=2, schedule=schedule.FULL, processes=Processes())
     bar.start_iteration(1, 4, num_batches=5)
     assert bar.bar.total == 5 + 3 * 5
     bar.close()

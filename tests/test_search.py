@@ -1,5 +1,7 @@
 """The search: against a plain loop, races against full searches, and the journal under kill -9."""
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -16,22 +18,49 @@ from test_training import random_samples, reference_loss
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hopscotch_common import data, scales, schedules, search
-from hopscotch_common.cli import InputError
-from hopscotch_common.distributed import Processes
+from hopscotch_common import scales
+from hopscotch_common.errors import InputError, TrainingError
+from hopscotch_common.files import Log
 from hopscotch_common.models import load_model, model_ref
-from hopscotch_common.progress import Progress
-from hopscotch_common.schedules import Candidate, Race
-from hopscotch_common.search import Journal
-from hopscotch_common.training import ScaleState, ScaleTrainer
+from hopscotch_common.search import journal as journals
+from hopscotch_common.search import schedule
+from hopscotch_common.search.candidates import CandidateTrainer
+from hopscotch_common.search.journal import Journal
+from hopscotch_common.search.schedule import Candidate, Schedule
+from hopscotch_common.search.search import Search
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.trainer import ScaleState
 
 
-def iterate(folder, batches, skipped=(), race=schedules.FULL, known=None, journal=None):
-    trainer = ScaleTrainer(load_model(model_ref(str(folder)), device="cpu"), 1e-2)
-    journal = journal or Journal(None, {})
-    return search.run_iteration(
-        trainer, batches, list(skipped), race, journal, known or {}, Processes(), Progress()
-    )
+@dataclasses.dataclass
+class Epoch:
+    """What candidates train on."""
+
+    samples: list
+    batch_size: int
+
+
+def epoch(count: int, batch_size: int) -> Epoch:
+    return Epoch(random_samples(count), batch_size)
+
+
+@contextlib.contextmanager
+def journal_at(path, settings=None):
+    """The journal in a file; None: one that keeps nothing."""
+    if path is None:
+        yield Journal()
+        return
+    with Log(path, settings or {}, journals.KIND, journals.REMEDY) as log:
+        yield Journal(((f"line {n}", record) for n, record in log.records), log.append)
+
+
+def iterate(folder, data: Epoch, skipped=(), rule=schedule.FULL, known=None, journal=None):
+    """One iteration of the search. journal: its file."""
+    model = load_model(model_ref(str(folder)), device="cpu")
+    options = TrainingOptions(1e-2, data.batch_size, max_tokens_per_batch=60, seed=5)
+    with journal_at(journal) as opened:
+        search = Search(CandidateTrainer(model, data.samples, options), rule, opened)
+        return search.next_block(list(skipped), known)
 
 
 def reference_losses(folder, samples, batch_size, seed, skipped) -> dict[int, float]:
@@ -61,9 +90,8 @@ def reference_losses(folder, samples, batch_size, seed, skipped) -> dict[int, fl
 
 @pytest.mark.parametrize("skipped", [[], [2], [0, 3]])
 def test_full_search_equals_a_plain_loop(tiny_folder, skipped):
-    samples = random_samples(8)
-    found = iterate(tiny_folder(), data.make_batches(samples, 3, 60, seed=5), skipped)
-    expected = reference_losses(tiny_folder(), samples, 3, 5, skipped)
+    found = iterate(tiny_folder(), epoch(8, 3), skipped)
+    expected = reference_losses(tiny_folder(), random_samples(8), 3, 5, skipped)
     assert found.losses.keys() == expected.keys()
     assert_close(list(found.losses.values()), list(expected.values()), rtol=1e-4, atol=1e-5)
     assert found.block == min(expected, key=expected.get) and found.loss == found.losses[found.block]
@@ -71,9 +99,9 @@ def test_full_search_equals_a_plain_loop(tiny_folder, skipped):
 
 
 def test_race_finds_the_same_block_with_the_same_loss_for_less(tiny_folder):
-    batches = data.make_batches(random_samples(24), 2, 60, seed=5)
+    batches = epoch(24, 2)
     full = iterate(tiny_folder(), batches)
-    raced = iterate(tiny_folder(), batches, race=Race(first_look=2, confidence=2.0))
+    raced = iterate(tiny_folder(), batches, rule=Schedule(first_look=2, confidence=2.0))
     assert raced.block == full.block and raced.loss == full.loss
     assert raced.candidate_epochs < full.candidate_epochs and raced.dropped
     for block, losses in raced.batch_losses.items():  # the same trajectory, cut short
@@ -81,7 +109,7 @@ def test_race_finds_the_same_block_with_the_same_loss_for_less(tiny_folder):
 
 
 def test_known_losses_are_not_trained_again(tiny_folder):
-    batches = data.make_batches(random_samples(8), 3, 60, seed=5)
+    batches = epoch(8, 3)
     full = iterate(tiny_folder(), batches)
     known = {block: full.losses[block] for block in (0, 1)}
     resumed = iterate(tiny_folder(), batches, known=known)
@@ -89,12 +117,54 @@ def test_known_losses_are_not_trained_again(tiny_folder):
     assert iterate(tiny_folder(), batches, known={0: 0.0}).block == 0
 
 
+def overflowing(monkeypatch, blocks) -> None:
+    """From here on, loaded models overflow when one of these blocks is skipped, as float16 may."""
+
+    real = load_model
+
+    def load(*args, **kwargs):
+        model = real(*args, **kwargs)
+        for block in blocks:
+            model.model.layers[block].register_forward_hook(
+                lambda layer, inputs, output: output * (math.inf if layer.skip_attention else 1)
+            )
+        return model
+
+    monkeypatch.setattr(sys.modules[__name__], "load_model", load)
+
+
+@pytest.mark.parametrize("rule", [schedule.FULL, Schedule(2, 2.0), Schedule(1, math.inf, screening=0.75)])
+def test_a_candidate_that_diverges_loses(tiny_folder, tmp_path, monkeypatch, caplog, rule):
+    data = epoch(12, 2)
+    expected = iterate(tiny_folder(), data, rule=rule)
+    hopeless = next(block for block in (0, 1, 2, 3) if block != expected.block)
+    overflowing(monkeypatch, [hopeless])
+    journal = tmp_path / "journal.jsonl"
+    found = iterate(tiny_folder(), data, rule=rule, journal=journal)
+    assert list(found.diverged) == [hopeless] and hopeless not in found.losses
+    assert found.block != hopeless and all(map(math.isfinite, found.losses.values()))
+    if rule is schedule.FULL:
+        assert found.block == expected.block and found.loss == expected.loss
+    warnings = [record.message for record in caplog.records if "diverges" in record.message]
+    assert len(warnings) == 1 and f"without block {hopeless}" in warnings[0]
+    written = journal.read_bytes()
+    assert iterate(tiny_folder(), data, rule=rule, journal=journal) == found
+    assert journal.read_bytes() == written
+    json.loads(json.dumps(dataclasses.asdict(found), allow_nan=False))
+
+
+def test_it_is_an_error_only_when_all_diverge(tiny_folder, monkeypatch):
+    overflowing(monkeypatch, [0, 1, 2, 3])
+    with pytest.raises(TrainingError, match="every candidate diverged: candidate block 0, epoch 0, batch 0"):
+        iterate(tiny_folder(), epoch(4, 2))
+
+
 def test_a_race_with_known_losses(tiny_folder):
-    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    batches = epoch(12, 2)
     full = iterate(tiny_folder(), batches)
-    race = Race(first_look=1, confidence=math.inf, screening=0.5)
+    race = Schedule(first_look=1, confidence=math.inf, screening=0.5)
     known = {full.block: full.loss}
-    raced = iterate(tiny_folder(), batches, race=race, known=known)
+    raced = iterate(tiny_folder(), batches, rule=race, known=known)
     assert raced.block == full.block and set(raced.untrained_losses) == set(full.losses) - {full.block}
     assert raced.losses.items() <= full.losses.items() and len(raced.losses) == 2
 
@@ -108,22 +178,24 @@ def test_the_last_block_of_the_kind_that_the_cache_needs_is_no_candidate(tiny_fo
 
 
 def test_a_race_keeps_to_its_bound(tiny_folder):
-    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
-    race = Race(first_look=1, confidence=math.inf)
-    raced = iterate(tiny_folder(), batches, race=race)
+    batches = epoch(12, 2)
+    race = Schedule(first_look=1, confidence=math.inf)
+    raced = iterate(tiny_folder(), batches, rule=race)
     assert sorted(len(losses) for losses in raced.batch_losses.values()) == [1, 1, 2, 6]
-    assert raced.candidate_epochs == 10 / 6 == race.most_batches(4, 6) / 6
+    assert raced.candidate_epochs == 10 / 6 == race.longest(4, 6) / 6
 
 
 def test_journal_refuses_other_settings_and_names_them(tmp_path):
     path = tmp_path / "journal.jsonl"
-    Journal(path, {"model": "a", "learning_rate": 0.01})
+    with journal_at(path, {"model": "a", "learning_rate": 0.01}) as journal:
+        journal.add([3], Candidate(0, [1.0, 2.0]))
     with pytest.raises(InputError, match="learning_rate = 0.01, now it is 0.02"):
-        Journal(path, {"model": "a", "learning_rate": 0.02})
+        with journal_at(path, {"model": "a", "learning_rate": 0.02}):
+            pass
 
 
 def test_journal_gives_the_longest_training_it_has():
-    journal = Journal(None, {})
+    journal = Journal()
     state = ScaleState(torch.rand(4, 2, 4))
     for count in (1, 3):
         journal.add([], Candidate(0, [1.0, 2.0, 3.0][:count], state))
@@ -139,39 +211,41 @@ def test_journal_gives_the_longest_training_it_has():
 
 def test_journal_survives_a_torn_line(tmp_path):
     path = tmp_path / "journal.jsonl"
-    Journal(path, {"seed": 1}).add([3], Candidate(0, [1.0, 2.0]))
+    with journal_at(path, {"seed": 1}) as journal:
+        journal.add([3], Candidate(0, [1.0, 2.0]))
     with open(path, "a") as file:
         file.write('{"skipped": [3], "blo')
-    journal = Journal(path, {"seed": 1})
-    assert journal.find([3], 0, 0, 2).losses == [1.0, 2.0] and journal.find([3], 1, 0, 2) is None
-    journal.add([3], Candidate(1, [4.0, 4.0]))
-    assert len(Journal(path, {"seed": 1}).entries) == 2
+    with journal_at(path, {"seed": 1}) as journal:
+        assert journal.find([3], 0, 0, 2).losses == [1.0, 2.0] and journal.find([3], 1, 0, 2) is None
+        journal.add([3], Candidate(1, [4.0, 4.0]))
+    with journal_at(path, {"seed": 1}) as journal:
+        assert [journal.find([3], block, 0, 2).losses for block in (0, 1)] == [[1.0, 2.0], [4.0, 4.0]]
 
 
 def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
-    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    batches = epoch(12, 2)
     expected = iterate(tiny_folder(), batches)
-    race = Race(first_look=1, confidence=math.inf)
+    race = Schedule(first_look=1, confidence=math.inf)
     path = tmp_path / "journal.jsonl"
-    raced = iterate(tiny_folder(), batches, race=race, journal=Journal(path, {}))
+    raced = iterate(tiny_folder(), batches, rule=race, journal=path)
     assert raced.loss == expected.losses[raced.block]
-    assert iterate(tiny_folder(), batches, journal=Journal(path, {})) == expected
+    assert iterate(tiny_folder(), batches, journal=path) == expected
     written = path.read_bytes()
     for look in (1, 2, 4):  # a full search's losses say all that a race wants to know
-        race = Race(first_look=look, confidence=1.0)
-        again = iterate(tiny_folder(), batches, race=race, journal=Journal(path, {}))
-        assert again == iterate(tiny_folder(), batches, race=race)
+        race = Schedule(first_look=look, confidence=1.0)
+        again = iterate(tiny_folder(), batches, rule=race, journal=path)
+        assert again == iterate(tiny_folder(), batches, rule=race)
     assert path.read_bytes() == written
 
 
 def test_a_race_goes_on_from_another_ones_looks(tiny_folder, tmp_path):
-    batches = data.make_batches(random_samples(12), 2, 60, seed=5)
+    batches = epoch(12, 2)
     path, settings = tmp_path / "journal.jsonl", dict(confidence=math.inf)
-    iterate(tiny_folder(), batches, race=Race(first_look=2, **settings), journal=Journal(path, {}))
+    iterate(tiny_folder(), batches, rule=Schedule(first_look=2, **settings), journal=path)
     for look in (1, 3):
-        race = Race(first_look=look, **settings)
-        found = iterate(tiny_folder(), batches, race=race, journal=Journal(path, {}))
-        assert found == iterate(tiny_folder(), batches, race=race)
+        race = Schedule(first_look=look, **settings)
+        found = iterate(tiny_folder(), batches, rule=race, journal=path)
+        assert found == iterate(tiny_folder(), batches, rule=race)
 
 
 def write_data(path, samples) -> None:

@@ -3,40 +3,48 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import FAMILY_SIZES
+from conftest import FAMILY_SIZES, ROOT
 from test_modeling import reference_logits
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hopscotch_common import data, scales
-from hopscotch_common.cli import InputError, TrainingError
+from hopscotch_common import scales
+from hopscotch_common.errors import Diverged, InputError, TrainingError
 from hopscotch_common.models import load_model, model_ref
-from hopscotch_common.training import (
-    HeadCrossEntropy,
-    ScaleState,
-    ScaleTrainer,
-    evaluate,
-    prepare_model,
-    summed_loss,
-)
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training import batches as data
+from hopscotch_common.training.batches import Batch, Layout, Sample
+from hopscotch_common.training.loss import HeadCrossEntropy, summed_loss
+from hopscotch_common.training.trainer import ScaleState, ScaleTrainer, evaluate, prepare_model
 
 
-def random_samples(count: int = 8, seed: int = 0) -> list[data.Sample]:
+def random_samples(count: int = 8, seed: int = 0) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
     samples = []
     for _ in range(count):
         length = int(torch.randint(5, 20, (), generator=generator))
         prompt = int(torch.randint(1, 4, (), generator=generator))
         ids = torch.randint(3, 300, (length,), generator=generator).tolist()
-        samples.append(data.Sample(ids, [-100] * prompt + ids[prompt:]))
+        samples.append(Sample(ids, [-100] * prompt + ids[prompt:]))
     return samples
 
 
-def reference_loss(stock, sample: data.Sample, values: torch.Tensor, skipped: set[int]) -> torch.Tensor:
+def make_batches(samples, batch_size: int, max_tokens: int, seed: int = 0, **more) -> list[Batch]:
+    options = TrainingOptions(1e-2, batch_size, seed=seed)
+    return data.make_batches(samples, options, max_tokens, **more)
+
+
+def trainer_of(folder, skipped, learning_rate: float = 1e-2, **more) -> ScaleTrainer:
+    return ScaleTrainer(load_model(model_ref(str(folder)), device="cpu"), learning_rate, skipped, **more)
+
+
+def reference_loss(stock, sample: Sample, values: torch.Tensor, skipped: set[int]) -> torch.Tensor:
     """Summed cross entropy of one sample, alone, from full logits."""
     logits = reference_logits(stock, torch.tensor([sample.input_ids]), values, skipped)[0]
     return cross_entropy(logits[:-1], torch.tensor(sample.labels)[1:], ignore_index=-100, reduction="sum")
@@ -45,9 +53,8 @@ def reference_loss(stock, sample: data.Sample, values: torch.Tensor, skipped: se
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
 def test_training_equals_a_plain_loop(tiny_folder, family):
     folder, skipped, samples = tiny_folder(family), [1], random_samples()
-    batches = data.make_batches(samples, batch_size=3, max_tokens_per_batch=40, seed=7)
-    trainer = ScaleTrainer(load_model(model_ref(str(folder)), device="cpu"), learning_rate=1e-2)
-    trainer.start(skipped)
+    batches = make_batches(samples, 3, 40, seed=7)
+    trainer = trainer_of(folder, skipped)
     losses = trainer.run(batches, "epoch 0")
 
     stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
@@ -78,8 +85,8 @@ def test_how_a_batch_is_split_changes_nothing(tiny_folder, budget):
     model = load_model(model_ref(str(tiny_folder())), device="cpu")
 
     def gradients(max_tokens: int) -> torch.Tensor:
-        (batch,) = data.make_batches(samples, len(samples), max_tokens, seed=0)
-        assert all(mb.input_ids.numel() <= max_tokens for mb in batch.minibatches)
+        (batch,) = make_batches(samples, len(samples), max_tokens, seed=0)
+        assert all(mb.num_tokens <= max_tokens for mb in batch.minibatches)
         scales.reset(model, [2])
         for minibatch in batch.minibatches:
             (summed_loss(model, minibatch) / batch.num_loss_counted_tokens).backward()
@@ -89,24 +96,23 @@ def test_how_a_batch_is_split_changes_nothing(tiny_folder, budget):
 
 
 def test_checkpointed_and_compiled_layers_train_alike(tiny_folder):
-    batches = data.make_batches(random_samples(), 4, 60, seed=0)
+    batches = make_batches(random_samples(), 4, 60, seed=0)
     results = []
     for options in ({}, {"gradient_checkpointing": True}, {"compile_layers": True}):
         model = load_model(model_ref(str(tiny_folder())), device="cpu")
-        prepare_model(model, **options)
-        trainer = ScaleTrainer(model, 1e-2)
-        trainer.start([0])
+        prepare_model(model, TrainingOptions(1e-2, **options))
+        trainer = ScaleTrainer(model, 1e-2, [0])
         results.append(trainer.run(batches, "epoch 0"))
     assert_close(results[1], results[0])
     assert_close(results[2], results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_checkpointing_saves_less(tiny_folder):
-    (batch,) = data.make_batches(random_samples(4), 4, 1000, seed=0)
+    (batch,) = make_batches(random_samples(4), 4, 1000, seed=0)
 
     def saved_bytes(checkpointing: bool) -> int:
         model = load_model(model_ref(str(tiny_folder())), device="cpu")
-        prepare_model(model, gradient_checkpointing=checkpointing)
+        prepare_model(model, TrainingOptions(1e-2, gradient_checkpointing=checkpointing))
         scales.reset(model)
         total = 0
 
@@ -124,7 +130,7 @@ def test_gradient_checkpointing_saves_less(tiny_folder):
 
 def test_frozen_weights_get_no_gradient_and_keep_no_input(tiny_folder):
     model = load_model(model_ref(str(tiny_folder())), device="cpu")
-    (batch,) = data.make_batches(random_samples(4), 4, 1000, seed=0)
+    (batch,) = make_batches(random_samples(4), 4, 1000, seed=0)
     scales.reset(model, [1])
     inputs = {}
     for name in ("gate_proj", "down_proj"):
@@ -155,16 +161,12 @@ def test_the_head_sums_its_loss_in_float32(dtype):
 
 
 def test_float16_gradients_of_a_large_batch_do_not_underflow(tiny_folder):
-    (batch,) = data.make_batches(random_samples(8), 8, 2000, seed=0)
+    (batch,) = make_batches(random_samples(8), 8, 2000, seed=0)
     batch = dataclasses.replace(batch, num_loss_counted_tokens=10**7)  # the rest is on other processes
     gradients = {}
     for dtype in ("float32", "float16"):
         model = load_model(model_ref(str(tiny_folder())), dtype, device="cpu")
-        trainer = ScaleTrainer(model, 1e-2)
-        trainer.start([1])
-        trainer.optimizer.step = trainer.optimizer.zero_grad = lambda: None
-        trainer.run([batch], "epoch 0")
-        gradients[dtype] = torch.cat([parameter.grad for parameter in trainer.parameters])
+        gradients[dtype] = torch.cat(ScaleTrainer(model, 1e-2, [1]).gradients(batch, "epoch 0")[1])
     largest = gradients["float32"].abs().max().item()
     assert_close(gradients["float16"], gradients["float32"], rtol=0.02, atol=0.02 * largest)
 
@@ -176,50 +178,140 @@ def test_evaluate_is_the_mean_over_tokens(tiny_folder):
     with torch.no_grad():
         total = sum(reference_loss(stock, sample, torch.ones(4, 4), set()) for sample in samples)
     expected = total.item() / sum(sample.num_loss_counted_tokens for sample in samples)
-    batches = data.make_batches(samples, 2, 60, seed=0, shuffle=False)
-    assert math.isclose(evaluate(model, batches), expected, rel_tol=1e-5)
+    batches = make_batches(samples, 2, 60, seed=0, shuffle=False)
+    assert math.isclose(evaluate(model, batches, "held out"), expected, rel_tol=1e-5)
 
 
 def test_a_paused_run_goes_on_exactly(tiny_folder):
-    batches = data.make_batches(random_samples(), 2, 60, seed=0)
-    trainer = ScaleTrainer(load_model(model_ref(str(tiny_folder())), device="cpu"), 1e-2)
-    trainer.start([3])
-    whole = trainer.run(batches, "epoch 0")
-    trainer.start([3])
+    batches = make_batches(random_samples(), 2, 60, seed=0)
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    whole = ScaleTrainer(model, 1e-2, [3]).run(batches, "epoch 0")
+    trainer = ScaleTrainer(model, 1e-2, [3])
     first = trainer.run(batches[:2], "epoch 0")
     state = ScaleState.decode(trainer.state().encode())
-    trainer.start([0])  # another candidate in between
-    trainer.run(batches[:1], "epoch 0")
-    trainer.start([3], state)
-    assert first + trainer.run(batches[2:], "epoch 0") == whole
+    ScaleTrainer(model, 1e-2, [0]).run(batches[:1], "epoch 0")  # another candidate in between
+    assert first + ScaleTrainer(model, 1e-2, [3], state).run(batches[2:], "epoch 0") == whole
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_batch(tiny_folder):
-    trainer = ScaleTrainer(load_model(model_ref(str(tiny_folder())), device="cpu"), 1e30)
-    trainer.start([0])
-    batches = data.make_batches(random_samples(), 2, 60, seed=0)
-    with pytest.raises(TrainingError, match=r"epoch 0, batch 1: the loss is nan; lower --learning_rate"):
+    trainer = trainer_of(tiny_folder(), [0], learning_rate=1e29)
+    batches = make_batches(random_samples(), 2, 60, seed=0)
+    with pytest.raises(Diverged, match=r"epoch 0, batch 1: the loss is nan; lower --learning_rate"):
         trainer.run(batches, "epoch 0")
 
 
-def test_out_of_memory_names_the_minibatch(tiny_folder):
-    trainer = ScaleTrainer(load_model(model_ref(str(tiny_folder())), device="cpu"), 1e-2)
-    trainer.start([0])
+def test_an_epoch_whose_last_step_diverged_is_not_sound(tiny_folder):
+    batches = make_batches(random_samples(4), 4, 60)
+    trainer = trainer_of(tiny_folder(), [0], learning_rate=1e29)
+    assert math.isfinite(trainer.run(batches, "epoch 3")[-1])
+    with pytest.raises(Diverged, match="epoch 3, batch 0: the loss is not finite after it; lower"):
+        trainer.check_sound(batches, "epoch 3, batch 0")
+    trainer = trainer_of(tiny_folder(), [0])
+    trainer.run(batches, "epoch 3")
+    trainer.check_sound(batches, "epoch 3, batch 0")
+    trainer.parameters[5].data.fill_(math.nan)
+    with pytest.raises(Diverged, match="model.layers.1.s_scale_mlp is not finite|is not finite after it"):
+        trainer.check_sound(batches, "epoch 3, batch 0")
 
-    def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    trainer.model.model.forward = fail
-    batches = data.make_batches(random_samples(2), 2, 1000, seed=0)
-    with pytest.raises(
-        TrainingError, match=r"epoch 0, batch 0: out of memory in minibatch 0 \(2 x .*max_tokens"
-    ):
-        trainer.run(batches, "epoch 0")
+def test_gradients_at_a_shared_prefix_add_up_in_float32(tiny_folder):
+    """In bfloat16, many small minibatches after a prefix give what few large ones do."""
+    samples = with_prefix(random_samples(64), 12)
+    exact = trainer_of(tiny_folder(), [0])
+    (batch,) = make_batches(samples, 64, 4000)
+    _, expected = exact.gradients(batch, "exact")
+    errors = []
+    for max_tokens in (4000, 35):
+        model = load_model(model_ref(str(tiny_folder())), "bfloat16", device="cpu")
+        (batch,) = make_batches(samples, 64, max_tokens, share_prefix=True)
+        assert batch.prefix is not None
+        _, gradients = ScaleTrainer(model, 1e-2, [0]).gradients(batch, "bfloat16")
+        difference = torch.cat(gradients) - torch.cat(expected)
+        errors.append((difference.norm() / torch.cat(expected).norm()).item())
+    assert len(batch.minibatches) > 30 and errors[1] < 1.5 * errors[0] + 1e-3
+
+
+def test_a_sample_longer_than_the_budget_is_refused_not_dropped():
+    samples = [*random_samples(2), Sample([5] * 30, [-100, *[5] * 29], "data.jsonl, line 3")]
+    with pytest.raises(InputError, match="data.jsonl, line 3: 30 tokens do not fit a budget of 25"):
+        make_batches(samples, 3, 25)
+
+
+class Crowded:
+    """Memory for so many tokens at once: the base model's forward runs out of it beyond that."""
+
+    def __init__(self, model, tokens: int):
+        self.forward, self.tokens, self.failures = model.model.forward, tokens, 0
+        model.model.forward = self
+
+    def __call__(self, *args, **kwargs):
+        if kwargs["input_ids"].numel() > self.tokens:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_does_not_fit_is_split_and_changes_nothing(tiny_folder, packed):
+    batches = make_batches(random_samples(), 4, 100, layout=Layout(packed))
+    expected = trainer_of(tiny_folder(), [0])
+    losses = expected.run(batches, "epoch 0")
+    trainer = trainer_of(tiny_folder(), [0])
+    crowded = Crowded(trainer.model, 25)
+    assert_close(trainer.run(batches, "epoch 0"), losses, rtol=1e-5, atol=1e-6)
+    assert_close(scales.snapshot(trainer.model), scales.snapshot(expected.model), rtol=1e-4, atol=1e-4)
+    failures = crowded.failures
+    trainer.run(batches, "epoch 1")
+    assert 0 < failures == crowded.failures  # what is too large was learnt
+    held_out = evaluate(trainer.model, batches, "held out")
+    crowded.tokens = 10**6
+    assert math.isclose(held_out, evaluate(trainer.model, batches, "held out"), rel_tol=1e-5)
+
+
+def test_a_single_answer_that_does_not_fit_is_named(tiny_folder):
+    trainer = trainer_of(tiny_folder(), [0])
+    Crowded(trainer.model, 10)
+    samples = [
+        dataclasses.replace(s, where=f"data.jsonl, line {n}") for n, s in enumerate(random_samples(2), 1)
+    ]
+    longest = max(samples, key=len)
+    message = f"epoch 0, batch 0: .* single answer of {len(longest)} tokens, data.jsonl, line [12];"
+    with pytest.raises(TrainingError, match=message):
+        trainer.run(make_batches(samples, 2, 1000), "epoch 0")
+
+
+def test_out_of_memory_for_real_is_split(tiny_folder, tmp_path):
+    """On a CPU with a limit on the address space, as large as needed for one row and not for all."""
+    code = """
+import resource, sys, torch
+sys.path[:0] = sys.argv[2:]
+from test_training import make_batches, random_samples, trainer_of
+torch.set_num_threads(1)
+samples = random_samples(1)
+(sample,) = samples
+long = type(sample)(sample.input_ids * 40, sample.labels * 40)
+trainer = trainer_of(sys.argv[1], [0])
+(small,), (large,) = make_batches([long], 1, 10**6), make_batches([long] * 64, 64, 10**6)
+alone = trainer.gradients(small, "small")[0].item()
+used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 160 * 2**20,) * 2)
+print(trainer.gradients(large, "large")[0].item() / alone, trainer.runner.too_large)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_folder()), str(ROOT), str(ROOT / "tests")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    ratio, too_large = result.stdout.split()
+    assert float(ratio) == pytest.approx(64, rel=1e-5) and math.isfinite(float(too_large))
+    assert "going on with half" in result.stderr
 
 
 def test_batches_over_ranks_hold_every_sample_once():
     samples = random_samples(9)
-    parts = [data.make_batches(samples, 4, 50, seed=3, rank=rank, world_size=2) for rank in (0, 1)]
+    parts = [make_batches(samples, 4, 50, seed=3, rank=rank, world_size=2) for rank in (0, 1)]
     for mine, other in zip(*parts, strict=True):
         targets = sum(len(mb.targets) for mb in mine.minibatches + other.minibatches)
         assert targets == mine.num_loss_counted_tokens == other.num_loss_counted_tokens
@@ -231,24 +323,27 @@ def test_packed_rows_have_the_loss_of_padded_ones(tiny_folder, family):
     model = load_model(model_ref(str(tiny_folder(family))), device="cpu")
     losses = []
     for packed in (False, True):
-        (batch,) = data.make_batches(samples, 5, 1000, seed=0, packed=packed)
+        (batch,) = make_batches(samples, 5, 1000, layout=Layout(packed))
         losses.append(sum(summed_loss(model, minibatch).item() for minibatch in batch.minibatches))
     assert math.isclose(*losses, rel_tol=1e-5)
 
 
 def test_packed_rows_keep_to_their_own_targets():
     samples = random_samples(3)
-    (batch,) = data.make_batches(samples, 3, 1000, seed=0, packed=True)
+    (batch,) = make_batches(samples, 3, 1000, layout=Layout(packed=True))
     (minibatch,) = batch.minibatches
-    assert minibatch.attention_mask is None and (minibatch.position_ids == 0).sum() == 3
-    flat = minibatch.input_ids.flatten()
+    assert minibatch.attention_mask is None and (minibatch.inputs["position_ids"] == 0).sum() == 3
+    ends = torch.tensor([0, *(len(sample) for sample in minibatch.samples)]).cumsum(0)
+    assert minibatch.inputs["cu_seq_lens_q"].tolist() == ends.tolist()
+    assert minibatch.inputs["max_length_k"] == max(map(len, samples))
+    flat = minibatch.inputs["input_ids"].flatten()
     assert torch.equal(flat[minibatch.predicting + 1], minibatch.targets)
     assert len(minibatch.targets) == sum(sample.num_loss_counted_tokens for sample in samples)
 
 
-def with_prefix(samples: list[data.Sample], length: int) -> list[data.Sample]:
+def with_prefix(samples: list[Sample], length: int) -> list[Sample]:
     ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(9)).tolist()
-    return [data.Sample(ids + s.input_ids, [-100] * length + s.labels) for s in samples]
+    return [Sample(ids + s.input_ids, [-100] * length + s.labels) for s in samples]
 
 
 @pytest.mark.parametrize(
@@ -261,17 +356,16 @@ def with_prefix(samples: list[data.Sample], length: int) -> list[data.Sample]:
 )
 def test_a_shared_prefix_changes_nothing(tiny_folder, family, changes):
     samples = with_prefix(random_samples(), 10)
-    trainer = ScaleTrainer(load_model(model_ref(str(tiny_folder(family, **changes))), device="cpu"), 1e-2)
     results = []
     for share in (False, True):
-        batches = data.make_batches(samples, 4, 60, seed=0, share_prefix=share)
+        batches = make_batches(samples, 4, 60, seed=0, share_prefix=share)
         assert all((batch.prefix is not None) == share for batch in batches)
-        rows = [mb.input_ids.shape for batch in batches for mb in batch.minibatches]
+        rows = [mb.inputs["input_ids"].shape for batch in batches for mb in batch.minibatches]
         assert max(count for count, _ in rows) > 1  # padding is covered
         assert all(count * length <= 60 - 10 * share for count, length in rows)
-        trainer.start([0])
+        trainer = trainer_of(tiny_folder(family, **changes), [0])
         losses = trainer.run(batches, "epoch 0")
-        results.append((losses, scales.snapshot(trainer.model), evaluate(trainer.model, batches)))
+        results.append((losses, scales.snapshot(trainer.model), evaluate(trainer.model, batches, "")))
     (losses, trained, loss), expected = results[1], results[0]
     assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
     assert_close(trained, expected[1], rtol=1e-4, atol=1e-4)
@@ -279,11 +373,11 @@ def test_a_shared_prefix_changes_nothing(tiny_folder, family, changes):
 
 
 def test_a_prefix_is_shared_where_it_saves_and_predicts_nothing():
-    samples = with_prefix([data.Sample([5, 6, 7], [-100, -100, 7]), data.Sample([5, 8, 9], [-100, 8, 9])], 10)
+    samples = with_prefix([Sample([5, 6, 7], [-100, -100, 7]), Sample([5, 8, 9], [-100, 8, 9])], 10)
     assert data.shared_prefix(samples) == samples[0].input_ids[:10]  # 5 predicts 8
     assert data.shared_prefix([samples[0], samples[0]]) == samples[0].input_ids[:11]  # 6 predicts 7
     assert data.shared_prefix(samples[:1]) == []
-    long = data.Sample(samples[0].input_ids + [1] * 30, samples[0].labels + [1] * 30)
+    long = Sample(samples[0].input_ids + [1] * 30, samples[0].labels + [1] * 30)
     assert data.shared_prefix([samples[0], long]) == []  # 11 of 56 tokens
 
 

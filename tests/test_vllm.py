@@ -12,8 +12,9 @@ import sys
 import pytest
 import torch
 
-from hopscotch_common import checkpoints, export
-from hopscotch_common.models import ModelRef, embedded_folder, model_ref
+from hopscotch_common import checkpoints, embedded
+from hopscotch_common.export.formats import FORMATS, export_checkpoint
+from hopscotch_common.models import ModelRef, model_ref
 
 pytestmark = [
     pytest.mark.vllm,
@@ -86,7 +87,7 @@ def runs(tmp_path_factory, tiny_folder):
     from transformers import AutoTokenizer
 
     root = tmp_path_factory.mktemp("vllm")
-    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
         for text in PROMPTS
@@ -100,9 +101,9 @@ def runs(tmp_path_factory, tiny_folder):
     for name, (ref, layers, skipped, prompts) in sources.items():
         checkpoint = root / name
         checkpoints.save_checkpoint(checkpoint, ref, skipped, near_one(layers, skipped), {})
-        for format in export.FORMATS if name == "smollm" else ("nemotron_nas",):
+        for format in FORMATS if name == "smollm" else ("nemotron_nas",):
             output = root / f"{name}-{format}"
-            export.export_checkpoint(checkpoint, format, output)
+            export_checkpoint(checkpoint, format, output)
             expected[output.name] = greedy(checkpoint, prompts)
             jobs[str(output)] = prompts
     settings = {

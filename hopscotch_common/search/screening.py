@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hopscotch_common import scales
-from hopscotch_common.cli import TrainingError
-from hopscotch_common.data import Batch, Minibatch
-from hopscotch_common.training import naming_minibatch, summed_head_loss
+from hopscotch_common.training.batches import Batch, Minibatch
+from hopscotch_common.training.loss import summed_head_loss
+from hopscotch_common.training.memory import MinibatchRunner
 
 
 @torch.no_grad()
@@ -25,32 +25,30 @@ def untrained_losses(
     blocks: Sequence[int],
     where: str,
     on_screened: Callable[[float], None] = lambda share: None,
+    runner: MinibatchRunner | None = None,
 ) -> dict[int, float]:
     """The batch's mean loss with each of `blocks` skipped besides `skipped`, at scales of 1.
 
-    The same as the loss of a first training step on that batch. where: named in the errors, for
-    example "screening, batch 3". on_screened gets the share of the batch that a block was run on,
-    each time. Raises TrainingError when a minibatch does not fit into memory, or at a loss that is
-    not finite.
+    The same as the loss of a first training step on that batch; infinite where it is not finite.
+    where: named in the errors, for example "screening, batch 3". on_screened gets the share of the
+    batch that a block was run on, each time. Raises TrainingError when a single answer does not fit
+    into memory.
     """
     scales.reset(model, skipped)
-    totals = {block: torch.zeros((), device=model.device) for block in blocks}
-    minibatches = batch.whole_minibatches()
-    for number, minibatch in enumerate(minibatches):
-        minibatch = minibatch.to(model.device)
-        with naming_minibatch(where, number, minibatch, "lower --max_tokens_per_batch"):
-            calls = _layer_calls(model, minibatch)
-            for block in blocks:
-                loss = _loss_without(model, block, calls, minibatch)
-                totals[block] += loss.to(model.device)
-                on_screened(1 / len(minibatches))
-    losses = {block: total.item() / batch.num_loss_counted_tokens for block, total in totals.items()}
-    for block, loss in losses.items():
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{where}: without block {block} the loss is {loss} before any training; use --dtype float32"
-            )
-    return losses
+    totals = torch.zeros(len(blocks), device=model.device)
+    minibatches = [minibatch.whole() for minibatch in batch.minibatches]
+    num_samples = sum(len(minibatch.samples) for minibatch in minibatches)
+
+    def losses_of(minibatch: Minibatch) -> torch.Tensor:
+        calls = _layer_calls(model, minibatch.to(model.device))
+        losses = [_loss_without(model, block, calls, minibatch).to(model.device) for block in blocks]
+        return torch.stack(losses)
+
+    for minibatch, losses in (runner or MinibatchRunner()).run(minibatches, losses_of, where):
+        totals += losses
+        on_screened(len(blocks) * len(minibatch.samples) / num_samples)
+    means = (totals / batch.num_loss_counted_tokens).tolist()
+    return {b: mean if math.isfinite(mean) else math.inf for b, mean in zip(blocks, means, strict=True)}
 
 
 def _loss_without(model, block: int, calls: list[tuple], minibatch: Minibatch) -> torch.Tensor:
@@ -76,12 +74,7 @@ def _layer_calls(model, minibatch: Minibatch) -> list[tuple[torch.Tensor, dict]]
         for layer in model.model.layers
     ]
     try:
-        model.model(
-            input_ids=minibatch.input_ids,
-            attention_mask=minibatch.attention_mask,
-            position_ids=minibatch.position_ids,
-            use_cache=False,
-        )
+        model.model(**minibatch.inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,13 +10,13 @@ tensors are left out, and every other tensor passes through as it is, quantised 
 """
 
 import importlib.util
-import os
 from pathlib import Path
 
 import numpy as np
 
 from hopscotch_common import checkpoints
-from hopscotch_common.cli import InputError, check_writable, logger
+from hopscotch_common.errors import InputError, logger
+from hopscotch_common.files import atomic_path, check_output
 from hopscotch_common.models import HOPSCOTCH_PREFIX
 
 ARCHITECTURE = "deci"
@@ -45,24 +45,14 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     skipped = sorted(config.skipped_attention_blocks or ())
     if not skipped:
         raise InputError(f"{checkpoint} skips no attention block: use {folded_gguf} as it is")
-    check_writable(output.parent)
-    if output.is_dir():
-        raise InputError(f"{output} is a folder: name a file with --output")
-    if output.exists() and folded_gguf.exists() and output.samefile(folded_gguf):
-        raise InputError(f"--from and --output are both {output}: name another file with --output")
+    check_gguf_output(output, checkpoint, folded_gguf)
     reader = _open(folded_gguf)
     _check_model(reader, folded_gguf, config)
     _check_skipped_add_zero(reader, folded_gguf, config.num_hidden_layers, skipped)
 
     layers = _Layers(reader, skipped)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with atomic_path(output) as temporary:
         kept = _write(reader, layers, temporary)
-        checkpoints.flush_to_disk(temporary)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
     before, after = folded_gguf.stat().st_size, output.stat().st_size
     report = {
         "format": "gguf",
@@ -84,6 +74,15 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
         report["bytes_saved"] / 1e6,
     )
     return report
+
+
+def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None:
+    """Raise InputError unless `output` is a new file, or an earlier GGUF that is no input."""
+    check_output(output, "--output", [folded_gguf])
+    if output.absolute().parent.resolve() == checkpoint.resolve():
+        raise InputError(f"--output {output}: lies in the checkpoint; name a file elsewhere")
+    if output.exists() and output.open("rb").read(4) != b"GGUF":
+        raise InputError(f"--output {output}: exists and is no GGUF; name another file")
 
 
 class _Layers:

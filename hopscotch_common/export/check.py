@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hopscotch_common.cli import InputError, logger
+from hopscotch_common.errors import logger
 
 CONVERSATIONS = (
     (
@@ -130,12 +130,3 @@ def compare(source: Answers, exported: Answers, real_text: bool) -> Comparison:
         pairs = zip(ours, theirs, strict=False)
         equal += next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
     return Comparison(math.sqrt(difference / norm), same / positions, equal / total, positions, real_text)
-
-
-def check_tolerance(comparison: Comparison, tolerance: float, what: str) -> None:
-    """Raise InputError when the logits are further apart than the tolerance, or not numbers."""
-    if not comparison.relative_logit_error <= tolerance:
-        raise InputError(
-            f"{what} is not exact enough and was not written: {comparison}; the tolerance is {tolerance:g}. "
-            "Scales far from 1 fold badly: train with a smaller learning rate, or accept it with --tolerance"
-        )

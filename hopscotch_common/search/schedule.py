@@ -1,13 +1,12 @@
-"""The two schedules of the search: which candidates go on, and how far each is trained.
+"""The schedules of the search: which candidates go on, and how far each is trained.
 
-`full` gives every candidate a whole epoch (the paper's search). `race` first screens: candidates
+`full` gives every candidate a whole epoch (the paper's search). A race first screens: candidates
 are compared by their losses on the first batches before any training, which is cheap, and only the
 best go on. Those advance together over the same batches and are looked at again and again. At most
 a share goes on that falls as the batches add up (in the spirit of successive halving, arXiv
 1502.07943), which bounds the cost whatever the data, and those whose loss is worse than the
 leader's beyond doubt drop out sooner. Finalists run the whole epoch, so the winner's loss is the
-number that `full` gives. Both are one rule: `full` is a race with a single look, after the last
-batch.
+number that `full` gives. Both are one rule: `full` has a single look, after the last batch.
 """
 
 import math
@@ -15,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hopscotch_common.training import ScaleState
+from hopscotch_common.training.trainer import ScaleState
 
 MIN_BATCHES = 4  # a standard deviation of fewer losses says little
 # With a power of 1, one of 18 recorded picks was lost; 0.9 costs an eighth more (benchmarks/README.md).
@@ -33,15 +32,18 @@ class Candidate:
     losses: list[float] = field(default_factory=list)  # one a batch
     state: ScaleState | None = None
     known_loss: float | None = None  # given by --prev: nothing to train
+    diverged: str | None = None  # where its loss ceased to be finite: nothing more to train
 
     @property
     def mean_loss(self) -> float:
         """Mean loss of the batches so far, which after an epoch is the search's criterion."""
+        if self.diverged is not None:
+            return math.inf
         return self.known_loss if self.known_loss is not None else statistics.fmean(self.losses)
 
 
 @dataclass(frozen=True)
-class Race:
+class Schedule:
     """When candidates are compared, and which of them go on.
 
     first_look: batches before the first comparison, after which about half of all go on at most, and
@@ -79,22 +81,27 @@ class Race:
         share = self.first_look / (self.first_look + batches)
         return max(1, int(num_candidates * share**SHARE_POWER))
 
-    def survivors(self, candidates: Sequence[Candidate], num_candidates: int) -> list[Candidate]:
-        """Those of the candidates that go on after a look, by block.
+    def survivors(
+        self, candidates: Sequence[Candidate], num_candidates: int, batches: int
+    ) -> list[Candidate]:
+        """Those of the candidates that go on after a look at so many batches, by block.
 
-        num_candidates: how many the race began with.
+        num_candidates: how many the search began with.
         """
-        most = self.most_survivors(num_candidates, len(candidates[0].losses))
+        most = self.most_survivors(num_candidates, batches)
         best = sorted(not_ruled_out(candidates, self.confidence), key=_by_loss)[:most]
         return sorted(best, key=lambda candidate: candidate.block)
 
-    def most_batches(self, num_candidates: int, num_batches: int, processes: int = 1) -> int:
-        """The most batches that one of so many processes trains in a race, the screening's at their cost."""
+    def longest(self, num_candidates: int, num_batches: int, processes: int = 1) -> float:
+        """The most time that the search of one block can take on so many processes.
+
+        In training steps of one process; screening counts at its cost.
+        """
         share = math.ceil(num_candidates / processes)
-        total = math.ceil(share * self.screened_batches(num_candidates, num_batches) * SCREENING_COST)
+        total = share * self.screened_batches(num_candidates, num_batches) * SCREENING_COST
         done, racing = 0, self.most_trained(num_candidates)
         for look in self.looks(num_batches):
-            total += math.ceil(racing / processes) * (look - done)
+            total += sum(time for _, time in rounds(racing, processes)) * (look - done)
             done, racing = look, min(racing, self.most_survivors(num_candidates, look))
         return total
 
@@ -104,7 +111,17 @@ def default_first_look(num_batches: int) -> int:
     return max(1, num_batches // 32)
 
 
-FULL = Race(first_look=2**62, confidence=math.inf)
+FULL = Schedule(first_look=2**62, confidence=math.inf)
+
+
+def rounds(num_candidates: int, processes: int) -> list[tuple[int, float]]:
+    """(candidates that train at once, time of a batch then) of each round over so many candidates.
+
+    Each process has a candidate of its own, and in the last round, where there are fewer, several
+    processes share one: the smallest group of them decides the time.
+    """
+    whole, rest = divmod(num_candidates, processes)
+    return [(processes, 1.0)] * whole + ([(rest, 1 / (processes // rest))] if rest else [])
 
 
 def _by_loss(candidate: Candidate) -> tuple[float, int]:
@@ -125,11 +142,12 @@ def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Ca
     """
     best = leader(candidates)
     count = len(best.losses)
-    if math.isinf(confidence) or count < MIN_BATCHES or len(candidates) == 1:
-        return list(candidates)
+    finite = [candidate for candidate in candidates if candidate.diverged is None]
+    if math.isinf(confidence) or count < MIN_BATCHES or len(finite) < 2:
+        return finite
     differences = {
         candidate.block: [a - b for a, b in zip(candidate.losses, best.losses, strict=True)]
-        for candidate in candidates
+        for candidate in finite
         if candidate is not best
     }
     noise = {block: statistics.stdev(values) for block, values in differences.items()}
@@ -141,4 +159,4 @@ def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Ca
         doubt = confidence * max(noise[candidate.block], typical) / math.sqrt(count)
         return statistics.fmean(differences[candidate.block]) <= doubt
 
-    return [candidate for candidate in candidates if stays(candidate)]
+    return [candidate for candidate in finite if stays(candidate)]

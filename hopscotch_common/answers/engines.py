@@ -6,8 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopscotch_common.cli import InputError
-from hopscotch_common.models import ModelRef, resolve_device
+from hopscotch_common.errors import InputError
+from hopscotch_common.models import (
+    ModelRef,
+    device_map,
+    load_tokenizer,
+    load_whole,
+    read_config,
+    resolve_device,
+)
 
 BACKENDS = ("auto", "vllm", "transformers")
 
@@ -43,8 +50,6 @@ def generate(
     Raises InputError for options that do not fit the machine, ValueError for a prompt that fills
     the whole context (`check_prompt_lengths` says which).
     """
-    from hopscotch_common.models import read_config
-
     backend = resolve_backend(options)
     config = read_config(ref)
     limits = [min(max_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]
@@ -103,21 +108,36 @@ def visible_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def tensor_parallel_size(requested: int | None, num_attention_heads: int) -> int:
-    """vLLM's tensor parallel size: as requested, or the most GPUs that divide the heads evenly.
+def tensor_parallel_size(requested: int | None, config) -> int:
+    """vLLM's tensor parallel size: as requested, or the most GPUs that the model can be split over.
 
-    Raises InputError for a size that does not divide the heads or is more than the GPUs here.
+    Raises InputError for a size that the model does not allow or is more than the GPUs here.
     """
     gpus = max(visible_gpus(), 1)
     if requested is None:
-        return max(size for size in range(1, gpus + 1) if num_attention_heads % size == 0)
-    if num_attention_heads % requested:
-        raise InputError(
-            f"--tensor_parallel_size {requested}: does not divide the model's {num_attention_heads} heads"
-        )
+        return max(size for size in range(1, gpus + 1) if tensor_parallel_obstacle(size, config) is None)
+    if obstacle := tensor_parallel_obstacle(requested, config):
+        raise InputError(f"--tensor_parallel_size {requested}: {obstacle}; leave it out, or give another")
     if requested > gpus:
         raise InputError(f"--tensor_parallel_size {requested}: only {gpus} device(s) here")
     return requested
+
+
+def tensor_parallel_obstacle(size: int, config) -> str | None:
+    """Why vLLM cannot split a model of this config over so many GPUs; None if it can.
+
+    Its rules: the size divides the attention heads and the MLP's width; of the size and the number of
+    KV heads, one divides the other (KV heads are repeated where there are fewer).
+    """
+    heads, width = config.num_attention_heads, config.intermediate_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % size:
+        return f"does not divide the model's {heads} attention heads"
+    if kv_heads % size and size % kv_heads:
+        return f"and the model's {kv_heads} KV heads do not divide one another"
+    if width % size:
+        return f"does not divide the MLP's width of {width}"
+    return None
 
 
 def stop_token_ids(folder: Path, tokenizer) -> set[int]:
@@ -135,29 +155,28 @@ class TransformersEngine:
     """The model in transformers. longest: tokens of prompt and answer, at most (here: not needed)."""
 
     def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
 
-        from hopscotch_common.slot_cache import GROUPED_SDPA
+        from hopscotch_common.answers.slot_cache import GROUPED_SDPA
 
-        device = resolve_device(options.device)
         attention = options.attn_implementation
         transformers_logging.disable_progress_bar()
-        folder = ref.folder()
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder,
+        self.model = load_whole(
+            AutoModelForCausalLM,
+            ref.folder(),
             dtype=options.dtype,
-            device_map="auto" if device is None else {"": device},
+            device_map=device_map(resolve_device(options.device)),
             attn_implementation=GROUPED_SDPA if attention == "auto" else attention,
-        ).eval()
-        self.stop_ids = stop_token_ids(folder, AutoTokenizer.from_pretrained(folder))
+        )
+        self.stop_ids = stop_token_ids(ref.folder(), load_tokenizer(ref))
         self.max_tokens_per_batch = options.max_tokens_per_batch
 
     def answers(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[Answer]:
         """Answer each prompt with at most its limit of tokens; yields answers as they end."""
         import torch
 
-        from hopscotch_common.decoding import GreedyDecoder
+        from hopscotch_common.answers.decoding import GreedyDecoder
 
         decoder = GreedyDecoder(self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch)
         try:
@@ -175,7 +194,6 @@ class VllmEngine:
 
     def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
         _quieten_vllm()
-        from transformers import AutoTokenizer
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -183,7 +201,7 @@ class VllmEngine:
         dtype = options.dtype
         if dtype == "auto":  # vLLM's own "auto" would run a float32 checkpoint in bfloat16
             dtype = str(config.dtype or "float32").removeprefix("torch.")
-        size = tensor_parallel_size(options.tensor_parallel_size, config.num_attention_heads)
+        size = tensor_parallel_size(options.tensor_parallel_size, config)
         self.llm = LLM(
             model=str(folder),
             dtype=dtype,
@@ -192,7 +210,7 @@ class VllmEngine:
             tensor_parallel_size=size,
             **(_cpu_settings(config, dtype, options, longest) if current_platform.is_cpu() else {}),
         )
-        self.stop_ids = stop_token_ids(folder, AutoTokenizer.from_pretrained(folder))
+        self.stop_ids = stop_token_ids(folder, load_tokenizer(ref))
         self.num_asked = 0
 
     def answers(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[Answer]:

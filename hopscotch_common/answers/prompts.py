@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopscotch_common.cli import InputError, logger
+from hopscotch_common.errors import InputError, logger
+from hopscotch_common.files import read_jsonl
 from hopscotch_common.models import ModelRef
 
-EMBEDDED_PROMPTS = Path(__file__).parents[1] / "examples" / "math_problems.jsonl"
+EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl"
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
 ROLES = ("system", "user", "assistant")
@@ -21,17 +22,35 @@ class Prompt:
     where: str
 
 
+def check_messages(messages, where: str) -> list[dict]:
+    """The messages of a record, checked: a non-empty list of {role, content} with text in each."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: 'messages' must be a list with at least one message")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InputError(f"{where}: each message needs a 'role' and a 'content'")
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            raise InputError(f"{where}: the {message['role']} message has no content")
+    return messages
+
+
+def render(tokenizer, messages: list[dict], where: str, **options):
+    """The messages in the tokenizer's chat template. InputError for whatever the template raises."""
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is code of the model's: it may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{where}: the model's chat template refuses it: {reason}") from error
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a JSONL file, every line checked. InputError names file and line."""
-    from hopscotch_common.data import read_jsonl  # imports torch
-
     return [prompt_of(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
 
 
 def prompt_of(record: dict, where: str) -> Prompt:
     """The prompt of one record with `messages` or `question`; InputError when there is none."""
-    from hopscotch_common.data import check_messages
-
     if "messages" in record:
         messages = record["messages"]
         if isinstance(messages, list):
@@ -89,16 +108,9 @@ def tokenize(prompts: Sequence[Prompt], tokenizer, context: int) -> list[list[in
     Raises InputError for one that the template refuses, or that leaves no room for an answer in
     a context of `context` tokens.
     """
-    from jinja2 import TemplateError
-
     token_ids = []
     for prompt in prompts:
-        try:
-            ids = tokenizer.apply_chat_template(
-                prompt.messages, add_generation_prompt=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise InputError(f"{prompt.where}: the model's chat template refuses it: {error}") from error
+        ids = render(tokenizer, prompt.messages, prompt.where, add_generation_prompt=True, return_dict=False)
         if len(ids) >= context:
             raise InputError(
                 f"{prompt.where}: {len(ids)} tokens leave no room for an answer in the model's "

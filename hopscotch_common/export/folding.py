@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
-from hopscotch_common.cli import InputError
+from hopscotch_common.errors import InputError
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 
 SMALLEST_S = 1e-3  # below it the residual stream is as good as gone

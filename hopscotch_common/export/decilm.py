@@ -7,8 +7,8 @@ KV cache. The MLP's width is `ffn_mult`, in units of 1.5 hidden sizes, rounded u
 import json
 from pathlib import Path
 
-from hopscotch_common import configuration_decilm
-from hopscotch_common.cli import InputError
+from hopscotch_common.errors import InputError
+from hopscotch_common.export import configuration_decilm
 from hopscotch_common.models import hopscotch_classes
 
 WIDTH_STEP = 256  # the format rounds the MLP's width up to a multiple of this

@@ -1,4 +1,4 @@
-"""What an export's folder holds: its config, its weights with the scales folded in, reading it back."""
+"""An export's folder: its config, its weights with the scales folded in, and reading it back."""
 
 import json
 import re
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from hopscotch_common import checkpoints, decilm, scales
-from hopscotch_common.cli import InputError, logger
-from hopscotch_common.folding import absorb_granite, fold, fold_factors
-from hopscotch_common.models import HOPSCOTCH_PREFIX, hopscotch_classes
+from hopscotch_common import checkpoints, scales
+from hopscotch_common.errors import InputError, logger
+from hopscotch_common.export import decilm
+from hopscotch_common.export.folding import absorb_granite, fold, fold_factors
+from hopscotch_common.models import HOPSCOTCH_PREFIX, hopscotch_classes, load_whole
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,6 @@ class Target:
 def skipped_blocks(config) -> list[int]:
     """Indices of the blocks without attention."""
     return sorted(config.skipped_attention_blocks or ())
-
-
-def read_scales(checkpoint: Path, num_layers: int) -> torch.Tensor:
-    """The scales [layers, 4], from their own file or (the original system) from among the weights."""
-    if (checkpoint / checkpoints.SCALES_FILE).is_file():
-        return checkpoints.load_scales(checkpoint, num_layers)
-    wanted, found = scales.as_state_dict(torch.ones(num_layers, 4)), {}
-    for path in checkpoints.weight_files(checkpoint):
-        found |= {key: tensor for key, tensor in checkpoints.read_tensors(path).items() if key in wanted}
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other scales")
-    return scales.from_state_dict(found, num_layers)
 
 
 def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
@@ -131,7 +119,4 @@ def load_exported(folder: Path, format: str, **options):
         shaped = decilm.as_hopscotch_config(json.loads((folder / "config.json").read_text()))
         _, model_class = hopscotch_classes(shaped.model_type)
         options |= {"config": shaped}
-    model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
-    wrong = [f"{kind} {sorted(info[kind])[0]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
-    assert not wrong, wrong
-    return model.eval()
+    return load_whole(model_class, folder, **options)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, DynamicCache
 
-from hopscotch_common.slot_cache import SlotLayer
+from hopscotch_common.answers.slot_cache import SlotLayer
 
 HEADROOM = 128  # columns that a rebuilt cache has left to grow into
 PREFILL_TOKENS = 4096  # padded prompt tokens that are prefilled at once; bounds activation memory

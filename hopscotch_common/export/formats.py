@@ -1,0 +1,139 @@
+"""Write a checkpoint in a format that other tools load, and check that it computes the same."""
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hopscotch_common import checkpoints, files
+from hopscotch_common.errors import HopscotchError, InputError, logger
+from hopscotch_common.export import check, decilm, folders
+from hopscotch_common.models import device_map, resolve_device
+from hopscotch_common.training.memory import is_out_of_memory
+
+REPORT_FILE = "hopscotch_export.json"
+TOLERANCE = 1e-2  # relative logit error in float32, which folding adds
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that is a folder. prepare writes its config and says what its weights are.
+
+    check_config: raises InputError for a (stock or Hopscotch) config that the format cannot hold.
+    """
+
+    prepare: Callable[[Path, object, torch.Tensor], folders.Target]
+    check_config: Callable[[object], None]
+
+
+FORMATS = {
+    "folded": Format(folders.prepare_folded, lambda config: None),
+    "nemotron_nas": Format(folders.prepare_nemotron_nas, decilm.check_representable),
+}
+
+
+def check_exports(formats: Sequence[str], config, target: Path) -> None:
+    """Raise InputError where `run_exports` is bound to fail for a model of this (stock) config."""
+    for name in formats:
+        check_output(export_folder(target, name))
+        FORMATS[name].check_config(config)
+
+
+def export_folder(target: Path, format: str) -> Path:
+    return target.with_name(f"{target.name}_{format}")
+
+
+def run_exports(formats: Sequence[str], checkpoint: Path, target: Path, device: str = "auto") -> dict:
+    """Export a checkpoint to `{target}_{format}` for each format; the exports' reports by format."""
+    results = {}
+    for name in formats:
+        folder = export_folder(target, name)
+        report = export_checkpoint(checkpoint, name, folder, device=device)
+        results[name] = {"folder": str(folder)} | report
+    return results
+
+
+def check_output(output: Path) -> None:
+    """Raise InputError unless an export may be written there: a new folder, or an earlier export's."""
+    files.check_writable(output.parent)
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not empty and not (output / REPORT_FILE).is_file():
+        raise InputError(f"{output} exists and is not an earlier export: name a new folder with --output")
+
+
+def export_checkpoint(
+    checkpoint: Path, format: str, output: Path, tolerance: float | None = None, device: str = "auto"
+) -> dict:
+    """Export a checkpoint to the folder `output`, atomically, and check it; the report.
+
+    format: one of FORMATS. tolerance: the largest relative logit error in float32 (None: TOLERANCE, and
+    for 16-bit weights the error that computing in 16 bits makes anyway). device: where the check
+    runs. Raises InputError for a checkpoint or scales that cannot be exported, and for an export past
+    the tolerance; nothing is left behind then.
+    """
+    config = checkpoints.checkpoint_config(checkpoint)
+    output = output.resolve()
+    check_output(output)
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
+    FORMATS[format].check_config(config)
+    values = checkpoints.load_scales(checkpoint, config.num_hidden_layers)
+    with files.atomic_folder(output) as folder:
+        checkpoints.copy_companions(checkpoint, folder)
+        target = FORMATS[format].prepare(folder, config, values)
+        folders.write_weights(checkpoint, folder, config, target)
+        report = {
+            "format": format,
+            "checkpoint": str(checkpoint),
+            "skipped_blocks": folders.skipped_blocks(config),
+        }
+        report |= _check(checkpoint, folder, format, tolerance, device)
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    logger.info("%s: %s", output, report["summary"])
+    return report
+
+
+def _check(checkpoint: Path, folder: Path, format: str, tolerance: float | None, device: str) -> dict:
+    """Compare the export with its source in float32; the figures. One model is in memory at a time."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    place = device_map(resolve_device(device))
+    config = checkpoints.checkpoint_config(checkpoint)
+    prompts, real_text = check.check_prompts(folder, config.vocab_size)
+
+    def ask(load: Callable, *where, dtype) -> check.Answers:
+        gc.collect()
+        return check.ask(load(*where, dtype=dtype, device_map=place), prompts)
+
+    try:
+        source = ask(checkpoints.load_checkpoint, checkpoint, dtype=torch.float32)
+        exported = ask(folders.load_exported, folder, format, dtype=torch.float32)
+        result = check.compare(source, exported, real_text)
+        noise = 0.0
+        if tolerance is None and not result.relative_logit_error <= TOLERANCE:
+            own = ask(checkpoints.load_checkpoint, checkpoint, dtype="auto")
+            noise = check.compare(source, own, real_text).relative_logit_error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise HopscotchError(
+            f"{folder.name}: out of memory in the check of the export, which runs in float32; "
+            "export again with --device cpu or split"
+        ) from error
+    tolerance = TOLERANCE + noise if tolerance is None else tolerance
+    check_tolerance(result, tolerance, format)
+    return {"tolerance": tolerance, "dtype_noise": noise, "summary": str(result)} | result.as_dict()
+
+
+def check_tolerance(comparison: check.Comparison, tolerance: float, what: str) -> None:
+    """Raise InputError when the logits are further apart than the tolerance, or not numbers."""
+    if not comparison.relative_logit_error <= tolerance:
+        raise InputError(
+            f"{what} is not exact enough and was not written: {comparison}; the tolerance is "
+            f"{tolerance:.2g}. Scales far from 1 fold badly: train with a smaller learning rate, or accept "
+            "it with --tolerance"
+        )

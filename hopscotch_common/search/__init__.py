@@ -1,0 +1,1 @@
+"""Step 3: which attention block to skip next."""

@@ -1,0 +1,88 @@
+"""What a search has computed, so that an interrupted one goes on and another schedule uses it again."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from hopscotch_common.errors import InputError
+from hopscotch_common.search.schedule import Candidate
+from hopscotch_common.training.trainer import ScaleState
+
+KIND = "a search journal"
+REMEDY = "name another --output, or delete the journal"
+
+
+class Journal:
+    """The losses of candidates: one record for each batch of a screening and each candidate and look.
+
+    It serves any number of iterations, as what it holds is found by the blocks skipped before.
+    records: (place, record) of an earlier run's. append: keeps a record for good (`files.Log.append`).
+    Raises InputError, with the place, for a record that is none.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[tuple[str, dict]] = (),
+        append: Callable[[dict], None] = lambda record: None,
+    ):
+        self._append = append
+        # (blocks skipped before, block) -> batches trained -> record
+        self._trained: dict[tuple[tuple, int], dict[int, dict]] = {}
+        # (blocks skipped before, batch) -> block -> loss before training
+        self._untrained: dict[tuple[tuple, int], dict[int, float]] = {}
+        for place, record in records:
+            try:
+                self._remember(record)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(f"{place}: not a record of {KIND}; {REMEDY}") from error
+
+    def _remember(self, record: dict) -> None:
+        skipped = tuple(sorted(record["skipped"]))
+        if "untrained" in record:
+            losses = {int(b): _number_or_infinite(loss) for b, loss in record["untrained"].items()}
+            self._untrained[skipped, record["batch"]] = losses
+        else:
+            losses = [float(loss) for loss in record["losses"]]
+            known = self._trained.setdefault((skipped, int(record["block"])), {})
+            known[len(losses)] = record | {"losses": losses}
+
+    def add(self, skipped: Sequence[int], candidate: Candidate) -> None:
+        record = {"skipped": list(skipped), "block": candidate.block, "losses": candidate.losses}
+        if candidate.diverged is not None:
+            record["diverged"] = candidate.diverged
+        if candidate.state is not None:
+            record["state"] = candidate.state.encode()
+        self._remember(record)
+        self._append(record)
+
+    def find(self, skipped: Sequence[int], block: int, done: int, look: int) -> Candidate | None:
+        """The candidate after `look` batches or, where that is not known, after the most that are.
+
+        None where no training of more than `done` batches is known. A longer training tells the
+        losses at a look, too, but not the state then. A candidate that diverged stays so.
+        """
+        known = self._trained.get((tuple(sorted(skipped)), block), {})
+        for count, record in known.items():
+            if "diverged" in record and count < look:
+                return Candidate(block, record["losses"], diverged=record["diverged"])
+        longer = [count for count in known if count >= look]
+        shorter = [count for count in known if done < count < look and "state" in known[count]]
+        if not longer and not shorter:
+            return None
+        record = known[min(longer) if longer else max(shorter)]
+        losses = record["losses"][:look]
+        has_state = "state" in record and len(losses) == len(record["losses"])
+        return Candidate(block, losses, ScaleState.decode(record["state"]) if has_state else None)
+
+    def add_untrained(self, skipped: Sequence[int], batch: int, losses: dict[int, float]) -> None:
+        """losses: by block; an infinite one is that of a block without which nothing finite comes out."""
+        as_json = {str(block): loss if loss < float("inf") else None for block, loss in losses.items()}
+        record = {"skipped": list(skipped), "batch": batch, "untrained": as_json}
+        self._remember(record)
+        self._append(record)
+
+    def find_untrained(self, skipped: Sequence[int], batch: int) -> dict[int, float]:
+        """Losses by block on a batch before training, as far as they are known."""
+        return dict(self._untrained.get((tuple(sorted(skipped)), batch), {}))
+
+
+def _number_or_infinite(loss: float | None) -> float:
+    return float("inf") if loss is None else float(loss)

@@ -1,0 +1,20 @@
+"""How scales are trained: what search, final training, benchmarks and tests choose alike."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """learning_rate: Adam's. batch_size: answers per optimizer step.
+
+    max_tokens_per_batch: most tokens that run at once, padding included; None: what suits the device.
+    It bounds memory and does not change the result, as gradient_checkpointing and compile_layers.
+    seed: of the order of the data.
+    """
+
+    learning_rate: float
+    batch_size: int = 32
+    max_tokens_per_batch: int | None = None
+    gradient_checkpointing: bool = False
+    compile_layers: bool = False
+    seed: int = 42

@@ -1,0 +1,312 @@
+"""Processed samples, and the batches and minibatches that they train in."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hopscotch_common.errors import InputError
+from hopscotch_common.files import read_jsonl
+from hopscotch_common.training import TrainingOptions
+
+IGNORE_INDEX = -100
+MIN_SHARED = 0.2  # of a batch's tokens: less is not worth a pass of its own
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One processed answer. labels are -100 where the loss does not count, the first always.
+
+    where: the file and line that it came from, for errors.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    where: str = dataclasses.field(default="an answer", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_loss_counted_tokens(self) -> int:
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
+
+def load_samples(
+    path: Path,
+    vocab_size: int,
+    max_positions: int | None = None,
+    max_tokens: int | None = None,
+    max_samples: int | None = None,
+) -> list[Sample]:
+    """Read and check processed data (`input_ids`, `labels` on each line), every line.
+
+    Raises InputError, with the line, for anything that training could not use: other fields,
+    lengths that differ, ids beyond the vocabulary, a label other than its token or -100, no
+    loss-counted token, more than max_positions tokens (the model's context) or max_tokens (a
+    minibatch's budget).
+    """
+    samples = []
+    for number, record in read_jsonl(path):
+        where = f"{path}, line {number}"
+        sample = _sample(record, vocab_size, where)
+        if max_positions is not None and len(sample) > max_positions:
+            raise InputError(
+                f"{where}: {len(sample)} tokens, but the model's context has {max_positions}; "
+                "process the data with a smaller --max_seq_len"
+            )
+        if max_tokens is not None and len(sample) > max_tokens:
+            raise InputError(
+                f"{where}: {len(sample)} tokens do not fit --max_tokens_per_batch {max_tokens}; "
+                "raise it, or process the data with a smaller --max_seq_len"
+            )
+        samples.append(sample)
+    return samples if max_samples is None else samples[:max_samples]
+
+
+def _sample(record: dict, vocab_size: int, where: str) -> Sample:
+    ids, labels = record.get("input_ids"), record.get("labels")
+    if not (_ints(ids) and _ints(labels)):
+        raise InputError(
+            f"{where}: needs 'input_ids' and 'labels', lists of whole numbers; "
+            "make them with process_gt_data.py"
+        )
+    if len(ids) != len(labels):
+        raise InputError(f"{where}: {len(ids)} input_ids but {len(labels)} labels")
+    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InputError(
+            f"{where}: token id {bad} is beyond the model's vocabulary of {vocab_size}; "
+            "was the data processed for another model?"
+        )
+    if any(label not in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True)):
+        raise InputError(f"{where}: a label must equal its token or be {IGNORE_INDEX}")
+    labels = [IGNORE_INDEX, *labels[1:]]  # nothing predicts the first token
+    sample = Sample(ids, labels, where)
+    if sample.num_loss_counted_tokens == 0:
+        raise InputError(f"{where}: no label counts for the loss (all are {IGNORE_INDEX})")
+    return sample
+
+
+def _ints(values) -> bool:
+    return isinstance(values, list) and all(type(value) is int for value in values)
+
+
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """SHA-256 over token ids and labels, in order: equal for equal training data."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(json.dumps([sample.input_ids, sample.labels]).encode())
+    return digest.hexdigest()
+
+
+def split_samples(
+    samples: Sequence[Sample], validation_split: float, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """(training, held-out) samples; at least one of each when the split is not 0.
+
+    Raises InputError when there are too few samples to split.
+    """
+    count = round(len(samples) * validation_split)
+    if validation_split > 0:
+        if len(samples) < 2:
+            raise InputError(f"--validation_split needs at least 2 samples, there is {len(samples)}")
+        count = min(max(count, 1), len(samples) - 1)
+    held_out = set(random.Random(seed).sample(range(len(samples)), count))
+    return (
+        [sample for i, sample in enumerate(samples) if i not in held_out],
+        [sample for i, sample in enumerate(samples) if i in held_out],
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples become the rows of a minibatch.
+
+    packed: joined into one row without padding, for attention kernels that take sequence borders
+    (flash attention); otherwise a row each, padded on the right with pad_token_id.
+    """
+
+    packed: bool = False
+    pad_token_id: int = 0
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """A part of a batch that runs at once, without the first `prefix_length` tokens of its samples.
+
+    inputs: what the base model takes: input_ids [rows, length] and, where rows are padded, an
+    attention_mask [rows, length]; for packed rows position_ids [1, length] and their borders as flash
+    attention takes them.
+    predicting: indices into the flattened [rows * length] positions whose next token counts for
+    the loss; targets: those next tokens, same length.
+    """
+
+    samples: tuple[Sample, ...]
+    prefix_length: int
+    layout: Layout
+    inputs: dict
+    predicting: torch.Tensor
+    targets: torch.Tensor
+
+    @staticmethod
+    def of(samples: Sequence[Sample], layout: Layout, prefix_length: int = 0) -> "Minibatch":
+        """The tensors of some samples, by instructlab-training's collate functions."""
+        from instructlab.training.sampler import mb_collate_fn, padded_mb_collate_fn
+
+        items = [
+            {
+                "input_ids": sample.input_ids[prefix_length:],
+                "labels": sample.labels[prefix_length:],
+                "num_loss_counted_tokens": sample.num_loss_counted_tokens,
+            }
+            for sample in samples
+        ]
+        if layout.packed:
+            item = mb_collate_fn(items, None)
+            inputs = {"input_ids": item["input_ids"], "position_ids": item["position_ids"]}
+            inputs |= _borders([len(item["input_ids"]) for item in items])
+        else:
+            item = padded_mb_collate_fn(items, None, layout.pad_token_id)
+            inputs = {"input_ids": item["input_ids"]}
+            if not bool(item["attention_mask"].all()):  # else the kernel's own causal mask is faster
+                inputs["attention_mask"] = item["attention_mask"]
+        next_labels = torch.full_like(item["labels"], IGNORE_INDEX)
+        next_labels[:, :-1] = item["labels"][:, 1:]  # a packed sample's first label is -100: none crosses
+        next_labels = next_labels.flatten()
+        predicting = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
+        return Minibatch(tuple(samples), prefix_length, layout, inputs, predicting, next_labels[predicting])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that run, padding included."""
+        return self.inputs["input_ids"].numel()
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        return self.inputs.get("attention_mask")
+
+    def split(self) -> list["Minibatch"]:
+        """Two minibatches of half the samples each."""
+        half = len(self.samples) // 2
+        return [
+            Minibatch.of(part, self.layout, self.prefix_length)
+            for part in (self.samples[:half], self.samples[half:])
+        ]
+
+    def whole(self) -> "Minibatch":
+        """The same samples with their prefix in each row."""
+        return Minibatch.of(self.samples, self.layout) if self.prefix_length else self
+
+    def to(self, device) -> "Minibatch":
+        """On a device; with CUDA the copies do not wait for the work that is queued there."""
+
+        def move(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            if torch.device(device).type == "cuda":
+                return value.pin_memory().to(device, non_blocking=True)
+            return value.to(device)
+
+        return dataclasses.replace(
+            self,
+            inputs={name: move(value) for name, value in self.inputs.items()},
+            predicting=move(self.predicting),
+            targets=move(self.targets),
+        )
+
+
+def _borders(lengths: list[int]) -> dict:
+    """Where packed samples begin and end; without it, transformers looks for them in every layer."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    longest = max(lengths)
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step: this process's minibatches, and the loss-counted tokens of all processes.
+
+    prefix: token ids [1, tokens] that every sample begins with, none of which is predicted for the
+    loss and none of which the minibatches hold; None where they hold whole samples.
+    """
+
+    minibatches: list[Minibatch]
+    num_loss_counted_tokens: int
+    prefix: torch.Tensor | None = None
+
+
+def make_batches(
+    samples: Sequence[Sample],
+    options: TrainingOptions,
+    max_tokens: int,
+    epoch: int = 0,
+    shuffle: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    layout: Layout = Layout(),
+    share_prefix: bool = False,
+) -> list[Batch]:
+    """An epoch's batches, in the order that (options.seed, epoch) gives.
+
+    instructlab-training's packers split each batch of samples into minibatches of at most max_tokens
+    tokens (padding included), of similar length, and spread them over processes. How it is split
+    changes memory and speed, not the batch's loss or gradient.
+    share_prefix: tokens that all samples of a batch begin with become its `prefix`, where that
+    saves enough; they still count in each row, which attends to them.
+    Raises InputError for a sample longer than max_tokens.
+    """
+    # Compiling its packing loops takes ten seconds in every process; running them, milliseconds.
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+    from instructlab.training.batch_packer import batch_lengths_to_minibatches_lpt
+    from instructlab.training.padded_batch_packer import batch_lengths_to_minibatches_padded
+    from instructlab.training.sampler import EpochSampler
+
+    too_long = next((sample for sample in samples if len(sample) > max_tokens), None)
+    if too_long is not None:
+        raise InputError(f"{too_long.where}: {len(too_long)} tokens do not fit a budget of {max_tokens}")
+    pack = batch_lengths_to_minibatches_lpt if layout.packed else batch_lengths_to_minibatches_padded
+    sampler = EpochSampler(len(samples), seed=options.seed, epoch=epoch)
+    order = list(sampler) if shuffle else list(range(len(samples)))
+    batches = []
+    for start in range(0, len(order), options.batch_size):
+        chosen = [samples[i] for i in order[start : start + options.batch_size]]
+        prefix = shared_prefix(chosen) if share_prefix else []
+        rows = pack([len(sample) for sample in chosen], max_tokens, world_size, rank)
+        parts = [[chosen[i] for i in indices if i >= 0] for indices in rows]  # -1: nothing for this one
+        batches.append(
+            Batch(
+                [Minibatch.of(part, layout, len(prefix)) for part in parts if part],
+                sum(sample.num_loss_counted_tokens for sample in chosen),
+                torch.tensor([prefix]) if prefix else None,
+            )
+        )
+    return batches
+
+
+def shared_prefix(samples: Sequence[Sample]) -> list[int]:
+    """The first tokens that all samples share and that predict nothing for the loss.
+
+    Empty where sharing them would save little: a pass of its own and masked attention cost time too.
+    """
+    first = samples[0].input_ids
+    length = min(_first_counted(sample) - 1 for sample in samples)
+    for sample in samples[1:]:
+        length = next((i for i in range(length) if sample.input_ids[i] != first[i]), length)
+    saved = length * (len(samples) - 1) / sum(len(sample) for sample in samples)
+    return first[:length] if saved >= MIN_SHARED else []
+
+
+def _first_counted(sample: Sample) -> int:
+    return next(i for i, label in enumerate(sample.labels) if label != IGNORE_INDEX)

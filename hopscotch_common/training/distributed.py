@@ -1,0 +1,88 @@
+"""Several processes (`accelerate launch --multi_gpu`): they share a search's candidates, or each batch."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+
+from hopscotch_common.errors import InputError
+
+# All processes of a round have about as much to do, so one that is so late hangs.
+TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that share each batch. index: which of the groups; rank and size: in the group.
+
+    slowdown: what a batch takes in the smallest of the groups, as a share of its time in one process.
+    reduce: sums a tensor over the group, in place; None where a process is alone.
+    """
+
+    index: int = 0
+    rank: int = 0
+    size: int = 1
+    time_share: float = 1.0
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass
+class Processes:
+    """This process among those that a launcher started. gather: one object a process -> all, in all."""
+
+    rank: int = 0
+    count: int = 1
+    gather: Callable[[object], list] = lambda item: [item]
+    _groups: dict[int, Group] = field(default_factory=dict)
+
+    def group(self, number: int) -> Group:
+        """This process's group where all are spread over so many groups, 1 to `count`.
+
+        All processes must ask for the same numbers in the same order.
+        """
+        if number not in self._groups:
+            self._groups[number] = self._make_group(number)
+        return self._groups[number]
+
+    def _make_group(self, number: int) -> Group:
+        members: list[list[int]] = [[] for _ in range(number)]
+        for rank in range(self.count):
+            members[rank * number // self.count].append(rank)
+        mine = self.rank * number // self.count
+        ranks = members[mine]
+        reduce = None
+        if number < self.count:
+            made = [torch.distributed.new_group(ranks, timeout=TIMEOUT) for ranks in members]
+            if len(ranks) > 1:
+
+                def reduce(tensor: torch.Tensor) -> torch.Tensor:
+                    torch.distributed.all_reduce(tensor, group=made[mine])
+                    return tensor
+
+        return Group(mine, ranks.index(self.rank), len(ranks), 1 / min(map(len, members)), reduce)
+
+
+def check_launch(device: str) -> None:
+    """Raise InputError where a launcher's processes would all use the same GPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (device == "split" or device.startswith("cuda:")):
+        raise InputError(
+            f"--device {device} with a launcher would put every process's model on the same GPUs; leave "
+            "--device out, or start the script without the launcher"
+        )
+
+
+def join_processes(device: str) -> Processes:
+    """This process's place among those that accelerate launched; joins them on first use.
+
+    device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    check_launch(device)
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=TIMEOUT)
+    if state.num_processes == 1:
+        return Processes()
+    return Processes(state.process_index, state.num_processes, lambda item: gather_object([item]))

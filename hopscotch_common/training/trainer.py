@@ -1,0 +1,289 @@
+"""Training the scales: the search and the final training both call this."""
+
+import base64
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hopscotch_common import scales
+from hopscotch_common.errors import Diverged
+from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.batches import Batch, Layout, Minibatch, Sample, make_batches
+from hopscotch_common.training.loss import SharedPrefix, summed_loss
+from hopscotch_common.training.memory import MinibatchRunner, is_out_of_memory, token_budget
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over the processes that share a batch
+
+
+def prepare_model(model, options: TrainingOptions) -> None:
+    """Switch on what only training wants."""
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.model.layers:
+            layer.training = True  # the layer alone: its attention must not start dropping out
+    if options.compile_layers:
+        # A layer comes skipped or not, with padding or without, first or later: more than torch's 8.
+        torch._dynamo.config.recompile_limit = 32
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
+
+
+class EpochBatches:
+    """The batches of some samples for one model, by epoch and by the part that a process runs.
+
+    The token budget is found once, by what is free on the model's device then.
+    """
+
+    def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions, shuffle: bool = True):
+        self.samples, self.options, self.shuffle = samples, options, shuffle
+        packed = "flash" in (model.config._attn_implementation or "")
+        self.layout = Layout(packed, model.config.pad_token_id or 0)
+        self.share_prefix = not (packed or options.gradient_checkpointing or options.compile_layers)
+        self.max_tokens = token_budget(model, samples, self.layout, options.max_tokens_per_batch)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.options.batch_size)
+
+    def epoch(self, number: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
+        """An epoch's batches, the part of one of the processes that share each."""
+        return make_batches(
+            self.samples,
+            self.options,
+            self.max_tokens,
+            epoch=number,
+            shuffle=self.shuffle,
+            rank=rank,
+            world_size=world_size,
+            layout=self.layout,
+            share_prefix=self.share_prefix,
+        )
+
+
+def compute_prefix(model, batch: Batch) -> tuple[SharedPrefix | None, list[Minibatch]]:
+    """What the batch's samples share, computed, and the minibatches to run after it.
+
+    Without a prefix, or where there is no memory to keep one, these are whole samples.
+    """
+    if batch.prefix is None:
+        return None, batch.minibatches
+    try:
+        return SharedPrefix(model, batch.prefix.to(model.device)), batch.minibatches
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None, [minibatch.whole() for minibatch in batch.minibatches]
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    batches: Sequence[Batch],
+    where: str,
+    on_batch: Callable[[], None] = lambda: None,
+    reduce: Reduce | None = None,
+) -> float:
+    """Mean loss, in nats a token, over all loss-counted tokens of the batches (of all processes).
+
+    Raises TrainingError when a single answer does not fit into memory, Diverged when the loss is not
+    finite.
+    """
+    runner = MinibatchRunner()
+    total, tokens = torch.zeros(1, device=model.device), 0
+    for batch in batches:
+        prefix, minibatches = compute_prefix(model, batch)
+
+        def loss_of(minibatch: Minibatch, prefix=prefix) -> torch.Tensor:
+            return summed_loss(model, minibatch.to(model.device), prefix).to(model.device)
+
+        for _, loss in runner.run(minibatches, loss_of, where):
+            total += loss
+        tokens += batch.num_loss_counted_tokens
+        on_batch()
+    mean = (total if reduce is None else reduce(total)).item() / tokens
+    if not math.isfinite(mean):
+        raise Diverged(f"{where}: the loss is {mean}; use --dtype float32")
+    return mean
+
+
+@dataclass(frozen=True)
+class ScaleState:
+    """All that distinguishes one training run of the scales from another: [4, layers, 4] float32.
+
+    Rows: values, Adam's first and second moments, and step counts. Small enough to keep for every
+    candidate of a search, so pausing one costs nothing.
+    """
+
+    tensors: torch.Tensor
+
+    def encode(self) -> str:
+        """As ASCII, exactly."""
+        return base64.b64encode(self.tensors.numpy().tobytes()).decode()
+
+    @staticmethod
+    def decode(text: str) -> "ScaleState":
+        buffer = bytearray(base64.b64decode(text))
+        return ScaleState(torch.frombuffer(buffer, dtype=torch.float32).view(4, -1, len(SCALE_NAMES)))
+
+
+class ScaleTrainer:
+    """Trains the scales of a model with Adam.
+
+    Making one sets the model's scales and skips, so a model has one trainer at a time: to go on with
+    another candidate, take this one's `state` and make a trainer of the other's.
+    """
+
+    def __init__(
+        self,
+        model,
+        learning_rate: float,
+        skipped: Sequence[int],
+        state: ScaleState | None = None,
+        reduce: Reduce | None = None,
+        runner: MinibatchRunner | None = None,
+    ):
+        """Skip exactly `skipped`; go on from `state`, or start from scales of 1.
+
+        reduce: sums a tensor over the processes that share each batch. runner: kept by the caller, so that
+        what it learnt of memory outlives this trainer.
+        """
+        self.model, self.reduce, self.runner = model, reduce, runner or MinibatchRunner()
+        scales.reset(model, skipped)
+        self.parameters = scales.trainable_scales(model)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate)
+        if state is not None:
+            self._go_on_from(state)
+
+    def _go_on_from(self, state: ScaleState) -> None:
+        scales.restore(self.model, state.tensors[0])
+        rows = state.tensors[1:].flatten(1).unbind(1)
+        for (_, scale), (first, second, step) in zip(scales.named_scales(self.model), rows, strict=True):
+            if scale.requires_grad:
+                self.optimizer.state[scale] = {
+                    "step": step.clone(),
+                    "exp_avg": first.reshape(1).to(scale.device, copy=True),
+                    "exp_avg_sq": second.reshape(1).to(scale.device, copy=True),
+                }
+
+    def state(self) -> ScaleState:
+        """The present state, a copy."""
+        values = scales.snapshot(self.model)
+        moments = torch.zeros(3, values.numel())
+        for column, (_, scale) in enumerate(scales.named_scales(self.model)):
+            adam = self.optimizer.state.get(scale)
+            if adam:
+                for row, key in enumerate(("exp_avg", "exp_avg_sq", "step")):
+                    moments[row, column] = adam[key].item()
+        return ScaleState(torch.cat([values[None], moments.view(3, *values.shape)]))
+
+    def step(self, batch: Batch, where: str) -> torch.Tensor:
+        """One optimizer step; the batch's mean loss, a detached scalar on the model's device.
+
+        The loss and its gradient are those of the whole batch, however it was split into
+        minibatches and over processes. where: named in the errors, for example "epoch 0, batch 3".
+        Raises TrainingError when a single answer does not fit into memory.
+        """
+        total, gradients = self.gradients(batch, where)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total / batch.num_loss_counted_tokens
+
+    def gradients(self, batch: Batch, where: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(summed loss, gradient of the mean loss by each of `parameters`), of all processes.
+
+        Sums are taken in float32, and divided only at the end: the mean's gradients underflow in float16.
+        """
+        device = self.model.device
+        prefix, minibatches = compute_prefix(self.model, batch)
+        leaves = prefix.leaves if prefix else []
+        inputs = [*self.parameters, *leaves]
+        sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in inputs]
+        total = torch.zeros((), device=device)
+
+        def run(minibatch: Minibatch) -> tuple[torch.Tensor, tuple]:
+            loss = summed_loss(self.model, minibatch.to(device), prefix)
+            return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True)
+
+        for _, (loss, gradients) in self.runner.run(minibatches, run, where):
+            total += loss.to(device)
+            _add(sums, gradients)
+        if leaves:
+            arrived = [
+                gathered.to(leaf.dtype)
+                for gathered, leaf in zip(sums[len(self.parameters) :], leaves, strict=True)
+            ]
+            _add(
+                sums,
+                torch.autograd.grad(prefix.computed, self.parameters, arrived, allow_unused=True),
+            )
+        gradients = sums[: len(self.parameters)]
+        if self.reduce is not None:
+            total, gradients = self._reduce(total, gradients)
+        return total, [gradient / batch.num_loss_counted_tokens for gradient in gradients]
+
+    def _reduce(
+        self, loss: torch.Tensor, gradients: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Sum loss and gradients over processes, in one message."""
+        message = self.reduce(torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)]))
+        parts = message[1:].split([gradient.numel() for gradient in gradients])
+        return message[0], [p.view_as(gradient) for p, gradient in zip(parts, gradients, strict=True)]
+
+    def run(
+        self,
+        batches: Sequence[Batch],
+        name: str,
+        first: int = 0,
+        on_batch: Callable[[float], None] = lambda loss: None,
+    ) -> list[float]:
+        """Train on batches; the mean loss of each. on_batch gets each loss, one batch late.
+
+        Reading a loss only after the next batch was submitted keeps a GPU's queue full. Raises
+        Diverged at a loss that is not finite, naming `name` and the batch (numbered from `first`).
+        """
+        losses: list[float] = []
+
+        def read(loss: torch.Tensor) -> None:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise Diverged(
+                    f"{name}, batch {first + len(losses)}: the loss is {value}; "
+                    "lower --learning_rate, or use --dtype float32"
+                )
+            losses.append(value)
+            on_batch(value)
+
+        pending = None
+        for index, batch in enumerate(batches):
+            loss = self.step(batch, f"{name}, batch {first + index}")
+            if pending is not None:
+                read(pending)
+            pending = loss
+        if pending is not None:
+            read(pending)
+        return losses
+
+    def check_sound(self, batches: Sequence[Batch], where: str) -> None:
+        """Raise Diverged unless all scales are finite, and so is the loss with them on the last batch.
+
+        The losses of `run` are those before each step, so they cannot tell what the last one did.
+        """
+        remedy = "lower --learning_rate, or use --dtype float32 (with --resume, earlier epochs stay)"
+        for name, scale in scales.named_scales(self.model):
+            if not bool(scale.isfinite().all()):
+                raise Diverged(f"{where}: {name} is not finite after it; {remedy}")
+        try:
+            evaluate(self.model, batches[-1:], where, reduce=self.reduce)
+        except Diverged as error:
+            raise Diverged(f"{where}: the loss is not finite after it; {remedy}") from error
+
+
+def _add(sums: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    """Add gradients to the float32 sums of the first tensors, in place."""
+    for total, gradient in zip(sums, gradients, strict=False):
+        if gradient is not None:
+            total += gradient

@@ -1,0 +1,153 @@
+"""Files that are whole or not there, locks, and logs that resumed runs go on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from hopscotch_common import files
+from hopscotch_common.errors import InputError
+from hopscotch_common.files import Log
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from hopscotch_common import files
+with files.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
+    target = tmp_path / "out.json"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(target)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=rf"out.json: .*process {process.pid} on .* is writing there"):
+        with files.locked(target):
+            pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    with files.locked(target):  # its file is still there, its lock is not
+        assert names(tmp_path) == [".out.json.lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "report.json"
+    files.write_atomic(path, "first")
+    (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")
+    with pytest.raises(RuntimeError), files.atomic_file(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "first" and names(tmp_path) == ["report.json"]
+    (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")
+    files.write_atomic(path, "second")
+    assert path.read_text() == "second" and names(tmp_path) == ["report.json"]
+    with files.atomic_file(path), pytest.raises(InputError, match="is writing there"):
+        files.write_atomic(path, "at once")
+
+
+def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
+    for successor_is_there in (False, True):
+        (tmp_path / ".ckpt.old").mkdir()
+        (tmp_path / ".ckpt.old/whole").write_text("first")
+        if successor_is_there:
+            files.recover_folder(tmp_path / "ckpt")
+            assert (tmp_path / "ckpt/whole").read_text() == "first"
+        with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "ckpt") as folder:
+            (folder / "whole").write_text("half")
+            raise RuntimeError
+        assert (tmp_path / "ckpt/whole").read_text() == "first" and names(tmp_path) == ["ckpt"]
+        with files.atomic_folder(tmp_path / "ckpt") as folder:
+            (folder / "whole").write_text("first")
+
+
+def log(path, **settings) -> Log:
+    return Log(path, settings, "a test's log", "name another")
+
+
+def records(path, **settings) -> list[dict]:
+    with log(path, **settings) as opened:
+        return [record for _, record in opened.records]
+
+
+def test_a_log_is_made_with_its_first_record_and_goes_on(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with log(path, seed=1):
+        assert not path.exists()
+    assert names(tmp_path) == []
+    with log(path, seed=1) as opened:
+        opened.append({"a": 1})
+    with open(path, "ab") as file:
+        file.write(b'{"a": 2')
+    assert records(path, seed=1) == [{"a": 1}]
+    with log(path, seed=1) as opened:
+        opened.append({"a": 3})
+    assert records(path, seed=1) == [{"a": 1}, {"a": 3}] and names(tmp_path) == ["log.jsonl"]
+    with pytest.raises(InputError, match="seed = 1, now it is 2; repeat that setting, or name another"):
+        records(path, seed=2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"question": "What?"}\n{"question": "no line break',
+        "text",
+        '{"settings": {"a": 1}, "kind": "other"}\n',
+    ],
+)
+def test_a_file_that_is_no_log_is_left_as_it_is(tmp_path, content):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match="prompts.jsonl: is not a test's log; move it away, or name another"):
+        records(path)
+    assert path.read_text() == content and names(tmp_path) == ["prompts.jsonl"]
+
+
+def test_a_log_that_was_killed_in_its_first_line_begins_anew(tmp_path):
+    path = tmp_path / "log.jsonl"
+    whole = json.dumps({"settings": {"seed": 1}, "kind": "a test's log"})
+    for length in range(len(whole)):
+        path.write_text(whole[:length])
+        with log(path, seed=1) as opened:
+            opened.append({"a": 1})
+        assert records(path, seed=1) == [{"a": 1}]
+
+
+def test_a_log_torn_in_its_middle_names_the_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with log(path) as opened:
+        opened.append({"a": 1})
+        opened.append({"a": 2})
+    path.write_text(path.read_text().replace('"a": 1}', '"a"'))
+    with pytest.raises(InputError, match="log.jsonl, line 2: not JSON"):
+        records(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": 1, "a": 2}', "key 'a' stands twice"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": "\\ud800"}', "half of a surrogate pair"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b"[1]", "a JSON object is needed, not list"),
+    ],
+)
+def test_json_is_read_strictly(tmp_path, text, message):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + text)
+    with pytest.raises(InputError, match=f"data.jsonl, line 2: .*{message}"):
+        list(files.read_jsonl(path))
