@@ -227,12 +227,12 @@ def write_results(
             "tokens": sum(len(sample) for sample in samples),
             "loss_counted_tokens": sum(sample.num_loss_counted_tokens for sample in samples),
         },
-    } | report.describe_run(arguments)
+    } | report.describe_run(vars(arguments))
     report.write_report(output, content)
     if arguments.plot:
-        report.plot_losses(
-            arguments.plot, content["iterations"], f"{arguments.model.name}: candidates by loss"
-        )
+        from hopscotch_common.report.plots import plot_search
+
+        plot_search(arguments.plot, content)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--max_tokens {args.max_tokens} (see --keep_truncated), {figures['empty_dropped']} are empty"
         )
     write_atomic(final, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-    write_report(report_file, describe_run(args) | {"backend": backend} | figures)
+    write_report(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
     print(
         f"{final}: {figures['answers']} answers to {figures['prompts']} prompts "
         f"({figures['truncated_dropped']} truncated and {figures['empty_dropped']} empty ones dropped), "

@@ -192,7 +192,7 @@ def train(
             "batch_losses": losses,
             "held_out": held_out_now,
             "settings": wanted,
-        } | report.describe_run(arguments)
+        } | report.describe_run(vars(arguments))
         if rank == 0:
             earlier = [checkpoint_folder(output_dir, arguments.model.name, run["epoch"]) for run in runs]
             checkpoints.save_checkpoint(
@@ -225,7 +225,7 @@ def finish(arguments: argparse.Namespace, output_dir: Path, runs: list[dict]) ->
         "best_epoch": best["epoch"],
         "epochs": [{key: run[key] for key in keys} for run in runs],
         "exports": {},
-    } | report.describe_run(arguments)
+    } | report.describe_run(vars(arguments))
     report.write_report(output_dir / "report.json", content)  # before an export, which may be refused
     if arguments.export:
         content["exports"] = report.run_exports(

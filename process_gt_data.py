@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     write_report(
-        output_dir / "data_report.json", describe_run(args) | {"input_file": str(input_file)} | figures
+        output_dir / "data_report.json", describe_run(vars(args)) | {"input_file": str(input_file)} | figures
     )
     logger.info("longest sample: %d tokens", figures["longest"])
     print(

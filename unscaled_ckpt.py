@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     values = torch.ones(num_layers, len(SCALE_NAMES))
     values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
     run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}
-    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run | report.describe_run(arguments))
+    checkpoints.save_checkpoint(
+        folder, arguments.model, blocks, values, run | report.describe_run(vars(arguments))
+    )
     print(folder)
     report.run_exports(arguments.export, folder, folder)
     return 0

@@ -202,12 +202,12 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write to {path}: no permission in {existing}; name another folder")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it into place."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) under a temporary name, flush it to disk, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -1,0 +1,265 @@
+"""Reports read back: which kind a file is, and whether it holds what tables and pictures need.
+
+What `read_report` takes is whatever lies on a disk, so everything is checked here, once: a report
+that cannot be read is an InputError that names the file, what is wrong and what to do.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hopscotch_common.cli import InputError
+from hopscotch_common.report.records import (
+    CountsRun,
+    Drop,
+    Epoch,
+    Iteration,
+    Run,
+    ScaleMap,
+    ScalingRun,
+    SearchRun,
+)
+
+REMEDY = "make it again, or give a report of one of the five scripts, or param_scale.py's output folder"
+SCALE_KEY = re.compile(r"model\.layers\.(\d+)\.([bs]_scale_(?:attn|mlp))")
+
+
+def read_report(path: Path) -> Run:
+    """The run that `path` tells of: a JSON report, or a folder that holds report.json.
+
+    Raises InputError for anything else.
+    """
+    if path.is_dir():
+        names = ("report.json", "data_report.json")
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give the output folder of param_scale.py, or a report")
+    content = _read_json(path)
+    try:
+        if "iterations" in content:
+            return parse_search(content, path)
+        if "best_epoch" in content:
+            return _parse_scaling(content, path)
+        for what, key in (("answers", "prompts"), ("data", "kept")):
+            if key in content and "arguments" in content:
+                return _parse_counts(content, path, what)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else InputError(f"{path}: {error}; {REMEDY}") from error
+    raise InputError(f"{path}: not a report that can be shown; {REMEDY}")
+
+
+def parse_search(content: dict, path: Path = Path()) -> SearchRun:
+    """A report of block_selection.py, read or about to be written; ValueError says what is wrong."""
+    num_layers = _get(content, "num_layers", int)
+    iterations = tuple(
+        _parse_iteration(item, f"iterations[{number}].", num_layers)
+        for number, item in enumerate(_get(content, "iterations", Sequence))
+    )
+    if not iterations:
+        raise ValueError("iterations is empty")
+    skipped = _blocks(content, "skipped_blocks", "", num_layers)
+    data = _get(content, "data", Mapping, default={})
+    return SearchRun(
+        **_run(content, path), num_layers=num_layers, skipped=skipped, iterations=iterations, data=data
+    )
+
+
+def _parse_iteration(item: object, where: str, num_layers: int) -> Iteration:
+    dropped = {
+        block: Drop(
+            _get(drop, "after_batches", int, f"{where}dropped[{block}]."),
+            _loss(_get(drop, "mean_loss", object, f"{where}dropped[{block}]."), f"{where}dropped[{block}]"),
+        )
+        for block, drop in _by_block(item, "dropped", where, num_layers).items()
+    }
+    (block,) = _checked_blocks([_get(item, "block", object, where)], f"{where}block", num_layers)
+    return Iteration(
+        skipped_before=_blocks(item, "skipped_before", where, num_layers),
+        block=block,
+        loss=_number(item, "loss", where),
+        losses=_losses(item, "losses", where, num_layers),
+        dropped=dropped,
+        untrained=_losses(item, "untrained_losses", where, num_layers),
+        candidate_epochs=_number(item, "candidate_epochs", where),
+    )
+
+
+def _parse_scaling(content: dict, path: Path) -> ScalingRun:
+    run = _run(content, path)
+    best = _get(content, "best_epoch", int)
+    items = _get(content, "epochs", Sequence)
+    epochs, baselines = [], {}
+    for number, item in enumerate(items):
+        where = f"epochs[{number}]."
+        held_out = _get(item, "held_out", Mapping, where)
+        measures = {
+            name: _measures(value, f"{where}held_out.{name}")
+            for name, value in held_out.items()
+            if value is not None
+        }
+        epochs.append(
+            Epoch(_get(item, "epoch", int, where), _number(item, "loss", where), measures.pop("scaled", {}))
+        )
+        baselines |= measures
+    if best not in [epoch.number for epoch in epochs]:
+        raise ValueError(f"best_epoch is {best}, which epochs does not hold")
+    checkpoint = path.parent / f"{run['model']}_scaled_epoch_{best}"
+    weights = scales = None
+    if (checkpoint / "hopscotch.json").is_file() and (checkpoint / "scales.safetensors").is_file():
+        weights = _read_weights(checkpoint / "hopscotch.json")
+        scales = read_scales(checkpoint / "scales.safetensors")
+    return ScalingRun(
+        **run,
+        skipped=_blocks(content, "skipped_blocks", ""),
+        best_epoch=best,
+        epochs=tuple(epochs),
+        baselines=baselines,
+        checkpoint=checkpoint,
+        weights=weights,
+        scales=scales,
+        exports=_get(content, "exports", Mapping, default={}),
+    )
+
+
+def _read_weights(path: Path) -> dict[str, int]:
+    keys = ("parameters", "parameters_removed", "kv_cache_blocks", "kv_cache_blocks_removed")
+    try:
+        weights = _get(_read_json(path), "weights", Mapping)
+        counts = {key: _get(weights, key, int, "weights.") for key in keys}
+        if min(counts["parameters"], counts["kv_cache_blocks"]) < 1:
+            raise ValueError("weights: no parameters or no blocks")
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; {REMEDY}") from error
+    return counts
+
+
+def read_scales(path: Path) -> ScaleMap:
+    """The scales of a checkpoint's scales.safetensors; InputError where it is not one."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {REMEDY}") from error
+    found = {}
+    for key, tensor in tensors.items():
+        if (match := SCALE_KEY.fullmatch(key)) and tensor.size:
+            found[int(match[1]), match[2]] = tensor.astype(np.float64).ravel()
+    # by branch, attention first, and in it b before s
+    names = sorted({name for _, name in found}, key=lambda name: (name.split("_")[-1], name))
+    layers = sorted({layer for layer, _ in found})
+    if not found or layers != list(range(len(layers))) or len(found) != len(layers) * len(names):
+        raise InputError(f"{path}: not the scales of every layer; {REMEDY}")
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise InputError(f"{path}: a scale is not a finite number; train again at a lower --learning_rate")
+    return ScaleMap(
+        names=tuple(name.replace("_scale", "") for name in names),
+        mean=np.array([[found[layer, name].mean() for name in names] for layer in layers]),
+        spread=np.array([[found[layer, name].std() for name in names] for layer in layers]),
+        vectors=tuple(any(found[layer, name].size > 1 for layer in layers) for name in names),
+    )
+
+
+def _parse_counts(content: dict, path: Path, what: str) -> CountsRun:
+    arguments = _get(content, "arguments", Mapping)
+    figures = {
+        name: value
+        for name, value in content.items()
+        if name not in ("arguments", "versions", "script") and isinstance(value, (str, int, float))
+    }
+    model = str(arguments.get("model", "model"))
+    return CountsRun(**_run({"model": model} | content, path), what=what, figures=figures)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); {REMEDY}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a report, it holds no JSON object; {REMEDY}")
+    return content
+
+
+def _run(content: dict, path: Path) -> dict:
+    return {
+        "path": path,
+        "model": _get(content, "model", str),
+        "arguments": _get(content, "arguments", Mapping, default={}),
+        "versions": _get(content, "versions", Mapping, default={}),
+    }
+
+
+def _get(content: object, key: str, kind: type, where: str = "", default: object = None):
+    """content[key], checked to be of a kind; ValueError names it."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where.rstrip('.') or 'it'} is no JSON object")
+    if key not in content and default is not None:
+        return default
+    if key not in content:
+        raise ValueError(f"{where}{key} is missing")
+    value = content[key]
+    text_as_list = kind is Sequence and isinstance(value, str)
+    truth_as_number = kind is int and isinstance(value, bool)
+    if not isinstance(value, kind) or text_as_list or truth_as_number:
+        raise ValueError(f"{where}{key} has the wrong type, {type(value).__name__}")
+    return value
+
+
+def _number(content: object, key: str, where: str) -> float:
+    value = _loss(_get(content, key, object, where), where + key)
+    if not math.isfinite(value):
+        raise ValueError(f"{where}{key} is {value}")
+    return value
+
+
+def _loss(value: object, what: str) -> float:
+    """A loss; null is one that is not finite."""
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{what} is no number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{what} is out of range") from error
+
+
+def _measures(value: object, what: str) -> dict[str, float]:
+    """Held-out figures by measure; a plain number is a loss."""
+    named = value if isinstance(value, Mapping) else {"loss": value}
+    return {str(name): _number(named, name, f"{what}.") for name in named}
+
+
+def _by_block(content: object, key: str, where: str, num_layers: int) -> dict[int, object]:
+    """A JSON object whose keys are block indices."""
+    values = _get(content, key, Mapping, where)
+    blocks = _checked_blocks(list(values), where + key, num_layers)
+    return dict(zip(blocks, values.values(), strict=True))
+
+
+def _losses(content: object, key: str, where: str, num_layers: int) -> dict[int, float]:
+    found = _by_block(content, key, where, num_layers)
+    return {block: _loss(value, f"{where}{key}[{block}]") for block, value in sorted(found.items())}
+
+
+def _blocks(content: object, key: str, where: str, num_layers: float = math.inf) -> tuple[int, ...]:
+    return _checked_blocks(_get(content, key, Sequence, where), where + key, num_layers)
+
+
+def _checked_blocks(values: Sequence, what: str, num_layers: float) -> tuple[int, ...]:
+    blocks = []
+    for value in values:
+        if not re.fullmatch(r"[0-9]{1,9}", str(value)) or int(value) >= num_layers:
+            raise ValueError(f"{what}: {value!r} is no block of this model")
+        blocks.append(int(value))
+    return tuple(blocks)
