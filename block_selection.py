@@ -230,7 +230,7 @@ def write_results(
     } | report.describe_run(vars(arguments))
     report.write_report(output, content)
     if arguments.plot:
-        from hopscotch_common.report.plots import plot_search
+        from hopscotch_common.report.search_plots import plot_search
 
         plot_search(arguments.plot, content)
 

@@ -54,16 +54,20 @@ def main(argv: list[str] | None = None) -> int:
 
     runs = join_searches([read_report(path) for path in arguments.runs])
 
-    from hopscotch_common.report import page, plots, tables
+    from hopscotch_common.report import drawing, page, tables
 
     for run in runs:
         table = tables.summary(run)
-        print(table.text() if len(runs) == 1 else f"{run.model}: {table.title}\n{table.text()}\n")
+        print(
+            table.text()
+            if len(runs) == 1
+            else f"{tables.plain_text(run.model)}: {table.title}\n{table.text()}\n"
+        )
     if arguments.pictures:
         for number, run in enumerate(runs, 1):
             for name, figure in page.pictures(run).items():
                 path = arguments.pictures / f"{number}_{name}.{arguments.format}"
-                write_atomic(path, plots.render(figure, path.suffix))
+                write_atomic(path, drawing.render(figure, path.suffix))
                 print(path)
     write_atomic(arguments.html, page.build_page(runs))
     print(arguments.html)

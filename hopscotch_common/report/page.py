@@ -7,14 +7,14 @@ from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
-from hopscotch_common.report import plots, tables
+from hopscotch_common.report import drawing, scaling_plots, search_plots, tables
 from hopscotch_common.report.bend import RULE
 from hopscotch_common.report.records import CountsRun, Run, ScalingRun, SearchRun
 from hopscotch_common.report.tables import Table
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
-THEME = {plots.INK: "--ink", plots.MUTED: "--muted", plots.FAINT: "--faint", plots.PAPER: "--paper"}
+THEME = {drawing.INK: "--ink", drawing.MUTED: "--muted", drawing.FAINT: "--faint", drawing.PAPER: "--paper"}
 NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+( ± [\d.]+)?")
 
 STYLE = """
@@ -54,7 +54,8 @@ CAPTIONS = {
 
 def build_page(runs: Sequence[Run]) -> str:
     """The page, as HTML; runs in the order given."""
-    models = ", ".join(dict.fromkeys(_text(run.model) for run in runs))
+    named = [run for run in runs if not isinstance(run, CountsRun)] or runs
+    models = ", ".join(dict.fromkeys(_text(run.model) for run in named))
     sections = "\n".join(_section(run, number) for number, run in enumerate(runs, 1))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -79,11 +80,11 @@ def build_page(runs: Sequence[Run]) -> str:
 def pictures(run: Run) -> dict[str, Figure]:
     """The pictures of a run, by name; none where there is nothing to draw."""
     if isinstance(run, SearchRun):
-        found = {"candidates": plots.search_figure(run)}
-        return found | ({"blocks": plots.blocks_figure(run)} if len(run.iterations) > 1 else {})
+        found = {"candidates": search_plots.search_figure(run)}
+        return found | ({"blocks": search_plots.blocks_figure(run)} if len(run.iterations) > 1 else {})
     if isinstance(run, ScalingRun):
-        found = {"epochs": plots.epochs_figure(run)}
-        return found | ({"scales": plots.scales_figure(run)} if run.scales is not None else {})
+        found = {"epochs": scaling_plots.epochs_figure(run)}
+        return found | ({"scales": scaling_plots.scales_figure(run)} if run.scales is not None else {})
     return {}
 
 
@@ -95,7 +96,7 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> str:
     what a screen reader says.
     """
     ElementTree.register_namespace("", SVG)
-    root = ElementTree.fromstring(plots.render(figure, ".svg"))
+    root = ElementTree.fromstring(drawing.render(figure, ".svg"))
     for metadata in root.findall(f"{{{SVG}}}metadata"):
         root.remove(metadata)
     for element in root.iter():
@@ -105,15 +106,19 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> str:
             element.set("href", "#" + prefix + element.attrib.pop(XLINK_HREF).removeprefix("#"))
         if "clip-path" in element.attrib:
             element.set("clip-path", element.attrib["clip-path"].replace("url(#", f"url(#{prefix}"))
-        if "style" in element.attrib:
-            style = element.attrib["style"].replace("url(#", f"url(#{prefix}")
-            for color, variable in THEME.items():
-                style = style.replace(color, f"var({variable})")
+        styles = [element.attrib.pop("style", "").replace("url(#", f"url(#{prefix}")]
+        styles += [
+            f"{name}: {element.attrib.pop(name)}" for name in ("fill", "stroke") if name in element.attrib
+        ]
+        style = "; ".join(filter(None, styles))
+        for color, variable in THEME.items():
+            style = style.replace(color, f"var({variable})")
+        if style:
             element.set("style", style)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     root.set("role", "img")
-    root.set("aria-label", plots.plain_text(label))
+    root.set("aria-label", tables.plain_text(label))
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -174,4 +179,4 @@ def _table(table: Table) -> str:
 
 
 def _text(value: object, most: int = 200) -> str:
-    return escape(plots.plain_text(value, most))
+    return escape(tables.plain_text(value, most))

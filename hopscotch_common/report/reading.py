@@ -25,6 +25,7 @@ from hopscotch_common.report.records import (
 )
 
 REMEDY = "make it again, or give a report of one of the five scripts, or param_scale.py's output folder"
+LARGEST = 10**15  # of any count
 SCALE_KEY = re.compile(r"model\.layers\.(\d+)\.([bs]_scale_(?:attn|mlp))")
 
 
@@ -155,7 +156,11 @@ def read_scales(path: Path) -> ScaleMap:
     # by branch, attention first, and in it b before s
     names = sorted({name for _, name in found}, key=lambda name: (name.split("_")[-1], name))
     layers = sorted({layer for layer, _ in found})
-    if not found or layers != list(range(len(layers))) or len(found) != len(layers) * len(names):
+    if (
+        "b_scale_attn" not in names
+        or layers != list(range(len(layers)))
+        or len(found) != len(layers) * len(names)
+    ):
         raise InputError(f"{path}: not the scales of every layer; {REMEDY}")
     if not all(np.isfinite(values).all() for values in found.values()):
         raise InputError(f"{path}: a scale is not a finite number; train again at a lower --learning_rate")
@@ -174,7 +179,7 @@ def _parse_counts(content: dict, path: Path, what: str) -> CountsRun:
         for name, value in content.items()
         if name not in ("arguments", "versions", "script") and isinstance(value, (str, int, float))
     }
-    model = str(arguments.get("model", "model"))
+    model = Path(str(arguments.get("model", "model"))).name  # of an id or a folder, the last part
     return CountsRun(**_run({"model": model} | content, path), what=what, figures=figures)
 
 
@@ -212,6 +217,8 @@ def _get(content: object, key: str, kind: type, where: str = "", default: object
     truth_as_number = kind is int and isinstance(value, bool)
     if not isinstance(value, kind) or text_as_list or truth_as_number:
         raise ValueError(f"{where}{key} has the wrong type, {type(value).__name__}")
+    if kind is int and not 0 <= value < LARGEST:
+        raise ValueError(f"{where}{key} is out of range")
     return value
 
 

@@ -9,9 +9,17 @@ from hopscotch_common.report.bend import find_bend
 from hopscotch_common.report.records import CountsRun, Run, ScalingRun, SearchRun
 
 
+def plain_text(name: object, most: int = 70) -> str:
+    """A name as one printable line of at most so many characters."""
+    line = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(name)
+    )
+    return line if len(line) <= most else f"{line[: most // 2 - 1]}…{line[-most // 2 :]}"
+
+
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. header: one cell a column, or none; numeric columns are set to the right."""
+    """Cells as they are in the reports. header: one cell a column, or none for names and values."""
 
     title: str
     rows: tuple[tuple[str, ...], ...]
@@ -19,7 +27,8 @@ class Table:
 
     def text(self) -> str:
         """Aligned columns, two spaces apart."""
-        lines = [self.header, *self.rows] if self.header else list(self.rows)
+        rows = [self.header, *self.rows] if self.header else self.rows
+        lines = [tuple(plain_text(cell, 1000) for cell in row) for row in rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
         def line(cells: tuple[str, ...]) -> str:
