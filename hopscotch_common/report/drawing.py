@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hopscotch_common.report.records import Run
+from hopscotch_common.report.tables import plain_text
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -56,11 +57,11 @@ STYLE = {
 
 
 UNITS = {
-    "loss": "cross entropy (nats per token)",
-    "ce": "cross entropy (nats per token)",
-    "cross_entropy": "cross entropy (nats per token)",
-    "kl": "KL divergence (nats per token)",
-    "agreement": "agreement with the original (share of tokens)",
+    "loss": "cross entropy\n(nats per token)",
+    "ce": "cross entropy\n(nats per token)",
+    "cross_entropy": "cross entropy\n(nats per token)",
+    "kl": "KL divergence\n(nats per token)",
+    "agreement": "agreement with the original\n(share of tokens)",
 }
 
 
@@ -87,6 +88,11 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
             return draw(*arguments, **options)
 
     return in_style
+
+
+def add_title(figure: Figure, run: Run, what: str) -> None:
+    """The model's name and what is shown, at the upper left."""
+    figure.suptitle(f"{plain_text(run.model, 40)}: {what}", x=0.01, ha="left")
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:

@@ -37,7 +37,7 @@ th { font-weight: 600; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .named td { overflow-wrap: anywhere; min-width: 8rem; }
 figure { margin: 1.25rem 0; }
-figure svg { display: block; width: 100%; min-width: 32rem; max-width: 50rem; height: auto; }
+figure svg { display: block; width: 100%; min-width: 28rem; max-width: 50rem; height: auto; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; }
 """
@@ -138,7 +138,7 @@ def _section(run: Run, number: int) -> str:
     for name, figure in pictures(run).items():
         svg = inline_svg(figure, f"run{number}-{name}-", f"{run.model}: {name}")
         caption = f"<figcaption>{escape(CAPTIONS[name])}</figcaption>"
-        parts.append(f'<figure><div class="scroll">{svg}</div>{caption}</figure>')
+        parts.append(f'<figure><div class="scroll" tabindex="0">{svg}</div>{caption}</figure>')
     more = [tables.arguments(run), tables.versions(run)]
     if isinstance(run, ScalingRun):
         if run.scales is not None:

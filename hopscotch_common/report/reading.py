@@ -113,6 +113,7 @@ def _parse_scaling(content: dict, path: Path) -> ScalingRun:
     if (checkpoint / "hopscotch.json").is_file() and (checkpoint / "scales.safetensors").is_file():
         weights = _read_weights(checkpoint / "hopscotch.json")
         scales = read_scales(checkpoint / "scales.safetensors")
+        _blocks(content, "skipped_blocks", "", len(scales.mean))
     return ScalingRun(
         **run,
         skipped=_blocks(content, "skipped_blocks", ""),

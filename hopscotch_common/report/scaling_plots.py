@@ -23,12 +23,15 @@ from hopscotch_common.report.drawing import (
     UNITS,
     VERMILION,
     WIDTH,
+    add_title,
     legend_below,
     loss_label,
     styled,
 )
 from hopscotch_common.report.records import ScalingRun
 from hopscotch_common.report.tables import plain_text
+
+COLOR_STEPS = 31  # of a colour bar: odd, so that 1 has a colour of its own
 
 
 @styled
@@ -62,29 +65,39 @@ def epochs_figure(run: ScalingRun) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(min(numbers) - 0.4, max(numbers) + 0.4)
     panels[-1].set_xlabel("epoch (counted from 0)")
-    figure.suptitle(f"{plain_text(run.model)}: training of the scales", x=0.01, ha="left")
+    add_title(figure, run, "training of the scales")
     legend_below(figure, panels)
     return figure
 
 
 def _draw_baselines(axes: Axes, run: ScalingRun, measure: str) -> None:
-    """Held-out figures of the original and the unscaled model as lines.
+    """Held-out figures of the original and the unscaled model as lines, with their values.
 
-    Where the unscaled one lies so far off that it would squeeze all else, only the legend tells it.
+    Where the unscaled one lies so far off that it would squeeze all else, only its value is shown.
     """
 
     def draw(name: str, label: str, **look) -> float | None:
         value = run.baselines.get(name, {}).get(measure)
         if value is not None:
-            axes.axhline(value, linewidth=1.4, label=f"held out, {label}: {value:.4f}", **look)
+            axes.axhline(value, linewidth=1.4, label=f"held out, {label}", **look)
         return value
 
-    draw("original", "original model", color=INK, linestyle="--")
+    def write(value: float, at: float, tail: str = "") -> None:
+        place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(f"{value:.4f}{tail}", (1, at), (4, 0), **place)
+
+    original = draw("original", "original model", color=INK, linestyle="--")
     low, high = axes.get_ylim()
-    value = draw("unscaled", "skips without scales", color=GREY, linestyle="-.")
-    if value is not None and not low - 4 * (high - low) <= value <= high + 4 * (high - low):
-        axes.lines[-1].set_label(f"{axes.lines[-1].get_label()} (outside)")
+    unscaled = draw("unscaled", "skips without scales", color=GREY, linestyle="-.")
+    if original is not None:
+        write(original, original)
+    if unscaled is None:
+        return
+    if low - 4 * (high - low) <= unscaled <= high + 4 * (high - low):
+        write(unscaled, unscaled)
+    else:
         axes.set_ylim(low, high)
+        write(unscaled, *((high, " ↑") if unscaled > high else (low, " ↓")))
 
 
 @styled
@@ -96,50 +109,50 @@ def scales_figure(run: ScalingRun) -> Figure:
     """
     scales = run.scales
     assert scales is not None, "a run whose checkpoint is gone has no map"
-    mean = scales.mean.T  # [names, layers]
-    columns = {name: row for row, name in enumerate(scales.names)}
-    shown = np.ma.masked_array(mean, np.zeros_like(mean, dtype=bool))
-    for block in run.skipped:
-        if block < mean.shape[1]:
-            shown[columns["b_attn"], block] = np.ma.masked
-    reach = max(float(np.abs(shown - 1).max()), 0.01) if shown.count() else 0.01
-    with_spread = [row for row, is_vector in enumerate(scales.vectors) if is_vector]
-    heights = [len(scales.names)] + ([len(with_spread)] if with_spread else [])
+    not_trained = np.zeros(scales.mean.T.shape, dtype=bool)  # [names, layers], as all that is drawn
+    not_trained[scales.names.index("b_attn"), list(run.skipped)] = True
+    mean = np.ma.masked_array(scales.mean.T, not_trained)
+    spread = np.ma.masked_array(scales.spread.T, not_trained)[list(scales.vectors)]
+    heights = [len(mean), len(spread)] if len(spread) else [len(mean)]
     figure = Figure(figsize=(WIDTH, 1.5 + 0.36 * sum(heights) + 0.5 * len(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    bars = "mean over channels" if with_spread else "value of the scale"
-    norm = TwoSlopeNorm(1.0, 1 - reach, 1 + reach)
-    _heat_map(figure, panels[0], shown, scales.names, mpl.colormaps["PuOr"].resampled(31), norm, bars)
-    for row, layer in np.argwhere((shown < 1).filled(False)):
-        color = ON_DARK if shown[row, layer] < 1 - 0.6 * reach else ON_LIGHT
-        panels[0].text(layer, row, "−", ha="center", va="center", fontsize=8, color=color)
-    for block in run.skipped:
-        hatched = dict(facecolor=PAPER, edgecolor=MUTED, hatch="//////", linewidth=0.8)
-        panels[0].add_patch(Rectangle((block - 0.5, columns["b_attn"] - 0.5), 1, 1, **hatched))
-    if with_spread:
-        names = [scales.names[row] for row in with_spread]
-        spread = scales.spread.T[with_spread]
-        _heat_map(
-            figure,
-            panels[1],
-            spread,
-            names,
-            mpl.colormaps["cividis"].resampled(31),
-            None,
-            "spread (st. dev.)",
-        )
-    skipped = ", ".join(map(str, run.skipped)) or "none"
-    panels[-1].set_xlabel(f"decoder layer (hatched: attention skipped: {plain_text(skipped, 50)})")
+    _draw_means(figure, panels[0], mean, scales.names, "mean over channels" if len(spread) else "value")
+    if len(spread):
+        names = [name for name, is_vector in zip(scales.names, scales.vectors, strict=True) if is_vector]
+        colors = mpl.colormaps["cividis"].resampled(COLOR_STEPS)
+        _draw_heat_map(figure, panels[1], spread, names, "spread (st. dev.)", cmap=colors)
+    skipped = plain_text(", ".join(map(str, run.skipped)) or "none", 50)
+    panels[-1].set_xlabel(f"decoder layer (hatched: attention skipped: {skipped})")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_title(f"{plain_text(run.model)}: scales after epoch {run.best_epoch} (−: below 1)")
+    add_title(figure, run, f"scales after epoch {run.best_epoch} (−: below 1)")
     return figure
 
 
-def _heat_map(figure: Figure, axes: Axes, values, names: Iterable[str], colors, norm, label: str) -> None:
-    """Cells [names, layers] around whole numbers, the first name on top, with a colour bar."""
+def _draw_means(
+    figure: Figure, axes: Axes, mean: np.ma.MaskedArray, names: Iterable[str], label: str
+) -> None:
+    """A heat map whose colours diverge from 1, with a minus on every value below it."""
+    reach = max([0.01, *np.abs(mean - 1).compressed()])  # untrained scales are not to look like trained ones
+    look = dict(
+        cmap=mpl.colormaps["PuOr"].resampled(COLOR_STEPS), norm=TwoSlopeNorm(1.0, 1 - reach, 1 + reach)
+    )
+    _draw_heat_map(figure, axes, mean, names, label, **look)
+    size = min(8, 330 / mean.shape[1])  # a minus is narrower than its cell
+    for row, layer in np.argwhere((mean < 1).filled(False)):
+        color = ON_DARK if mean[row, layer] < 1 - 0.6 * reach else ON_LIGHT
+        axes.text(layer, row, "−", ha="center", va="center", fontsize=size, color=color)
+
+
+def _draw_heat_map(
+    figure: Figure, axes: Axes, values: np.ma.MaskedArray, names: Iterable[str], label: str, **look
+) -> None:
+    """Cells [names, layers] around whole numbers, the first name on top; what is masked is hatched."""
     rows, layers = values.shape
     edges = np.arange(layers + 1) - 0.5, np.arange(rows + 1) - 0.5
-    cells = axes.pcolormesh(*edges, values, cmap=colors, norm=norm, edgecolors=PAPER, linewidth=0.5)
+    cells = axes.pcolormesh(*edges, values, edgecolors=PAPER, linewidth=0.5, **look)
+    for row, layer in np.argwhere(np.ma.getmaskarray(values)):
+        hatched = dict(facecolor=PAPER, edgecolor=MUTED, hatch="//////", linewidth=0.8)
+        axes.add_patch(Rectangle((layer - 0.5, row - 0.5), 1, 1, **hatched))
     axes.invert_yaxis()
     axes.set_yticks(range(rows), names)
     axes.tick_params(length=0)

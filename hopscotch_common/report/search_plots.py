@@ -20,6 +20,7 @@ from hopscotch_common.report.drawing import (
     PAPER,
     VERMILION,
     WIDTH,
+    add_title,
     legend_below,
     loss_label,
     render,
@@ -27,7 +28,6 @@ from hopscotch_common.report.drawing import (
 )
 from hopscotch_common.report.reading import parse_search
 from hopscotch_common.report.records import Iteration, SearchRun
-from hopscotch_common.report.tables import plain_text
 
 
 def plot_search(path: Path, report: dict) -> None:
@@ -47,7 +47,7 @@ def search_figure(run: SearchRun) -> Figure:
     before any training are crosses.
     """
     count = len(run.iterations)
-    figure = Figure(figsize=(WIDTH, 1.35 + 1.75 * count), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.35 + max(2.2, 1.75 * count)), layout="constrained")
     panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     for axes, iteration in zip(panels, run.iterations, strict=True):
         _draw_candidates(axes, iteration)
@@ -55,7 +55,7 @@ def search_figure(run: SearchRun) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[-1].set_xlabel("attention block (decoder layer, counted from 0)")
     figure.supylabel(loss_label(run), fontsize=10)
-    figure.suptitle(f"{plain_text(run.model)}: loss of each candidate", x=0.01, ha="left")
+    add_title(figure, run, "loss of each candidate")
     legend_below(figure, panels)
     return figure
 
@@ -63,8 +63,8 @@ def search_figure(run: SearchRun) -> Figure:
 def _draw_candidates(axes: Axes, iteration: Iteration) -> None:
     fallen = {block: drop for block, drop in iteration.dropped.items() if drop.after_batches > 0}
     others = {block: loss for block, loss in iteration.losses.items() if block != iteration.block}
-    of_fallen = {block: drop.loss for block, drop in fallen.items()}
-    top = _top([iteration.loss, *others.values(), *of_fallen.values(), *iteration.untrained.values()])
+    of_fallen = [drop.loss for drop in fallen.values()]
+    top = _top([iteration.loss, *others.values(), *of_fallen, *iteration.untrained.values()])
 
     for block in iteration.skipped_before:
         label = "skipped already"
@@ -72,14 +72,17 @@ def _draw_candidates(axes: Axes, iteration: Iteration) -> None:
             block - 0.4, block + 0.4, facecolor="none", edgecolor=FAINT, hatch="////", lw=0, label=label
         )
     _points(axes, iteration.untrained, top, label="before training", marker="x", color=GREY, markersize=5)
-    ring = dict(marker="o", color=GREY, markersize=12, markerfacecolor=PAPER, markeredgewidth=1.1)
-    _points(axes, of_fallen, top, label="dropped after so many batches: mean loss until then", **ring)
-    for block, drop in fallen.items():
+    label = "dropped after so many batches: mean loss until then"
+    ring = dict(
+        marker="o", color=GREY, markersize=11, markerfacecolor=PAPER, markeredgewidth=1.1, label=label
+    )
+    for order, (block, drop) in enumerate(fallen.items()):
+        above_last = 3 + order * 1e-3  # a ring hides the number of one that it overlaps, too
+        _points(axes, {block: drop.loss}, top, zorder=above_last, **ring)
         if drop.loss <= top:
             size = 7 if drop.after_batches < 100 else 5
-            axes.text(
-                block, drop.loss, drop.after_batches, ha="center", va="center", fontsize=size, color=INK
-            )
+            number = dict(ha="center", va="center", fontsize=size, zorder=above_last)
+            axes.text(block, drop.loss, drop.after_batches, **number)
     _points(axes, others, top, label="whole epoch", marker="o", color=BLUE, markersize=5.5)
     pick = dict(
         marker="*", color=VERMILION, markersize=13, markeredgecolor=INK, markeredgewidth=0.6, zorder=4
@@ -118,16 +121,8 @@ def blocks_figure(run: SearchRun) -> Figure:
     axes = figure.subplots()
     axes.plot(list(losses), list(losses.values()), marker="o", color=BLUE, markersize=6)
     for iteration in run.iterations:
-        place = (iteration.count, iteration.loss)
-        axes.annotate(
-            str(iteration.block),
-            place,
-            (0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=MUTED,
-        )
+        beside = dict(textcoords="offset points", ha="right", fontsize=8, color=MUTED)
+        axes.annotate(str(iteration.block), (iteration.count, iteration.loss), (-3, 5), **beside)
     if bend is not None:
         axes.axvline(bend, color=VERMILION, linestyle="--", linewidth=1.2, zorder=1)
         axes.plot([bend], [losses[bend]], marker="D", color=VERMILION, markersize=8, markeredgecolor=INK)
@@ -142,7 +137,7 @@ def blocks_figure(run: SearchRun) -> Figure:
         )
     axes.set_xlabel("attention blocks skipped (small numbers: the block picked)")
     axes.set_ylabel(f"loss of the pick:\n{loss_label(run)}")
-    axes.set_title(f"{plain_text(run.model)}: loss over blocks skipped" + ("" if bend else " (no bend)"))
+    add_title(figure, run, "loss over blocks skipped" + ("" if bend else " (no bend)"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(min(losses) - 0.6, max(losses) + 0.6)
     axes.margins(y=0.14)
