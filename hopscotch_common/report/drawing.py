@@ -92,7 +92,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def add_title(figure: Figure, run: Run, what: str) -> None:
     """The model's name and what is shown, at the upper left."""
-    figure.suptitle(f"{plain_text(run.model, 40)}: {what}", x=0.01, ha="left")
+    figure.suptitle(f"{plain_text(run.model, 32)}: {what}", x=0.01, ha="left")
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:

@@ -5,7 +5,6 @@ that cannot be read is an InputError that names the file, what is wrong and what
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hopscotch_common.cli import InputError
+from hopscotch_common.report import fields
 from hopscotch_common.report.records import (
     CountsRun,
     Drop,
@@ -25,7 +25,6 @@ from hopscotch_common.report.records import (
 )
 
 REMEDY = "make it again, or give a report of one of the five scripts, or param_scale.py's output folder"
-LARGEST = 10**15  # of any count
 SCALE_KEY = re.compile(r"model\.layers\.(\d+)\.([bs]_scale_(?:attn|mlp))")
 
 
@@ -48,22 +47,24 @@ def read_report(path: Path) -> Run:
         for what, key in (("answers", "prompts"), ("data", "kept")):
             if key in content and "arguments" in content:
                 return _parse_counts(content, path, what)
+    except InputError:  # of a file beside the report
+        raise
     except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(f"{path}: {error}; {REMEDY}") from error
+        raise InputError(f"{path}: {error}; {REMEDY}") from error
     raise InputError(f"{path}: not a report that can be shown; {REMEDY}")
 
 
 def parse_search(content: dict, path: Path = Path()) -> SearchRun:
     """A report of block_selection.py, read or about to be written; ValueError says what is wrong."""
-    num_layers = _get(content, "num_layers", int)
+    num_layers = fields.get(content, "num_layers", int)
     iterations = tuple(
         _parse_iteration(item, f"iterations[{number}].", num_layers)
-        for number, item in enumerate(_get(content, "iterations", Sequence))
+        for number, item in enumerate(fields.get(content, "iterations", Sequence))
     )
     if not iterations:
         raise ValueError("iterations is empty")
-    skipped = _blocks(content, "skipped_blocks", "", num_layers)
-    data = _get(content, "data", Mapping, default={})
+    skipped = fields.blocks(content, "skipped_blocks", "", num_layers)
+    data = fields.get(content, "data", Mapping, default={})
     return SearchRun(
         **_run(content, path), num_layers=num_layers, skipped=skipped, iterations=iterations, data=data
     )
@@ -72,40 +73,33 @@ def parse_search(content: dict, path: Path = Path()) -> SearchRun:
 def _parse_iteration(item: object, where: str, num_layers: int) -> Iteration:
     dropped = {
         block: Drop(
-            _get(drop, "after_batches", int, f"{where}dropped[{block}]."),
-            _loss(_get(drop, "mean_loss", object, f"{where}dropped[{block}]."), f"{where}dropped[{block}]"),
+            fields.get(drop, "after_batches", int, f"{where}dropped[{block}]."),
+            fields.loss(
+                fields.get(drop, "mean_loss", object, f"{where}dropped[{block}]."), f"{where}dropped[{block}]"
+            ),
         )
-        for block, drop in _by_block(item, "dropped", where, num_layers).items()
+        for block, drop in fields.by_block(item, "dropped", where, num_layers).items()
     }
-    (block,) = _checked_blocks([_get(item, "block", object, where)], f"{where}block", num_layers)
+    (block,) = fields.checked_blocks([fields.get(item, "block", object, where)], f"{where}block", num_layers)
     return Iteration(
-        skipped_before=_blocks(item, "skipped_before", where, num_layers),
+        skipped_before=fields.blocks(item, "skipped_before", where, num_layers),
         block=block,
-        loss=_number(item, "loss", where),
-        losses=_losses(item, "losses", where, num_layers),
+        loss=fields.number(item, "loss", where),
+        losses=fields.losses(item, "losses", where, num_layers),
         dropped=dropped,
-        untrained=_losses(item, "untrained_losses", where, num_layers),
-        candidate_epochs=_number(item, "candidate_epochs", where),
+        untrained=fields.losses(item, "untrained_losses", where, num_layers),
+        candidate_epochs=fields.number(item, "candidate_epochs", where),
     )
 
 
 def _parse_scaling(content: dict, path: Path) -> ScalingRun:
     run = _run(content, path)
-    best = _get(content, "best_epoch", int)
-    items = _get(content, "epochs", Sequence)
+    best = fields.get(content, "best_epoch", int)
     epochs, baselines = [], {}
-    for number, item in enumerate(items):
-        where = f"epochs[{number}]."
-        held_out = _get(item, "held_out", Mapping, where)
-        measures = {
-            name: _measures(value, f"{where}held_out.{name}")
-            for name, value in held_out.items()
-            if value is not None
-        }
-        epochs.append(
-            Epoch(_get(item, "epoch", int, where), _number(item, "loss", where), measures.pop("scaled", {}))
-        )
-        baselines |= measures
+    for place, item in enumerate(fields.get(content, "epochs", Sequence)):
+        epoch, compared = _parse_epoch(item, f"epochs[{place}].")
+        epochs.append(epoch)
+        baselines |= compared
     if best not in [epoch.number for epoch in epochs]:
         raise ValueError(f"best_epoch is {best}, which epochs does not hold")
     checkpoint = path.parent / f"{run['model']}_scaled_epoch_{best}"
@@ -113,29 +107,40 @@ def _parse_scaling(content: dict, path: Path) -> ScalingRun:
     if (checkpoint / "hopscotch.json").is_file() and (checkpoint / "scales.safetensors").is_file():
         weights = _read_weights(checkpoint / "hopscotch.json")
         scales = read_scales(checkpoint / "scales.safetensors")
-        _blocks(content, "skipped_blocks", "", len(scales.mean))
+        fields.blocks(content, "skipped_blocks", "", len(scales.mean))
     return ScalingRun(
         **run,
-        skipped=_blocks(content, "skipped_blocks", ""),
+        skipped=fields.blocks(content, "skipped_blocks", ""),
         best_epoch=best,
         epochs=tuple(epochs),
         baselines=baselines,
         checkpoint=checkpoint,
         weights=weights,
         scales=scales,
-        exports=_get(content, "exports", Mapping, default={}),
+        exports=fields.get(content, "exports", Mapping, default={}),
     )
+
+
+def _parse_epoch(item: object, where: str) -> tuple[Epoch, dict[str, dict[str, float]]]:
+    """The epoch, and the held-out figures of the models that it is compared with."""
+    held_out = {
+        name: fields.measures_of(value, f"{where}held_out.{name}")
+        for name, value in fields.get(item, "held_out", Mapping, where).items()
+        if value is not None
+    }
+    scaled = held_out.pop("scaled", {})
+    number = fields.get(item, "epoch", int, where)
+    return Epoch(number, fields.number(item, "loss", where), scaled), held_out
 
 
 def _read_weights(path: Path) -> dict[str, int]:
     keys = ("parameters", "parameters_removed", "kv_cache_blocks", "kv_cache_blocks_removed")
+    content = _read_json(path)
     try:
-        weights = _get(_read_json(path), "weights", Mapping)
-        counts = {key: _get(weights, key, int, "weights.") for key in keys}
+        weights = fields.get(content, "weights", Mapping)
+        counts = {key: fields.get(weights, key, int, "weights.") for key in keys}
         if min(counts["parameters"], counts["kv_cache_blocks"]) < 1:
             raise ValueError("weights: no parameters or no blocks")
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(f"{path}: {error}; {REMEDY}") from error
     return counts
@@ -174,7 +179,7 @@ def read_scales(path: Path) -> ScaleMap:
 
 
 def _parse_counts(content: dict, path: Path, what: str) -> CountsRun:
-    arguments = _get(content, "arguments", Mapping)
+    arguments = fields.get(content, "arguments", Mapping)
     figures = {
         name: value
         for name, value in content.items()
@@ -199,75 +204,7 @@ def _read_json(path: Path) -> dict:
 def _run(content: dict, path: Path) -> dict:
     return {
         "path": path,
-        "model": _get(content, "model", str),
-        "arguments": _get(content, "arguments", Mapping, default={}),
-        "versions": _get(content, "versions", Mapping, default={}),
+        "model": fields.get(content, "model", str),
+        "arguments": fields.get(content, "arguments", Mapping, default={}),
+        "versions": fields.get(content, "versions", Mapping, default={}),
     }
-
-
-def _get(content: object, key: str, kind: type, where: str = "", default: object = None):
-    """content[key], checked to be of a kind; ValueError names it."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where.rstrip('.') or 'it'} is no JSON object")
-    if key not in content and default is not None:
-        return default
-    if key not in content:
-        raise ValueError(f"{where}{key} is missing")
-    value = content[key]
-    text_as_list = kind is Sequence and isinstance(value, str)
-    truth_as_number = kind is int and isinstance(value, bool)
-    if not isinstance(value, kind) or text_as_list or truth_as_number:
-        raise ValueError(f"{where}{key} has the wrong type, {type(value).__name__}")
-    if kind is int and not 0 <= value < LARGEST:
-        raise ValueError(f"{where}{key} is out of range")
-    return value
-
-
-def _number(content: object, key: str, where: str) -> float:
-    value = _loss(_get(content, key, object, where), where + key)
-    if not math.isfinite(value):
-        raise ValueError(f"{where}{key} is {value}")
-    return value
-
-
-def _loss(value: object, what: str) -> float:
-    """A loss; null is one that is not finite."""
-    if value is None:
-        return math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{what} is no number")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError(f"{what} is out of range") from error
-
-
-def _measures(value: object, what: str) -> dict[str, float]:
-    """Held-out figures by measure; a plain number is a loss."""
-    named = value if isinstance(value, Mapping) else {"loss": value}
-    return {str(name): _number(named, name, f"{what}.") for name in named}
-
-
-def _by_block(content: object, key: str, where: str, num_layers: int) -> dict[int, object]:
-    """A JSON object whose keys are block indices."""
-    values = _get(content, key, Mapping, where)
-    blocks = _checked_blocks(list(values), where + key, num_layers)
-    return dict(zip(blocks, values.values(), strict=True))
-
-
-def _losses(content: object, key: str, where: str, num_layers: int) -> dict[int, float]:
-    found = _by_block(content, key, where, num_layers)
-    return {block: _loss(value, f"{where}{key}[{block}]") for block, value in sorted(found.items())}
-
-
-def _blocks(content: object, key: str, where: str, num_layers: float = math.inf) -> tuple[int, ...]:
-    return _checked_blocks(_get(content, key, Sequence, where), where + key, num_layers)
-
-
-def _checked_blocks(values: Sequence, what: str, num_layers: float) -> tuple[int, ...]:
-    blocks = []
-    for value in values:
-        if not re.fullmatch(r"[0-9]{1,9}", str(value)) or int(value) >= num_layers:
-            raise ValueError(f"{what}: {value!r} is no block of this model")
-        blocks.append(int(value))
-    return tuple(blocks)
