@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSON report (default: {model}_block_selection.json); the journal stands beside it",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the whole-epoch losses (PNG, PDF or SVG)"
+        "--plot", type=Path, metavar="FILE", help="also draw every candidate's loss (PNG, PDF or SVG)"
     )
     return parser
 

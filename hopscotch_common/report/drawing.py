@@ -15,12 +15,10 @@ from matplotlib.figure import Figure
 from hopscotch_common.report.records import Run
 from hopscotch_common.report.tables import plain_text
 
-FORMATS = (".png", ".pdf", ".svg")
-
 # A page may give these four other values in a dark window.
 INK, MUTED, FAINT, PAPER = "#1a1a1a", "#6a6a6a", "#dcdcdc", "#ffffff"
 ON_LIGHT, ON_DARK = "#000001", "#fffffe"  # on a coloured cell, whatever the window
-BLUE, VERMILION, ORANGE, GREY = "#0072b2", "#d55e00", "#e69f00", "#8c8c8c"
+BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#8c8c8c"
 
 WIDTH = 7.0  # inches
 STYLE = {
@@ -34,7 +32,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "figure.facecolor": PAPER,
-    "figure.titlesize": 11,
+    "figure.titlesize": 10,
     "font.family": "sans-serif",
     "font.size": 10,
     "grid.color": FAINT,
@@ -92,7 +90,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def add_title(figure: Figure, run: Run, what: str) -> None:
     """The model's name and what is shown, at the upper left."""
-    figure.suptitle(f"{plain_text(run.model, 32)}: {what}", x=0.01, ha="left")
+    figure.suptitle(f"{plain_text(run.model, 28)}: {what}", x=0.01, ha="left")
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
