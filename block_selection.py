@@ -20,7 +20,7 @@ from pathlib import Path
 from hopscotch_common import cli, files
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.models import load_model, read_config
-from hopscotch_common.report import describe_run, plot_losses
+from hopscotch_common.report.runs import describe_run
 
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSON report (default: {model}_block_selection.json); the journal stands beside it",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw the whole-epoch losses (PNG, PDF or SVG)"
+        "--plot", type=Path, metavar="FILE", help="also draw every candidate's loss (PNG, PDF or SVG)"
     )
     return parser
 
@@ -246,7 +246,9 @@ def write_results(
     } | describe_run(vars(arguments))
     files.write_json(output, content)
     if arguments.plot:
-        plot_losses(arguments.plot, content["iterations"], f"{arguments.model.name}: candidates by loss")
+        from hopscotch_common.report.search_plots import plot_search  # matplotlib takes a second
+
+        plot_search(arguments.plot, content)
 
 
 if __name__ == "__main__":

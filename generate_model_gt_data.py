@@ -29,7 +29,7 @@ from hopscotch_common.answers.partial import PartialAnswers
 from hopscotch_common.answers.prompts import HUB_PROMPTS, LOCAL_PROMPTS, find_prompts, tokenize
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.models import ModelRef, load_tokenizer, read_config
-from hopscotch_common.report import describe_run
+from hopscotch_common.report.runs import describe_run
 
 
 def output_paths(output_file: Path | None, model: ModelRef) -> tuple[Path, Path, Path]:

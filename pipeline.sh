@@ -47,4 +47,5 @@ say "4b. the same skips without training"
 python "$here/unscaled_ckpt.py" --model "$model" --blocks_to_skip "${name}_block_selection.json"
 
 say "what came of it"
-PYTHONPATH="$here" python -m hopscotch_common.report "scaled_${name}_ckpts"
+PYTHONPATH="$here" python -m hopscotch_common.report "${name}_math_final_report.json" \
+    "data/$name-processed-data" "${name}_block_selection.json" "scaled_${name}_ckpts"

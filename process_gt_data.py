@@ -22,7 +22,7 @@ from hopscotch_common import cli, files
 from hopscotch_common.answers.prompts import check_messages, render
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.models import load_tokenizer, read_config
-from hopscotch_common.report import describe_run
+from hopscotch_common.report.runs import describe_run
 
 MIN_SEQ_LEN = 20  # instructlab-training drops what is shorter
 RESERVED = "<|UNMASK_"  # instructlab-training's marks around what the loss counts

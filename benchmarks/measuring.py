@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hopscotch_common.files import write_json  # noqa: E402
-from hopscotch_common.report import package_versions  # noqa: E402
+from hopscotch_common.report.runs import package_versions  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -67,7 +67,7 @@ def byte_tokenizer():
     )
 
 
-PROGRESS_BAR = re.compile(r"\[\d\d:\d\d.*(/\w+| \w+/s)\]$")
+PROGRESS_BAR = re.compile(r"\[\d\d:\d\d.*/ ?\w+\]$")
 
 
 def check_refused(script, arguments, message: str, capsys) -> None:

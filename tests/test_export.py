@@ -241,7 +241,9 @@ def test_scales_that_cannot_be_folded_are_refused(tmp_path, base, column, value)
     values = random_scales(0, 0.9, 1.1)
     values[2, column] = value
     checkpoint = save(tmp_path, base("llama"), [1], values)
-    with pytest.raises(InputError, match=f"{SCALE_NAMES[column]} of layer 2 is|layers.2.{SCALE_NAMES[column]} is"):
+    with pytest.raises(
+        InputError, match=f"{SCALE_NAMES[column]} of layer 2 is|layers.2.{SCALE_NAMES[column]} is"
+    ):
         formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 

@@ -44,7 +44,9 @@ def test_fewer_go_on_the_more_batches_were_seen():
     assert race.longest(10, 7, processes=4) == 2 * 2.5 + 1.25 + 1 + 1 + 1 + 0.5
     assert schedule.FULL.longest(10, 12) == 120
     # Screening ten on two batches costs seven batches, three are left.
-    assert Schedule(2, math.inf, screening=0.3).longest(10, 7) == pytest.approx(20 / 3 + 2 * 3 + 3 + 3 + 3 + 3 + 2)
+    assert Schedule(2, math.inf, screening=0.3).longest(10, 7) == pytest.approx(
+        20 / 3 + 2 * 3 + 3 + 3 + 3 + 3 + 2
+    )
 
 
 def test_the_default_race_is_bounded_whatever_the_data():

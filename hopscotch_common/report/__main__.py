@@ -1,0 +1,80 @@
+"""Show what runs came to: short tables on stdout, and all of it on one HTML page.
+
+    python -m hopscotch_common.report scaled_smollm_ckpts
+    python -m hopscotch_common.report smollm_math_final_report.json \\
+        data/smollm-processed-data/data_report.json smollm_block_selection.json scaled_smollm_ckpts \\
+        --html smollm.html
+    python -m hopscotch_common.report smollm_block_selection.json --pictures pictures --format pdf
+
+The page needs neither this project nor a network. Its path is the last line on stdout.
+"""
+
+import sys
+from pathlib import Path
+
+from hopscotch_common.cli import ArgumentParser, command
+from hopscotch_common.errors import InputError
+from hopscotch_common.files import check_writable, write_atomic
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a JSON report of one of the scripts, or the output folder of param_scale.py",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page; one that is there is replaced",
+    )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="also write each picture as a file of its own into it"
+    )
+    parser.add_argument("--format", choices=["png", "pdf", "svg"], default="png", help="of those files")
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    check_writable(arguments.html.parent)
+    if arguments.html.is_dir():
+        raise InputError(f"--html {arguments.html}: is a folder; name a file")
+    if arguments.html.suffix.lower() not in (".html", ".htm"):  # so that no report is overwritten
+        raise InputError(f"--html {arguments.html}: give a file name that ends in .html")
+    if arguments.pictures:
+        check_writable(arguments.pictures)
+
+    from hopscotch_common.report.reading import read_report
+    from hopscotch_common.report.records import join_searches
+
+    runs = join_searches([read_report(path) for path in arguments.runs])
+
+    from hopscotch_common.report import drawing, page, tables
+
+    for run in runs:
+        table = tables.summary(run)
+        print(
+            table.text()
+            if len(runs) == 1
+            else f"{tables.plain_text(run.model)}: {table.title}\n{table.text()}\n"
+        )
+    if arguments.pictures:
+        for number, run in enumerate(runs, 1):
+            for name, figure in page.pictures(run).items():
+                path = arguments.pictures / f"{number}_{name}.{arguments.format}"
+                write_atomic(path, drawing.render(figure, path.suffix))
+                print(path)
+    write_atomic(arguments.html, page.build_page(runs))
+    print(arguments.html)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

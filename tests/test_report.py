@@ -1,0 +1,569 @@
+"""Reports: what pictures and page show of a run, the bend, and one line for every bad report."""
+
+import argparse
+import copy
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import check_refused
+from PIL import Image
+from test_search import write_data
+from test_training import random_samples
+
+import block_selection
+import param_scale
+from hopscotch_common import checkpoints
+from hopscotch_common.models import ModelRef
+from hopscotch_common.report import __main__ as report_command
+from hopscotch_common.report import drawing, page, scaling_plots, search_plots
+from hopscotch_common.report.bend import find_bend
+from hopscotch_common.report.reading import parse_search, read_report
+from hopscotch_common.report.records import SearchRun, join_searches
+from hopscotch_common.report.runs import describe_run
+from hopscotch_common.report.tables import Table, plain_text, summary
+
+ODD_NAME = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \x1b[31m\n " + "long" * 30
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, tmp_path_factory):
+    """A folder with a search (race), one that goes on from it, and a training of the scales."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_data(folder / "data.jsonl", random_samples(12))
+    common = ["--model", str(tiny_folder()), "--data_path", str(folder / "data.jsonl"), "--device", "cpu"]
+    common += ["--batch_size", "2"]
+    first, second = str(folder / "first.json"), str(folder / "second.json")
+    race = ["--search", "race", "--screening", "0.75"]
+    assert block_selection.main([*common, *race, "--output", first]) == 0
+    assert block_selection.main([*common, "--starting_skipped_blocks", first, "--output", second]) == 0
+    training = [*common, "--blocks_to_skip", second, "--num_epochs", "2", "--validation_split", "0.25"]
+    assert param_scale.main([*training, "--output_dir", str(folder / "scaled")]) == 0
+    return folder
+
+
+def synthetic_search(**changes) -> dict:
+    """A report of a race over six layers: 3 and 4 run the whole epoch, 1 falls after 5 batches, 5 and
+    0 are never trained, 2 was skipped before."""
+    iteration = {
+        "skipped_before": [2],
+        "block": 4,
+        "loss": 0.5,
+        "losses": {"3": 0.6, "4": 0.5},
+        "dropped": {
+            "1": {"after_batches": 5, "mean_loss": 0.55, "leader_mean_loss": 0.4},
+            "5": {"after_batches": 0, "mean_loss": 0.9, "leader_mean_loss": 0.7},
+            "0": {"after_batches": 0, "mean_loss": 40.0, "leader_mean_loss": 0.7},
+        },
+        "untrained_losses": {"0": 40.0, "1": 0.8, "3": 0.75, "4": 0.7, "5": 0.9},
+        "batch_losses": {},
+        "candidate_epochs": 3.5,
+    }
+    report = {"model": "six", "num_layers": 6, "skipped_blocks": [2, 4], "iterations": [iteration]}
+    return copy.deepcopy(report | {"arguments": {}, "versions": {}} | changes)
+
+
+# --- the bend -----------------------------------------------------------------------------------
+
+
+def between(points: dict[int, float]) -> dict[int, float]:
+    """The figures of a poster, straight lines between them."""
+    counts = range(min(points), max(points) + 1)
+    return dict(zip(counts, np.interp(counts, list(points), list(points.values())).tolist(), strict=True))
+
+
+LLAMA = between({1: 0.125, 4: 0.15, 7: 0.18, 15: 0.47})
+QWEN = between({1: 0.06, 4: 0.085, 9: 0.19})
+
+
+@pytest.mark.parametrize(("curve", "bend"), [(LLAMA, 7), (QWEN, 4)])
+def test_the_bends_that_the_paper_reads_off_its_plots(curve, bend):
+    assert find_bend(curve) == bend
+    assert find_bend({count: 100 * loss + 3 for count, loss in curve.items()}) == bend  # any unit
+    so_far = [find_bend({count: curve[count] for count in curve if count <= last}) for last in curve]
+    assert so_far == [None if last <= bend else bend for last in curve]
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [],
+        [0.3],
+        [0.1, 0.1, 0.9],  # three points bend by chance
+        [0.1 * count for count in range(12)],
+        [0.5] * 8,
+        [1.0, 0.9, 0.8, 0.7, 0.6],
+        [0.1, 0.5, 0.6, 0.65, 0.68, 0.7],  # bends, but downward
+        [0.0, 1.0, 2.0, 3.0, 3.0, 5.0, 6.0, 7.0, 8.3],  # a line with noise
+        [0.0, 1.0, 2.0, 3.5, 5.0, 6.5],  # steeper, but not twice as steep
+    ],
+)
+def test_a_curve_without_a_bend(losses):
+    assert find_bend(dict(enumerate(losses, 1))) is None
+
+
+def test_the_bend_is_where_two_lines_fit_best_by_brute_force():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        counts = np.arange(1, 12)
+        bend = int(generator.integers(3, 9))
+        losses = 0.01 * counts + 0.1 * np.maximum(counts - bend, 0) + generator.normal(0, 0.01, 11)
+        errors = {}
+        for middle in counts[1:-1]:  # a fit by another route: the height at three knots, on a grid of hats
+            hats = np.stack(
+                [np.interp(counts, [1, middle, 11], np.eye(3)[knot]) for knot in range(3)], axis=1
+            )
+            heights = np.linalg.solve(hats.T @ hats, hats.T @ losses)
+            errors[middle] = ((hats @ heights - losses) ** 2).sum()
+        expected = min(errors, key=errors.get)
+        assert find_bend(dict(zip(counts.tolist(), losses.tolist(), strict=True))) == expected
+        assert abs(expected - bend) <= 1
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def points(axes, label: str) -> dict[float, float]:
+    """x -> y of the lines with a label."""
+    lines = [line for line in axes.lines if line.get_label() == label]
+    return {x: y for line in lines for x, y in zip(*line.get_data(), strict=True)}
+
+
+def test_the_picture_of_a_search_shows_every_candidate():
+    (axes,) = search_plots.search_figure(parse_search(synthetic_search())).axes
+    assert points(axes, "picked (whole epoch)") == {4: 0.5}
+    assert points(axes, "whole epoch") == {3: 0.6}
+    assert points(axes, "dropped after so many batches: mean loss until then") == {1: 0.55}
+    assert [(t.get_position(), t.get_text()) for t in axes.texts] == [((1, 0.55), "5")]
+    assert points(axes, "before training") == {1: 0.8, 3: 0.75, 4: 0.7, 5: 0.9}
+    above = points(axes, "above the panel, or diverged")
+    assert list(above) == [0] and 0.9 <= above[0] <= axes.get_ylim()[1] < 2  # 40 would squeeze the rest
+    (band,) = [patch for patch in axes.patches if patch.get_hatch()]
+    assert band.get_x() < 2 < band.get_x() + band.get_width()
+    assert "nats per token" in axes.figure.get_supylabel() and "decoder layer" in axes.get_xlabel()
+
+
+def test_a_diverged_candidate_is_drawn_at_the_edge():
+    report = synthetic_search()
+    report["iterations"][0]["losses"]["3"] = None
+    (axes,) = search_plots.search_figure(parse_search(report)).axes
+    assert set(points(axes, "above the panel, or diverged")) == {0, 3}
+    assert points(axes, "whole epoch") == {}
+
+
+def chain(losses: dict[int, float]) -> SearchRun:
+    iteration = synthetic_search()["iterations"][0]
+    blocks = [block for block in range(40)]
+    iterations = [
+        iteration | {"skipped_before": blocks[: count - 1], "block": blocks[count - 1], "loss": loss}
+        for count, loss in losses.items()
+    ]
+    return parse_search(synthetic_search(iterations=iterations, num_layers=40))
+
+
+def test_the_picture_over_blocks_names_the_bend():
+    (axes,) = search_plots.blocks_figure(chain(LLAMA)).axes
+    assert np.array_equal(np.transpose(axes.lines[0].get_data()), list(LLAMA.items()))
+    assert "bend at 7 blocks" in [text.get_text() for text in axes.texts]
+    assert list(axes.lines[1].get_xdata()) == [7, 7]
+    straight = search_plots.blocks_figure(chain({1: 0.1, 2: 0.2}))
+    assert "no bend" in straight.get_suptitle()
+    assert [text.get_text() for text in straight.axes[0].texts] == ["0", "1"]
+
+
+def test_the_picture_of_epochs_shows_what_the_report_holds(made):
+    report = json.loads((made / "scaled/report.json").read_text())
+    (axes,) = scaling_plots.epochs_figure(read_report(made / "scaled")).axes
+    assert points(axes, "training") == {epoch["epoch"]: epoch["loss"] for epoch in report["epochs"]}
+    held_out = {epoch["epoch"]: epoch["held_out"]["scaled"] for epoch in report["epochs"]}
+    assert points(axes, "held out, with scales") == held_out
+    for name, label in (("original", "original model"), ("unscaled", "skips without scales")):
+        assert set(points(axes, f"held out, {label}").values()) == {report["epochs"][0]["held_out"][name]}
+
+
+def test_a_held_out_figure_of_several_measures_gets_a_panel_each(made, tmp_path):
+    report = json.loads((made / "scaled/report.json").read_text())
+    report["arguments"]["loss"] = "kl"
+    for epoch in report["epochs"]:
+        epoch["held_out"] = {
+            "original": {"cross_entropy": 0.4, "kl": 0.0, "agreement": 1.0},
+            "unscaled": {"cross_entropy": 90.0, "kl": 0.5, "agreement": 0.7},
+            "scaled": {"cross_entropy": 0.5, "kl": 0.1 - 0.01 * epoch["epoch"], "agreement": 0.9},
+        }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    entropy, kl, agreement = scaling_plots.epochs_figure(read_report(tmp_path)).axes
+    assert points(kl, "held out, with scales") == pytest.approx({0: 0.1, 1: 0.09})
+    assert points(kl, "training") and not points(entropy, "training") and not points(agreement, "training")
+    assert "90.0000 ↑" in [text.get_text() for text in entropy.texts] and entropy.get_ylim()[1] < 1
+    assert [axes.get_ylabel().split("\n")[0] for axes in (kl, agreement)] == [
+        "KL divergence",
+        "agreement with the original",
+    ]
+
+
+def test_the_map_shows_the_scales_of_the_best_epoch(made):
+    run = read_report(made / "scaled")
+    axes = scaling_plots.scales_figure(run).axes[0]
+    shown = axes.collections[0].get_array()
+    expected = checkpoints.load_scales(run.checkpoint, 4).T.numpy()
+    hatched = np.zeros((4, 4), dtype=bool)
+    hatched[0, list(run.skipped)] = True
+    assert np.array_equal(np.ma.getmaskarray(shown), hatched) and len(run.skipped) == 2
+    assert np.array_equal(shown[~hatched], expected[~hatched])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b_attn", "s_attn", "b_mlp", "s_mlp"]
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((layer, row), "−") for row, layer in np.argwhere((expected < 1) & ~hatched)
+    }
+    norm = axes.collections[0].norm
+    assert norm.vcenter == 1 and norm.vmax - 1 == pytest.approx(1 - norm.vmin)
+
+
+def test_the_map_of_vectors_shows_mean_and_spread(made, tmp_path):
+    shutil.copytree(made / "scaled", tmp_path / "scaled")
+    run = read_report(tmp_path / "scaled")
+    generator = torch.Generator().manual_seed(0)
+    path = run.checkpoint / "scales.safetensors"
+    tensors = {
+        key: torch.rand(32, generator=generator) if ".b_" in key else value
+        for key, value in checkpoints.read_tensors(path).items()
+    }
+    path.unlink()
+    checkpoints.save_tensors(tensors, path)
+    figure = scaling_plots.scales_figure(read_report(tmp_path / "scaled"))
+    means, spreads = (axes.collections[0].get_array() for axes in figure.axes[:2])
+    for layer in range(4):
+        for row, name in enumerate(("b_scale_attn", "b_scale_mlp")):
+            values = tensors[f"model.layers.{layer}.{name}"].double()
+            if row == 0 and layer in run.skipped:
+                assert np.ma.is_masked(means[0, layer]) and np.ma.is_masked(spreads[0, layer])
+            else:
+                assert means[2 * row, layer] == pytest.approx(values.mean().item())
+                assert spreads[row, layer] == pytest.approx(values.std(correction=0).item())
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".PDF", b"%PDF"), (".svg", b"<?xml")])
+def test_plot_search_writes_a_whole_file_and_nothing_else(tmp_path, suffix, start):
+    report = synthetic_search(model=ODD_NAME)
+    path = tmp_path / "new" / f"losses{suffix}"
+    search_plots.plot_search(path, report)
+    once = path.read_bytes()
+    assert once.startswith(start) and [entry.name for entry in path.parent.iterdir()] == [path.name]
+    search_plots.plot_search(path, report)
+    assert path.read_bytes() == once
+
+
+def test_a_report_that_is_about_to_be_written_draws_as_one_that_was_read():
+    report = synthetic_search()
+    for name in ("losses", "dropped", "untrained_losses"):
+        by_name = report["iterations"][0][name]
+        report["iterations"][0][name] = {int(block): value for block, value in by_name.items()}
+    assert parse_search(report) == parse_search(synthetic_search())
+
+
+def test_nothing_is_drawn_outside_a_picture(made):
+    """Titles, labels and numbers at the edges fit, those of a long name too."""
+    wide = synthetic_search(model="m" * 200)
+    twice = parse_search(wide | {"iterations": 2 * wide["iterations"]})
+    runs = [twice, chain(LLAMA), read_report(made / "scaled")]
+    for run in runs:
+        for name, figure in page.pictures(run).items():
+            drawing.render(figure, ".png")
+            inside = figure.get_tightbbox()
+            width, height = figure.get_size_inches()
+            assert inside.x0 >= 0 and inside.y0 >= 0, name
+            assert inside.x1 <= width and inside.y1 <= height, name
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+class Checker(HTMLParser):
+    """Refuses tags that do not close, ids given twice, and whatever is not in the page itself."""
+
+    VOID = {"meta", "br"}
+    NOT_HERE = {"script", "link", "iframe", "object", "embed", "base", "form", "img", "b"}
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.used: set[str] = set()
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in self.NOT_HERE, f"<{tag}>"
+        for name, value in attributes:
+            assert not name.startswith("on"), name
+            assert name.startswith("xmlns") or "://" not in value and "//" not in value, (tag, name, value)
+            self.used |= set(re.findall(r"url\(#([^)]*)\)", value))
+            assert value.count("url(") == value.count("url(#")
+            if name in ("href", "xlink:href", "src"):
+                assert value.startswith("#"), value
+                self.used.add(value[1:])
+            if name == "id":
+                self.ids.append(value)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}>"
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            assert "url(" not in data and "@import" not in data
+        else:
+            self.text.append(data)
+
+
+def check_page(html: str) -> str:
+    """The text of a page that is well formed and needs nothing from elsewhere."""
+    checker = Checker()
+    checker.feed(html)
+    checker.close()
+    assert not checker.open and len(checker.ids) == len(set(checker.ids))
+    assert checker.used and checker.used <= set(checker.ids)
+    return "".join(checker.text)
+
+
+def test_the_command_writes_one_page_of_all_runs(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(made / name) for name in ("first.json", "second.json", "scaled")]
+    assert report_command.main(runs) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "report.html" and [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    html = Path("report.html").read_text()
+    text = check_page(html)
+    picked = [
+        json.loads((made / name).read_text())["iterations"][0] for name in ("first.json", "second.json")
+    ]
+    for number, iteration in enumerate(picked, 1):
+        assert f"pick {number}: block {iteration['block']}, loss {iteration['loss']:.4f}" in text
+    assert "instructlab-training" in text and "learning_rate" in text and str(made / "scaled") in text
+    assert html.count("<svg") == 4 and html.count("<h2>") == 2  # the two searches are one
+    assert "#1a1a1a" not in html.split("</style>", 1)[1]  # the ink follows the theme
+
+
+def test_one_run_prints_its_short_table(made, tmp_path, capsys):
+    assert report_command.main([str(made / "scaled"), "--html", str(tmp_path / "a.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads((made / "scaled/report.json").read_text())
+    best = report["epochs"][report["best_epoch"]]
+    blocks = ", ".join(map(str, report["skipped_blocks"]))
+    assert lines[0] == f"attention blocks skipped  {blocks}"
+    for line, name in zip(lines[1:4], ("original", "unscaled", "scaled"), strict=True):
+        assert line == f"{f'held-out loss, {name}':<24}  {best['held_out'][name]:.4f}"
+    # of the tiny model: q and o are 32 x 32, k and v 16 x 32, and the norm before them 32
+    removed, total = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 32), 300 * 32 * 2 + 32 + 4 * (3072 + 3 * 32 * 48 + 64)
+    assert lines[4] == f"{'parameters saved':<24}  {removed:,} of {total:,} ({removed / total:.1%})"
+    assert lines[5] == f"{'KV cache saved':<24}  2 of 4 blocks (50.0%)"
+    assert lines[-1] == str(tmp_path / "a.html")
+
+
+def test_names_are_text_wherever_they_stand(made, tmp_path):
+    report = synthetic_search(model=ODD_NAME, arguments={ODD_NAME: ODD_NAME, "list": [ODD_NAME]})
+    scaled = json.loads((made / "scaled/report.json").read_text())
+    report["versions"] = {ODD_NAME: ODD_NAME}
+    scaled |= {"model": ODD_NAME, "exports": {ODD_NAME: {"folder": ODD_NAME, ODD_NAME: ODD_NAME}}}
+    paths = [tmp_path / "<i>$a$.json", tmp_path / "scaled.json"]
+    for path, content in zip(paths, (report, scaled), strict=True):
+        path.write_text(json.dumps(content))
+    text = check_page(page.build_page([read_report(path) for path in paths]))
+    start = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \\x1b[31m\\n longlong"
+    assert text.count(start) >= 8 and "<i>$a$.json" in text
+    (figure,) = page.pictures(read_report(paths[0])).values()
+    assert figure.get_suptitle().startswith("$x^2$ <scr")
+    drawn = check_page(page.inline_svg(figure, "a-", ODD_NAME))
+    assert "$x^2$ <scr" in drawn  # as characters, not as a formula of them
+
+
+def test_a_run_without_held_out_figures_and_without_its_checkpoint(made, tmp_path):
+    report = json.loads((made / "scaled/report.json").read_text())
+    for epoch in report["epochs"]:
+        epoch["held_out"] = {"original": None, "unscaled": None, "scaled": None}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    run = read_report(tmp_path)
+    assert run.scales is None and list(page.pictures(run)) == ["epochs"]
+    assert [name for name, _ in summary(run).rows] == ["attention blocks skipped", "checkpoint"]
+    assert "checkpoint is not there" in check_page(page.build_page([run]))
+
+
+def test_reports_of_the_first_two_steps(tmp_path):
+    arguments = {"arguments": {"model": "some/<folder>/name"}}
+    answers = {"prompts": 16, "answers": 12, "truncated": 4, "generated_tokens": 1351, "backend": "vllm"}
+    data = {"samples": 12, "kept": 11, "tokens": 123456, "loss_counted_tokens": 1362}
+    for name, content in (("answers", answers), ("data", data)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(arguments | content))
+    runs = [read_report(tmp_path / f"{name}.json") for name in ("answers", "data")]
+    assert [run.model for run in runs] == ["name", "name"] and [run.what for run in runs] == [
+        "answers",
+        "data",
+    ]
+    assert ("generated tokens", "1351") in summary(runs[0]).rows
+    assert ("tokens", "123,456") in summary(runs[1]).rows
+
+
+def test_pictures_as_files(made, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    arguments = ["--html", str(tmp_path / "a.html"), "--pictures", str(folder), "--format", "pdf"]
+    assert report_command.main([str(made / "scaled"), *arguments]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["1_epochs.pdf", "1_scales.pdf"]
+    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.iterdir())
+
+
+def test_only_searches_that_belong_together_are_joined():
+    first = synthetic_search(skipped_blocks=[2, 4])
+    after = synthetic_search(skipped_blocks=[2, 4, 0])
+    after["iterations"][0] |= {"skipped_before": [4, 2], "block": 0}
+    joined = join_searches([parse_search(first), parse_search(after)])
+    assert [[i.count for i in run.iterations] for run in joined] == [[2, 3]] and joined[0].skipped == (
+        2,
+        4,
+        0,
+    )
+    for change in ({"model": "other"}, {"num_layers": 7}, {"data": {"sha256": "another"}}):
+        assert len(join_searches([parse_search(first), parse_search(after | change)])) == 2
+    assert len(join_searches([parse_search(first), parse_search(first)])) == 2
+
+
+def test_text_tables_are_aligned():
+    table = Table("t", (("a", "1"), ("long", "22")), ("name", "n"))
+    assert table.text() == "name  n\na     1\nlong  22"
+
+
+def test_plain_text_is_one_printable_line_of_bounded_length():
+    assert plain_text("a\tb\x00\u202e\U0001f600") == "a\\tb\\x00\\u202e\U0001f600"
+    assert len(plain_text("x" * 500, 41)) <= 41 and plain_text("abcdefgh", 5).startswith("a")
+
+
+def test_a_run_is_described_by_a_plain_mapping(tmp_path):
+    namespace = argparse.Namespace(model=ModelRef("m", "owner/m"), paths=[tmp_path], dtype="auto", seed=42)
+    run = describe_run(vars(namespace))
+    assert run["arguments"] == {"model": "owner/m", "paths": [str(tmp_path)], "dtype": "auto", "seed": 42}
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in run["versions"]["torch"]
+    json.dumps(run)
+
+
+# --- bad reports --------------------------------------------------------------------------------
+
+
+def broken(change) -> str:
+    report = synthetic_search()
+    change(report)
+    return json.dumps(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "a.json: not JSON"),
+        ("[" * 100_000, "a.json: nested too deeply"),
+        ("[1]", "a.json: a JSON object is needed, not list"),
+        ("{}", "not a report that can be shown; make it again"),
+        (broken(lambda r: r.pop("model")), "a.json: model is missing"),
+        (broken(lambda r: r.update(model=3)), "model has the wrong type, int"),
+        (broken(lambda r: r.update(num_layers=True)), "num_layers has the wrong type"),
+        (broken(lambda r: r.update(num_layers=10**400)), "num_layers is out of range"),
+        (broken(lambda r: r.update(iterations=[])), "iterations is empty"),
+        (broken(lambda r: r.update(iterations="ab")), "iterations has the wrong type"),
+        (broken(lambda r: r.update(iterations=[7])), r"iterations\[0\] is no JSON object"),
+        (broken(lambda r: r["iterations"][0].update(loss=float("nan"))), "NaN is not a JSON number"),
+        (broken(lambda r: r["iterations"][0].update(loss="0.5")), r"iterations\[0\].loss is no number"),
+        (broken(lambda r: r["iterations"][0].update(loss=10**400)), "out of range"),
+        (broken(lambda r: r["iterations"][0].update(block=6)), r"block: 6 is no block of this model"),
+        (broken(lambda r: r["iterations"][0].update(block=-1)), r"block: -1 is no block"),
+        (broken(lambda r: r["iterations"][0].update(losses={"x": 1.0})), r"losses: 'x' is no block"),
+        (
+            broken(lambda r: r["iterations"][0]["dropped"]["1"].pop("after_batches")),
+            "after_batches is missing",
+        ),
+        ('{"best_epoch": 3, "model": "m", "skipped_blocks": [], "epochs": []}', "best_epoch is 3, which"),
+        ('{"best_epoch": 0, "model": "m", "epochs": [{"epoch": 0}]}', r"epochs\[0\].held_out is missing"),
+    ],
+)
+def test_a_malformed_report_is_one_line(text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text(text)
+    check_refused(report_command, ["a.json"], message, capsys)
+    assert not Path("report.html").exists()
+
+
+def test_bad_files_beside_a_report_are_one_line(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "scaled", "scaled")
+    checkpoint = read_report(Path("scaled")).checkpoint
+    scales, run = checkpoint / "scales.safetensors", checkpoint / "hopscotch.json"
+    good = scales.read_bytes()
+    tensors = checkpoints.read_tensors(scales)
+    scales.write_bytes(good[:100])
+    check_refused(report_command, ["scaled"], "scales.safetensors: cannot be read", capsys)
+    checkpoints.save_tensors({"model.layers.0.b_scale_attn": torch.ones(1), "x": torch.ones(1)}, scales)
+    check_refused(report_command, ["scaled"], "skipped_blocks: . is no block of this model", capsys)
+    missing = {key: value for key, value in tensors.items() if key != "model.layers.2.s_scale_mlp"}
+    checkpoints.save_tensors(missing, scales)
+    check_refused(report_command, ["scaled"], "not the scales of every layer", capsys)
+    checkpoints.save_tensors(tensors | {"model.layers.2.s_scale_mlp": torch.tensor([torch.nan])}, scales)
+    check_refused(report_command, ["scaled"], "a scale is not a finite number", capsys)
+    scales.write_bytes(good)
+    run.write_text('{"weights": {"parameters": 1}}')
+    check_refused(report_command, ["scaled"], "hopscotch.json: weights.parameters_removed is missing", capsys)
+
+
+def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = str(made / "first.json")
+    Path("folder.html").mkdir()
+    for arguments, message in (
+        ([], "the following arguments are required: RUN"),
+        (["missing.json"], "missing.json: no such file"),
+        ([str(tmp_path)], "report.json: no such file; give the output folder of param_scale.py"),
+        ([run, "--html", "folder.html"], "--html folder.html: is a folder"),
+        ([run, "--html", run], "give a file name that ends in .html"),
+        ([run, "--pictures", "folder.html/x", "--format", "gif"], "invalid choice: 'gif'"),
+    ):
+        check_refused(report_command, arguments, message, capsys)
+
+
+# --- in a browser -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize(("theme", "paper"), [(1, (255, 255, 255)), (0, (0x17, 0x19, 0x1D))])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_in_a_browser(made, tmp_path, theme, paper, width):
+    """It takes the window's theme and width, and asks for nothing that its policy refuses."""
+    runs = [read_report(made / name) for name in ("first.json", "scaled")]
+    html = page.build_page([*runs, parse_search(synthetic_search(model=ODD_NAME))])
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    measure = (
+        "<script>document.body.dataset.over = document.documentElement.scrollWidth - innerWidth</script>"
+    )
+    without_policy = re.sub(r"<meta http-equiv[^>]*>", "", html).replace("</body>", f"{measure}</body>")
+    (tmp_path / "measured.html").write_text(without_policy, encoding="utf-8")
+
+    def chromium(name: str, *flags: str) -> subprocess.CompletedProcess:
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
+        command += [f"--blink-settings=preferredColorScheme={theme}", f"--window-size={width},900", *flags]
+        return subprocess.run(
+            [*command, (tmp_path / name).as_uri()], capture_output=True, text=True, timeout=120
+        )
+
+    shown = chromium("page.html", f"--screenshot={tmp_path / 'page.png'}")
+    assert "CONSOLE" not in shown.stderr
+    with Image.open(tmp_path / "page.png") as picture:
+        assert picture.width == width
+        assert picture.convert("RGB").getpixel((2, 2)) == paper
+    over = re.search(r'data-over="(-?\d+)"', chromium("measured.html", "--dump-dom").stdout)
+    assert over and int(over[1]) <= 0  # no sideways scrolling of the whole page
