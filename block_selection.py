@@ -124,18 +124,15 @@ def journal_path(output: Path) -> Path:
     return output.with_name(output.name.removesuffix(".json") + ".journal.jsonl")
 
 
-def journal_settings(arguments: argparse.Namespace, samples: list) -> dict:
-    """What a candidate's losses depend on, besides the blocks skipped before.
+def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> dict:
+    """What a candidate's losses depend on, besides the blocks skipped before. weights, data: fingerprints.
 
     Not the schedule: a race only decides how far a candidate gets.
     """
-    from hopscotch_common.checkpoints import weights_fingerprint
-    from hopscotch_common.training.batches import fingerprint
-
     return {
         "model": arguments.model.source,
-        "weights": weights_fingerprint(arguments.model.folder()),
-        "data": fingerprint(samples),
+        "weights": weights,
+        "data": data,
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
@@ -165,29 +162,38 @@ def main(argv: list[str] | None = None) -> int:
     known = known_losses(arguments.prev, skipped, num_layers)
     check_outputs(arguments, output)
 
+    from hopscotch_common import weights
     from hopscotch_common.search import journal, schedule
     from hopscotch_common.search.candidates import CandidateTrainer
     from hopscotch_common.search.progress import SearchBar
     from hopscotch_common.search.search import Search
-    from hopscotch_common.training.batches import load_samples
+    from hopscotch_common.training import batches
     from hopscotch_common.training.distributed import check_launch, join_processes
     from hopscotch_common.training.trainer import prepare_model
 
     check_launch(arguments.device)
-    samples = load_samples(
+    samples = batches.load_samples(
         arguments.data_path,
         config.vocab_size,
         config.max_position_embeddings,
         arguments.max_tokens_per_batch,
         arguments.max_samples,
     )
+    data = {
+        "path": str(arguments.data_path),
+        "sha256": batches.fingerprint(samples),
+        "samples": len(samples),
+        "tokens": sum(len(sample) for sample in samples),
+        "loss_counted_tokens": sum(sample.num_loss_counted_tokens for sample in samples),
+    }
     cli.seed_everything(arguments.seed)
     processes = join_processes(arguments.device)
     options = cli.training_options(arguments)
     with contextlib.ExitStack() as resources:
         records, append = [], lambda record: None
         if processes.rank == 0:
-            settings = journal_settings(arguments, samples)
+            fingerprint = weights.fingerprint(arguments.model.folder())
+            settings = journal_settings(arguments, fingerprint, data["sha256"])
             log = files.Log(journal_path(output), settings, journal.KIND, journal.REMEDY)
             resources.enter_context(log)
             records, append = [(f"{log.path}, line {n}", record) for n, record in log.records], log.append
@@ -200,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             "%d process(es)",
             len(samples),
             trainer.num_batches,
-            sum(sample.num_loss_counted_tokens for sample in samples),
+            data["loss_counted_tokens"],
             num_layers,
             skipped or "none",
             processes.count,
@@ -218,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
             skipped, known = [*skipped, found.block], {}
             iterations.append(found)
             if processes.rank == 0:
-                write_results(output, arguments, samples, num_layers, skipped, iterations)
+                write_results(output, arguments, data, num_layers, skipped, iterations)
                 with bar.out_of_the_way():
                     print(f"Best block to remove: {found.block} (loss: {found.loss:.4f})", flush=True)
         bar.finish()
@@ -226,23 +232,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_results(
-    output: Path, arguments, samples: list, num_layers: int, skipped: list[int], iterations: list
+    output: Path,
+    arguments: argparse.Namespace,
+    data: dict,
+    num_layers: int,
+    skipped: list[int],
+    iterations: list,
 ) -> None:
     """The JSON report, and the plot if one is asked for."""
-    from hopscotch_common.training.batches import fingerprint
-
     content = {
         "model": arguments.model.name,
         "num_layers": num_layers,
         "skipped_blocks": skipped,
         "iterations": [dataclasses.asdict(iteration) for iteration in iterations],
-        "data": {
-            "path": str(arguments.data_path),
-            "sha256": fingerprint(samples),
-            "samples": len(samples),
-            "tokens": sum(len(sample) for sample in samples),
-            "loss_counted_tokens": sum(sample.num_loss_counted_tokens for sample in samples),
-        },
+        "data": data,
     } | describe_run(vars(arguments))
     files.write_json(output, content)
     if arguments.plot:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from hopscotch_common import cli, files
 from hopscotch_common.answers.engines import (
     BACKENDS,
@@ -51,8 +53,6 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
 
 def answer_missing(partial: PartialAnswers, tokenizer, stop_ids: set[int], answers: Iterable[Answer]) -> None:
     """Run the engine's `answers` iterator to its end, keeping each answer as it comes."""
-    from tqdm import tqdm
-
     missing = partial.missing()
     tokens = 0
     total = len(partial.prompts)
@@ -150,11 +150,11 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(args.model)
     prompt_ids = tokenize(prompts, tokenizer, config.max_position_embeddings)
 
-    from hopscotch_common.checkpoints import weights_fingerprint  # imports torch, so after all that
+    from hopscotch_common import weights  # imports torch, so after all that
 
     settings = {
         "model": args.model.source,
-        "weights": weights_fingerprint(args.model.folder()),
+        "weights": weights.fingerprint(args.model.folder()),
         "dtype": args.dtype,
         "max_tokens": args.max_tokens,
     }

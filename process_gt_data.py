@@ -126,8 +126,6 @@ def write_kept_samples(
 
     Raises InputError for a token that the model does not have: its tokenizer is another model's.
     """
-    from hopscotch_common.training.batches import IGNORE_INDEX
-
     counted = kept = too_long = tokens = longest = 0
     with open(processed, encoding="utf-8") as source:
         for line in source:
@@ -144,7 +142,7 @@ def write_kept_samples(
             kept += 1
             tokens += len(sample["input_ids"])
             longest = max(longest, len(sample["input_ids"]))
-            counted += sum(label != IGNORE_INDEX for label in sample["labels"])
+            counted += sum(label >= 0 for label in sample["labels"])  # others are -100
     return {
         "samples": num_conversations,
         "kept": kept,

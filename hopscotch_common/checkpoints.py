@@ -13,21 +13,18 @@ Checkpoints of one run share the base weights by hard links (copies where links 
 epoch costs little more than a tokenizer, and deleting or editing one never changes another.
 """
 
-import hashlib
 import json
-import os
-import pickle
+import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from hopscotch_common import modeling_hopscotch, scales
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import atomic_folder, link_or_copy, read_json
+from hopscotch_common.files import atomic_folder, check_settings, link_or_copy, read_json, recover_folder
 from hopscotch_common.models import (
     FAMILIES,
     HOPSCOTCH_PREFIX,
@@ -37,119 +34,14 @@ from hopscotch_common.models import (
     load_whole,
     read_config,
 )
+from hopscotch_common.weights import INDEX_FILE, check_weights, read_tensors, save_tensors, weight_files
 
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
-INDEX_FILE = "model.safetensors.index.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
-SAMPLES_OF_A_FILE, SAMPLE_BYTES = 64, 4096
 COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read as the umask allows."""
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(None, str(error), str(path)) from error
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """A model folder's weight files: what its index names, else its only file.
-
-    Raises InputError for a folder without weights, or an index that is none or names what is not there.
-    """
-    for index in (INDEX_FILE, "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            return [folder / name for name in sorted(set(_weight_map(folder / index).values()))]
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-    raise InputError(
-        f"{folder}: no weights (model*.safetensors or pytorch_model*.bin) in it; give a folder with them"
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file} of an index, every file checked to be there, in the index's own folder."""
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
-        raise InputError(f"{index}: names no weight files in its 'weight_map'; fetch the model again")
-    for name in sorted(set(names.values())):
-        if Path(name).name != name:
-            raise InputError(
-                f"{index}: names {name!r}, which is not a file of its own folder; do not trust it"
-            )
-        if not (index.parent / name).is_file():
-            raise InputError(f"{index}: names {name}, which is missing; fetch the model again")
-    return names
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 of a model folder's config and of samples of its weights: quick, whatever their size."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for part in range(SAMPLES_OF_A_FILE):
-                file.seek(size * part // SAMPLES_OF_A_FILE)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one weight file, memory mapped where the format allows.
-
-    A .bin file is read as weights only, so nothing in it runs. Raises InputError for a broken file.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path}: not a whole file of weights ({reason}); fetch the model again") from error
-
-
-def tensor_shapes(path: Path) -> dict[str, torch.Size]:
-    """The shapes of a weight file's tensors, by name, without reading them where the format allows."""
-    if path.suffix != ".safetensors":
-        return {key: tensor.shape for key, tensor in read_tensors(path).items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a whole file of weights ({error}); fetch the model again") from error
-
-
-def check_weights(folder: Path, config) -> None:
-    """Raise InputError unless a folder's weight files hold exactly what its (stock) config says."""
-    from transformers import AutoModelForCausalLM
-
-    if getattr(config, "quantization_config", None):
-        return  # other tensors stand for the weights then
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = set(model.all_tied_weights_keys)
-    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    found: dict[str, torch.Size] = {}
-    for path in weight_files(folder):
-        found |= tensor_shapes(path)
-    found = {k: shape for k, shape in found.items() if not k.endswith("rotary_emb.inv_freq")}
-    wrong = {
-        "is missing": set(expected) - set(found) - tied,
-        "is no part of it": set(found) - set(expected),
-        "has another shape": {key for key in expected if key in found and found[key] != expected[key]},
-    }
-    for what, keys in wrong.items():
-        if keys:
-            raise InputError(f"{folder}: {min(keys)} {what} ({len(keys)} such): both must be one model's")
 
 
 def is_skipped_weight(key: str, skipped: set[int]) -> bool:
@@ -291,8 +183,6 @@ def checkpoint_config(folder: Path):
     The original keeps a stock config and the full weights, with four scales a layer among them;
     there a skipped block is one whose b_scale_attn is 0. Raises InputError for other folders.
     """
-    from transformers import PretrainedConfig
-
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json, so not a checkpoint")
@@ -339,3 +229,38 @@ def load_checkpoint(folder: Path, **options):
     scales.restore(model, values)  # a scale that is missing would have been 1
     scales.freeze_base(model)
     return model
+
+
+# Epochs of one training, beside one another in a folder
+
+
+def epoch_folder(output_dir: Path, name: str, epoch: int) -> Path:
+    """Where the checkpoint of an epoch lies."""
+    return output_dir / f"{name}_scaled_epoch_{epoch}"
+
+
+def saved_epochs(output_dir: Path, name: str) -> list[int]:
+    """Numbers of the epochs that a folder holds, in order; what a killed run had moved away is put back."""
+    pattern = re.compile(rf"\.?{re.escape(name)}_scaled_epoch_(\d+)(\.old)?")
+    found = set()
+    for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else []:
+        match = pattern.fullmatch(path.name)
+        if match:
+            folder = epoch_folder(output_dir, name, int(match[1]))
+            recover_folder(folder)
+            if (folder / RUN_FILE).is_file():
+                found.add(int(match[1]))
+    return sorted(found)
+
+
+def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
+    """What the epochs there are recorded, in order; InputError unless they are of this very training."""
+    runs = []
+    for epoch in saved_epochs(output_dir, name):
+        folder = epoch_folder(output_dir, name, epoch)
+        run = read_run(folder)
+        if run.get("epoch") != epoch or not {"settings", "held_out", "loss", "weights"} <= run.keys():
+            raise InputError(f"--resume: {folder} is not an epoch of this script; name another --output_dir")
+        check_settings(run["settings"], settings, f"--resume: {folder}", "name another --output_dir")
+        runs.append(run)
+    return runs

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from hopscotch_common import files, models
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.training import TrainingOptions
@@ -99,7 +101,6 @@ def seed_everything(seed: int) -> None:
 @contextlib.contextmanager
 def progress(total: int, what: str):
     """A bar on stderr with an ETA, from rank 0; `.update_loss(loss)` steps it and shows the loss."""
-    from tqdm import tqdm
 
     class Bar(tqdm):
         def update_loss(self, loss: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hopscotch_common import checkpoints
+from hopscotch_common import checkpoints, weights
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
 from hopscotch_common.export import check, decilm, folding, formats
@@ -275,7 +275,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, base, monkeypatch):
         raise OSError("no space left on device")
 
     checkpoint = save(tmp_path, base("llama"), [1], random_scales(0, 0.9, 1.1))
-    monkeypatch.setattr(checkpoints, "save_tensors", full)
+    monkeypatch.setattr(weights, "save_tensors", full)
     with pytest.raises(OSError, match="no space"):
         formats.export_checkpoint(checkpoint, "folded", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

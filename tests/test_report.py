@@ -19,7 +19,7 @@ from test_training import random_samples
 
 import block_selection
 import param_scale
-from hopscotch_common import checkpoints
+from hopscotch_common import checkpoints, weights
 from hopscotch_common.models import ModelRef
 from hopscotch_common.report import __main__ as report_command
 from hopscotch_common.report import drawing, page, scaling_plots, search_plots
@@ -231,10 +231,10 @@ def test_the_map_of_vectors_shows_mean_and_spread(made, tmp_path):
     path = run.checkpoint / "scales.safetensors"
     tensors = {
         key: torch.rand(32, generator=generator) if ".b_" in key else value
-        for key, value in checkpoints.read_tensors(path).items()
+        for key, value in weights.read_tensors(path).items()
     }
     path.unlink()
-    checkpoints.save_tensors(tensors, path)
+    weights.save_tensors(tensors, path)
     figure = scaling_plots.scales_figure(read_report(tmp_path / "scaled"))
     means, spreads = (axes.collections[0].get_array() for axes in figure.axes[:2])
     for layer in range(4):
@@ -504,15 +504,15 @@ def test_bad_files_beside_a_report_are_one_line(made, tmp_path, monkeypatch, cap
     checkpoint = read_report(Path("scaled")).checkpoint
     scales, run = checkpoint / "scales.safetensors", checkpoint / "hopscotch.json"
     good = scales.read_bytes()
-    tensors = checkpoints.read_tensors(scales)
+    tensors = weights.read_tensors(scales)
     scales.write_bytes(good[:100])
     check_refused(report_command, ["scaled"], "scales.safetensors: cannot be read", capsys)
-    checkpoints.save_tensors({"model.layers.0.b_scale_attn": torch.ones(1), "x": torch.ones(1)}, scales)
+    weights.save_tensors({"model.layers.0.b_scale_attn": torch.ones(1), "x": torch.ones(1)}, scales)
     check_refused(report_command, ["scaled"], "skipped_blocks: . is no block of this model", capsys)
     missing = {key: value for key, value in tensors.items() if key != "model.layers.2.s_scale_mlp"}
-    checkpoints.save_tensors(missing, scales)
+    weights.save_tensors(missing, scales)
     check_refused(report_command, ["scaled"], "not the scales of every layer", capsys)
-    checkpoints.save_tensors(tensors | {"model.layers.2.s_scale_mlp": torch.tensor([torch.nan])}, scales)
+    weights.save_tensors(tensors | {"model.layers.2.s_scale_mlp": torch.tensor([torch.nan])}, scales)
     check_refused(report_command, ["scaled"], "a scale is not a finite number", capsys)
     scales.write_bytes(good)
     run.write_text('{"weights": {"parameters": 1}}')

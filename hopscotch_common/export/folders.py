@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hopscotch_common import checkpoints, scales
+from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
 from hopscotch_common.export.folding import absorb_granite, fold, fold_factors
@@ -73,20 +73,20 @@ def _scales_of(model) -> Iterator[tuple[str, torch.Tensor]]:
 def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> None:
     """Fold the weights, file by file: one file of the checkpoint is in memory at a time."""
     skipped = set(skipped_blocks(config))
-    sources = [p for p in checkpoints.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
+    sources = [p for p in weights.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
     weight_map, total_bytes = {}, 0
     for number, path in enumerate(sources, 1):
         name = f"model-{number:05}-of-{len(sources):05}.safetensors"
         name = "model.safetensors" if len(sources) == 1 else name
         tensors = {}
-        for key, tensor in checkpoints.read_tensors(path).items():
+        for key, tensor in weights.read_tensors(path).items():
             if key not in target.shapes or checkpoints.is_skipped_weight(key, skipped):
                 continue
             tensors[key] = fold(key, tensor, target.factors)
             if key.endswith(".mlp.down_proj.weight"):
                 tensors |= _unused_attention(int(key.split(".")[2]), target, skipped, tensor.dtype)
         if tensors:
-            checkpoints.save_tensors(tensors, folder / name)
+            weights.save_tensors(tensors, folder / name)
             weight_map |= dict.fromkeys(tensors, name)
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
     missing = sorted(set(target.shapes) - set(weight_map))
@@ -94,7 +94,7 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
         raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other weights")
     if len(sources) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / checkpoints.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / weights.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _unused_attention(layer: int, target: Target, skipped: set[int], dtype) -> dict[str, torch.Tensor]:

@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
+from tqdm import tqdm
+
 from hopscotch_common.search.schedule import SCREENING_COST, Candidate, Schedule
 from hopscotch_common.training.distributed import Processes
 
@@ -33,8 +35,6 @@ class SearchBar(Progress):
     """
 
     def __init__(self, num_iterations: int, schedule: Schedule, processes: Processes):
-        from tqdm import tqdm
-
         self.bar = tqdm(unit="batch", disable=processes.rank != 0, dynamic_ncols=True)
         self.num_iterations, self.iterations_begun = num_iterations, 0
         self.schedule, self.processes = schedule, processes.count

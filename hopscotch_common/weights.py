@@ -1,0 +1,119 @@
+"""Weight files of a model folder: read, checked against its config, and written."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hopscotch_common.errors import InputError
+from hopscotch_common.files import read_json
+
+INDEX_FILE = "model.safetensors.index.json"
+SAMPLES_OF_A_FILE, SAMPLE_BYTES = 64, 4096
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read as the umask allows."""
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(None, str(error), str(path)) from error
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A model folder's weight files: what its index names, else its only file.
+
+    Raises InputError for a folder without weights, or an index that is none or names what is not there.
+    """
+    for index in (INDEX_FILE, "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            return [folder / name for name in sorted(set(_weight_map(folder / index).values()))]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+    raise InputError(
+        f"{folder}: no weights (model*.safetensors or pytorch_model*.bin) in it; give a folder with them"
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file} of an index, every file checked to be there, in the index's own folder."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise InputError(f"{index}: names no weight files in its 'weight_map'; fetch the model again")
+    for name in sorted(set(names.values())):
+        if Path(name).name != name:
+            raise InputError(
+                f"{index}: names {name!r}, which is not a file of its own folder; do not trust it"
+            )
+        if not (index.parent / name).is_file():
+            raise InputError(f"{index}: names {name}, which is missing; fetch the model again")
+    return names
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a model folder's config and of samples of its weights: quick, whatever their size."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(SAMPLES_OF_A_FILE):
+                file.seek(size * part // SAMPLES_OF_A_FILE)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one weight file, memory mapped where the format allows.
+
+    A .bin file is read as weights only, so nothing in it runs. Raises InputError for a broken file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{path}: not a whole file of weights ({reason}); fetch the model again") from error
+
+
+def tensor_shapes(path: Path) -> dict[str, torch.Size]:
+    """The shapes of a weight file's tensors, by name, without reading them where the format allows."""
+    if path.suffix != ".safetensors":
+        return {key: tensor.shape for key, tensor in read_tensors(path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole file of weights ({error}); fetch the model again") from error
+
+
+def check_weights(folder: Path, config) -> None:
+    """Raise InputError unless a folder's weight files hold exactly what its (stock) config says."""
+    if getattr(config, "quantization_config", None):
+        return  # other tensors stand for the weights then
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(model.all_tied_weights_keys)
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    found: dict[str, torch.Size] = {}
+    for path in weight_files(folder):
+        found |= tensor_shapes(path)
+    found = {k: shape for k, shape in found.items() if not k.endswith("rotary_emb.inv_freq")}
+    wrong = {
+        "is missing": set(expected) - set(found) - tied,
+        "is no part of it": set(found) - set(expected),
+        "has another shape": {key for key in expected if key in found and found[key] != expected[key]},
+    }
+    for what, keys in wrong.items():
+        if keys:
+            raise InputError(f"{folder}: {min(keys)} {what} ({len(keys)} such): both must be one model's")
