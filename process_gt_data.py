@@ -8,13 +8,16 @@ Writes data.jsonl, a sample a line: input_ids, labels (-100 where the loss does 
 answer and its end-of-turn token count), len; and beside it data_report.json.
 """
 
+import _thread
 import argparse
 import contextlib
 import io
 import json
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +96,31 @@ def private_datasets_cache(folder: Path) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = before
 
 
+@contextlib.contextmanager
+def interrupts_for_this_process_only() -> Iterator[None]:
+    """Keep Ctrl-C from the worker processes, whose tracebacks would bury the one line about it.
+
+    It goes to all processes of a terminal. Blocked here, it is blocked in those that start meanwhile, and
+    a thread hands it on to this one.
+    """
+    done = threading.Event()
+
+    def hand_on() -> None:
+        while not done.is_set():
+            if signal.sigtimedwait({signal.SIGINT}, 0.1):
+                _thread.interrupt_main()
+
+    watcher = threading.Thread(target=hand_on, daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def processes_worth(requested: int, num_conversations: int) -> int:
     """How many of the requested processes can work at once, and have enough to do to be worth a start."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -108,13 +136,18 @@ def process(conversations: list[dict], model_folder: Path, workspace: Path, num_
         file.writelines(json.dumps(conversation) + "\n" for conversation in conversations)
     output = workspace / "processed"
     # its coloured previews go to stdout, which is for results
-    with private_datasets_cache(workspace / "cache"), contextlib.redirect_stdout(io.StringIO()):
+    processes = processes_worth(num_cpu_procs, len(conversations))
+    with (
+        private_datasets_cache(workspace / "cache"),
+        contextlib.redirect_stdout(io.StringIO()),
+        interrupts_for_this_process_only(),
+    ):
         process_messages_into_input_ids(
             data_path=str(source),
             data_output_path=str(output),
             max_seq_len=NO_LIMIT,  # kept_samples drops the long ones, and counts them
             model_path=str(model_folder),
-            num_cpu_procs=processes_worth(num_cpu_procs, len(conversations)),
+            num_cpu_procs=processes if processes > 1 else 0,  # 0: in this process
         )
     return output / "data.jsonl"
 

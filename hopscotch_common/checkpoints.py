@@ -16,6 +16,7 @@ epoch costs little more than a tokenizer, and deleting or editing one never chan
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hopscotch_common import modeling_hopscotch, scales
+from hopscotch_common.cli import ArgumentParser, command
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import atomic_folder, check_settings, link_or_copy, read_json, recover_folder
 from hopscotch_common.models import (
@@ -264,3 +266,21 @@ def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
         check_settings(run["settings"], settings, f"--resume: {folder}", "name another --output_dir")
         runs.append(run)
     return runs
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser("Verify that a checkpoint is whole, and that the code in it is this project's.")
+    parser.add_argument("action", choices=["verify"])
+    parser.add_argument("folder", type=Path, help="of a checkpoint")
+    folder = parser.parse_args(argv).folder
+
+    from hopscotch_common.verify import verify
+
+    verify(folder)
+    print(f"{folder}: whole, with this project's code and finite scales")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

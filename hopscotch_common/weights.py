@@ -35,7 +35,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for index in (INDEX_FILE, "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            return [folder / name for name in sorted(set(_weight_map(folder / index).values()))]
+            return [folder / name for name in sorted(set(weight_map(folder / index).values()))]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
@@ -44,9 +44,9 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """{tensor: file} of an index, every file checked to be there, in the index's own folder."""
-    names = read_json(index).get("weight_map")
+    names = read_json(index, "fetch the model again").get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise InputError(f"{index}: names no weight files in its 'weight_map'; fetch the model again")
     for name in sorted(set(names.values())):
