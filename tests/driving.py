@@ -9,12 +9,15 @@ before the fork, so a command runs as it would from a shell.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import gc
 import hashlib
+import importlib
 import json
 import os
+import random
 import re
 import resource
 import runpy
@@ -24,7 +27,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,8 +109,8 @@ class Running:
             if time.monotonic() > deadline:
                 os.killpg(self.pid, signal.SIGKILL)
                 raise TimeoutError(f"a command ran for more than {timeout} s: {self.text('err')}")
-            time.sleep(0.002)
-        with suppress_missing():
+            time.sleep(0.005)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         for pipe in self.pipes:
             pipe.join(timeout)
@@ -123,15 +127,6 @@ class Running:
         assert process_state(self.pid) == "T", f"it ended before: {self.wait()}"
 
 
-@contextmanager
-def suppress_missing() -> Iterator[None]:
-    """Nothing is wrong with a process or file that is gone already."""
-    try:
-        yield
-    except (ProcessLookupError, FileNotFoundError):
-        pass
-
-
 def process_state(pid: int) -> str:
     """R, S, T (stopped), Z (ended), … by /proc."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -139,10 +134,8 @@ def process_state(pid: int) -> str:
 
 def resident_bytes(pid: int) -> int:
     """Memory that a process holds now."""
-    with suppress_missing():
-        match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(match.group(1)) * 1024 if match else 0
-    return 0
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(match.group(1)) * 1024 if match else 0
 
 
 def start(
@@ -200,6 +193,89 @@ def _drain(descriptor: int, text: bytearray) -> None:
             text += part
 
 
+# The commands
+
+
+@dataclass
+class Undisturbed:
+    """What a command leaves when nothing happens to it: its folder's state, stdout, and how long it took."""
+
+    state: dict[str, object]
+    out: str
+    seconds: float
+
+
+class Commands:
+    """Every command line of the suite, by name, over a tiny model; each runs in a folder of its own.
+
+    model: its folder. inputs: an empty folder for what the commands read.
+    """
+
+    def __init__(self, model: Path, inputs: Path):
+        self.inputs = inputs
+        numbers = random.Random(0)
+        samples, prompts, answers = [], [], []
+        for i in range(12):
+            ids = [numbers.randrange(3, 250) for _ in range(numbers.randrange(5, 20))]
+            samples.append({"input_ids": ids, "labels": [-100, *ids[1:]]})
+            question = f"What is {i} plus {i * i}?"
+            prompts.append({"question": question})
+            answer = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": f"{i + i * i}."},
+            ]
+            answers.append({"messages": answer})
+        for name, records in (("data", samples), ("prompts", prompts), ("answers", answers)):
+            write_lines(inputs / f"{name}.jsonl", records)
+        on_cpu = ("--device", "cpu")
+        data = ("--data_path", inputs / "data.jsonl", "--batch_size", 4)
+        model = ("--model", model)
+        search = ("block_selection.py", *model, *data, *on_cpu, "--num_blocks", 2, "--output", "report.json")
+        scale = ("param_scale.py", *model, *data, *on_cpu, "--num_epochs", 2, "--output_dir", "scaled")
+        export = ("-m", "hopscotch_common.export")
+        succeed(inputs, *scale, "--blocks_to_skip", 1, "--validation_split", 0.25)
+        (checkpoint,) = inputs.glob("scaled/*_scaled_epoch_1")
+        self.made: dict[str, Undisturbed] = {}
+        self.lines = {
+            "generate": (
+                "generate_model_gt_data.py", *model, *on_cpu, "--input_file", inputs / "prompts.jsonl",
+                "--output_file", "tiny_math_final.jsonl", "--max_tokens", 6, "--keep_truncated",
+                "--backend", "transformers", "--max_tokens_per_batch", 256,
+            ),
+            "process": (
+                "process_gt_data.py", *model, "--input_file", inputs / "answers.jsonl",
+                "--output_dir", "out", "--num_cpu_procs", 2,
+            ),
+            "full": search,
+            "race": (*search, "--search", "race"),
+            "resume": (*scale, "--blocks_to_skip", 1, "--resume", "--validation_split", 0.25),
+            "scale_export": (*scale, "--blocks_to_skip", 1, "--export", "folded"),
+            "unscaled": ("unscaled_ckpt.py", *model, "--blocks_to_skip", 1, "--output_dir", "unscaled"),
+            "export": (*export, checkpoint, "--format", "nemotron_nas", "--output", "nas", *on_cpu),
+            "report": ("-m", "hopscotch_common.report", inputs / "scaled"),
+        }  # fmt: skip
+
+    def __getitem__(self, name: str) -> tuple:
+        return self.lines[name]
+
+    def undisturbed(self, name: str) -> Undisturbed:
+        """The command's outcome in an empty folder."""
+        if name not in self.made:
+            folder = self.inputs / f"undisturbed-{name}"
+            folder.mkdir()
+            started = time.monotonic()
+            outcome = succeed(folder, *self[name])
+            assert not leftovers(folder)
+            self.made[name] = Undisturbed(state_of(folder), outcome.out, time.monotonic() - started)
+        return self.made[name]
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    """Write a JSONL file."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 # The process that all commands are forked from
 
 
@@ -209,8 +285,11 @@ class Server:
     def __init__(self):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "NUMBA_DISABLE_JIT": "1",  # as the project does, and to be set before numba is loaded
+        }
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
@@ -280,6 +359,28 @@ def _become(request: dict, descriptors: list[int]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def leave(become: Callable[[], None]) -> None:
+    """Run what a child shall be and end the process as Python would, without taking torch apart (0.6 s)."""
+    code = 0
+    try:
+        become()
+    except SystemExit as end:
+        code = end.code or 0
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def _arm(fault: Fault, folder: Path) -> None:
     """Count this process's file calls below `folder`, and send the signal at the one that is meant."""
     calls = 0
@@ -309,8 +410,14 @@ def _arm(fault: Fault, folder: Path) -> None:
 
 # What folders hold
 
-VOLATILE = re.compile(r"pid|host|time|seconds|_per_second|date|started")  # keys of JSON objects
-APPENDED = ("journal.jsonl", "_math.jsonl", ".partial.jsonl")  # files that grow while a command runs
+VOLATILE = re.compile(r"(^|_)(pid|host|time|seconds|date|started)($|_)")  # keys of JSON objects
+TEMPORARY = re.compile(r"^\.|\.(tmp|old|lock)$|processing-")
+FINISHED = re.compile(r"(^data|_final)\.jsonl$")  # JSONL that never grows: others are journals
+
+
+def grows(path: Path) -> bool:
+    """Whether a file gets a line at a time while a command runs."""
+    return path.suffix == ".jsonl" and not FINISHED.search(path.name)
 
 
 def state_of(folder: Path) -> dict[str, object]:
@@ -325,7 +432,7 @@ def state_of(folder: Path) -> dict[str, object]:
 
 
 def _content(path: Path) -> object:
-    if path.name.endswith(APPENDED):
+    if grows(path):
         return sorted(path.read_text().splitlines())
     if path.suffix == ".json":
         return _stable(json.loads(path.read_text()))
@@ -340,10 +447,106 @@ def _stable(value: object) -> object:
 
 def leftovers(folder: Path) -> list[str]:
     """What only a running command may need: dot files, temporary and lock files."""
-    temporary = re.compile(r"^\.|\.(tmp|old|lock)$|processing-")
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if temporary.search(p.name))
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if TEMPORARY.search(p.name))
+
+
+def torn(folder: Path, complete: dict[str, object]) -> list[str]:
+    """What a reader would find half-written in `folder` now. complete: its state when all is done.
+
+    JSON that does not parse, a line that does not (of a file that grows, the last may be cut), any
+    other file that is not as it will be, and a checkpoint that lacks files.
+    """
+    found = []
+    for parent, folders, files in os.walk(folder):  # does not mind what goes meanwhile
+        folders[:] = [name for name in folders if not TEMPORARY.search(name)]
+        for path in (Path(parent, name) for name in files if not TEMPORARY.search(name)):
+            name = str(path.relative_to(folder))
+            with contextlib.suppress(FileNotFoundError):
+                found += [f"{name}: {fault}" for fault in _faults_of_file(path, complete.get(name))]
+    for checkpoint in {str(Path(name).parent) for name in complete if name.endswith("/config.json")}:
+        names = {Path(name).name for name in complete if str(Path(name).parent) == checkpoint}
+        with contextlib.suppress(FileNotFoundError):
+            missing = names - _list_one_folder(folder / checkpoint, names)
+            found += [f"{checkpoint} without {name}" for name in sorted(missing)]
+    return found
+
+
+def _faults_of_file(path: Path, complete: object) -> list[str]:
+    content = path.read_bytes()
+    lines = [content] if path.suffix == ".json" else content.split(b"\n")[:-1]
+    if path.suffix in (".json", ".jsonl"):
+        for line in lines:
+            try:
+                json.loads(line)
+            except ValueError as error:
+                return [f"not JSON ({error})"]
+    is_final = path.suffix != ".json" and not grows(path)
+    if is_final and complete is not None and hashlib.sha256(content).hexdigest() != complete:
+        return ["not as it is in the end"]
+    return []
+
+
+def _list_one_folder(path: Path, at_least: set[str]) -> set[str]:
+    """The names in a folder, of one and the same folder even where another takes its place meanwhile."""
+    while True:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            names = set(os.listdir(descriptor))
+            if at_least <= names or os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return names
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def watched(folder: Path, complete: dict[str, object]) -> Iterator[list[str]]:
+    """Read `folder` over and over meanwhile; the list fills with what was `torn`."""
+    seen: list[str] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.extend(fault for fault in torn(folder, complete) if fault not in seen)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 def differences(found: dict[str, object], expected: dict[str, object]) -> list[str]:
     """The files in which two states differ."""
     return sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+
+
+# The figures in docs/reliability.md
+
+
+def record(what: str, figure: str) -> None:
+    """Where HOPSCOTCH_FIGURES names a Markdown file, set a row of its table, with the command for it."""
+    if "HOPSCOTCH_FIGURES" not in os.environ:
+        return
+    path = Path(os.environ["HOPSCOTCH_FIGURES"])
+    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+    row = f"| {what} | {figure} | `pytest '{test}'` |"
+    lines = path.read_text().splitlines() if path.exists() else []
+    same = [number for number, line in enumerate(lines) if line.startswith(f"| {what} |")]
+    if same:
+        lines[same[0]] = row
+    else:
+        last = max((number for number, line in enumerate(lines) if line.startswith("|")), default=len(lines))
+        lines.insert(last + 1, row)
+    path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.path.remove(str(Path(__file__).parent))
+    for module in PRELOADED:
+        importlib.import_module(module)
+    gc.freeze()  # so that no child's collection touches, and so copies, what it was forked with
+    become = serve(socket.socket(fileno=int(sys.argv[1])))
+    if become:
+        leave(become)
