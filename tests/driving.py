@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,9 +77,23 @@ class Outcome:
 
     @property
     def complaint(self) -> str:
-        """Its lines on stderr that are neither a progress bar nor a log line before the last."""
+        """The last line on stderr."""
         lines = [line for line in re.split(r"[\r\n]+", self.err) if line.strip()]
         return lines[-1] if lines else ""
+
+    def faults_as_error(self, codes: Container[int], pattern: str) -> list[str]:
+        """What is not as it should be with a command that had to fail: its exit code, a traceback, and
+        one line that says "error" and matches `pattern`, the last one."""
+        found = []
+        if self.code not in codes:
+            found.append(f"exit code {self.code}")
+        if "Traceback" in self.err:
+            found.append(f"a traceback that ends in: {self.complaint}")
+        elif "error: " not in self.complaint or not re.search(pattern, self.complaint):
+            found.append(f"the last line is: {self.complaint}")
+        if self.err.count("error: ") > 1:
+            found.append(f"{self.err.count('error: ')} lines of errors")
+        return found
 
 
 @dataclass
@@ -120,11 +134,11 @@ class Running:
         """What it has written so far; which: "out" or "err"."""
         return self.texts[which].decode(errors="replace")
 
-    def wait_until_stopped(self) -> None:
-        """Wait until a `Fault` with SIGSTOP has stopped it."""
-        while process_state(self.pid) not in "TZ":
+    def stopped(self) -> bool:
+        """Wait until a `Fault` with SIGSTOP stops it; False where it ends before."""
+        while (state := process_state(self.pid)) not in "TZ":
             time.sleep(0.002)
-        assert process_state(self.pid) == "T", f"it ended before: {self.wait()}"
+        return state == "T"
 
 
 def process_state(pid: int) -> str:
@@ -332,6 +346,7 @@ def serve(channel: socket.socket) -> Callable[[], None] | None:
         if pid == 0:
             channel.close()
             return functools.partial(_become, request, descriptors)
+        os.setpgid(pid, pid)  # here as well, so that it is done before anyone signals the group
         channel.send(json.dumps(pid).encode())
         for descriptor in descriptors:
             os.close(descriptor)
@@ -375,15 +390,21 @@ def leave(become: Callable[[], None]) -> None:
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):
+    try:
         sys.stdout.flush()
-        sys.stderr.flush()
+    except OSError as error:
+        print(f"Exception ignored in: {sys.stdout}: {error}", file=sys.stderr)
+        code = 120
+    sys.stderr.flush()
     os._exit(code)
 
 
 def _arm(fault: Fault, folder: Path) -> None:
-    """Count this process's file calls below `folder`, and send the signal at the one that is meant."""
-    calls = 0
+    """Count this process's file calls below `folder`, and send the signal at the one that is meant.
+
+    Those of processes that it forks do not count.
+    """
+    calls, process = 0, os.getpid()
 
     def is_below(target) -> bool:
         path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.path.abspath(target)
@@ -393,14 +414,16 @@ def _arm(fault: Fault, folder: Path) -> None:
         @functools.wraps(real)
         def wrapped(target, *args, **kwargs):
             nonlocal calls
-            counted = kwargs.get("dir_fd") is not None or is_below(target)
+            counted = os.getpid() == process and (kwargs.get("dir_fd") is not None or is_below(target))
             calls += counted
-            if counted and calls == fault.call and not fault.after:
-                os.kill(os.getpid(), fault.signal)
-            result = real(target, *args, **kwargs)
-            if counted and calls == fault.call and fault.after:
-                os.kill(os.getpid(), fault.signal)
-            return result
+            hit = counted and calls == fault.call
+            if hit and not fault.after:
+                os.kill(process, fault.signal)
+            try:
+                return real(target, *args, **kwargs)
+            finally:
+                if hit and fault.after:
+                    os.kill(process, fault.signal)
 
         return wrapped
 
@@ -421,13 +444,16 @@ def grows(path: Path) -> bool:
 
 
 def state_of(folder: Path) -> dict[str, object]:
-    """{relative path: content} of all files below a folder, dot files included.
+    """{relative path: content} of all files below a folder but `leftovers`.
 
     JSON is parsed, without VOLATILE keys; of a file that grows line by line, the sorted lines: an
     interrupted run may have come by them in another order. Other files are their SHA-256.
     """
+    names = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        str(path.relative_to(folder)): _content(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        name: _content(path)
+        for name, path in names.items()
+        if not any(TEMPORARY.search(part) for part in Path(name).parts)
     }
 
 
@@ -446,8 +472,12 @@ def _stable(value: object) -> object:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What only a running command may need: dot files, temporary and lock files."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if TEMPORARY.search(p.name))
+    """What only a running command may need: dot files, temporary and lock files, and such folders."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        found += [Path(parent, name) for name in folders + files if TEMPORARY.search(name)]
+        folders[:] = [name for name in folders if not TEMPORARY.search(name)]
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def torn(folder: Path, complete: dict[str, object]) -> list[str]:
