@@ -101,8 +101,8 @@ class Running:
     """A command line under way. Its process leads a process group of its own."""
 
     pid: int
-    pipes: list[threading.Thread] = field(default_factory=list)
-    texts: dict[str, bytearray] = field(default_factory=dict)
+    pipes: list[threading.Thread] = field(default_factory=list, repr=False)
+    texts: dict[str, bytearray] = field(default_factory=dict, repr=False)
     ended: int | None = None  # wait status
 
     def kill(self, number: int) -> None:
