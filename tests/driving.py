@@ -9,12 +9,14 @@ before the fork, so a command runs as it would from a shell.
 """
 
 import atexit
+import builtins
 import contextlib
 import dataclasses
 import functools
 import gc
 import hashlib
 import importlib
+import io
 import json
 import os
 import random
@@ -59,7 +61,7 @@ TIMEOUT = 300  # seconds that a command of a test may take
 class Fault:
     """A signal that a process sends itself at its `call`-th file call (from 1) below its folder.
 
-    File calls are FILE_CALLS. after: once the call is done, instead of before it.
+    File calls are FILE_CALLS, and `open` to write. after: once the call is done, instead of before it.
     """
 
     call: int
@@ -410,11 +412,13 @@ def _arm(fault: Fault, folder: Path) -> None:
         path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.path.abspath(target)
         return Path(path).is_relative_to(folder)
 
-    def wrap(real):
+    def wrap(real, is_open=False):
         @functools.wraps(real)
         def wrapped(target, *args, **kwargs):
             nonlocal calls
-            counted = os.getpid() == process and (kwargs.get("dir_fd") is not None or is_below(target))
+            writes = not is_open or set(kwargs.get("mode", args[0] if args else "r")) & set("wax+")
+            counted = os.getpid() == process and bool(writes)
+            counted = counted and (kwargs.get("dir_fd") is not None or is_below(target))
             calls += counted
             hit = counted and calls == fault.call
             if hit and not fault.after:
@@ -429,6 +433,7 @@ def _arm(fault: Fault, folder: Path) -> None:
 
     for name in FILE_CALLS:
         setattr(os, name, wrap(getattr(os, name)))
+    builtins.open = io.open = wrap(open, is_open=True)
 
 
 # What folders hold

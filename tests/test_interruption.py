@@ -117,7 +117,7 @@ def test_killed_at_many_random_moments(commands, tmp_path, name):
 def test_killed_at_some_file_calls_one_after_another(commands, tmp_path, name):
     """In one folder, so that each run finds what the one before left."""
     whole, broken, call = commands.undisturbed(name), [], 1
-    while run(tmp_path, *commands[name], fault=Fault(call, after=call % 2 == 1)).code != 0:
+    while run(tmp_path, *commands[name], fault=Fault(call, after=call % 2 == 1)).code == -signal.SIGKILL:
         broken += [f"killed at file call {call}: {fault}" for fault in torn(tmp_path, whole.state)]
         call = 3 * call + 1
     broken += finish(commands, name, tmp_path)
@@ -132,7 +132,7 @@ def test_killed_at_every_file_call(commands, tmp_path, name, after):
     for call in itertools.count(1):
         folder = tmp_path / str(call)
         folder.mkdir()
-        if run(folder, *commands[name], fault=Fault(call, after)).code == 0:
+        if run(folder, *commands[name], fault=Fault(call, after)).code != -signal.SIGKILL:
             break
         faults = torn(folder, whole.state) + finish(commands, name, folder)
         broken += [f"killed at file call {call}: {fault}" for fault in faults]
@@ -159,7 +159,7 @@ def replace_and_kill(commands: Commands, name: str, folder: Path, calls: Iterabl
     whole, broken, kills = commands.undisturbed(name), [], 0
     assert not finish(commands, name, folder)
     for call in calls:
-        if run(folder, *commands[name], fault=Fault(call)).code == 0:
+        if run(folder, *commands[name], fault=Fault(call)).code != -signal.SIGKILL:
             break
         kills += 1
         broken += [f"killed at file call {call}: {fault}" for fault in torn(folder, whole.state)]

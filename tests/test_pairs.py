@@ -24,7 +24,7 @@ from driving import (
     torn,
 )
 
-MIDDLE = 6  # a file call in the middle of any command's writing
+MIDDLE = 7  # a file call in the middle of any command's writing
 SAME = ("generate", "process", "full", "resume", "scale_export", "unscaled", "export")
 SCALE = ("--blocks_to_skip", 2)
 DIFFERENT = {  # the second command on the output of the first
