@@ -54,6 +54,7 @@ PRELOADED = (
     "transformers.models.qwen3.modeling_qwen3",
 )
 FILE_CALLS = ("replace", "rename", "fsync", "link", "unlink", "remove", "mkdir", "rmdir")
+FIGURES = Path(os.environ["HOPSCOTCH_FIGURES"]).absolute() if "HOPSCOTCH_FIGURES" in os.environ else None
 TIMEOUT = 300  # seconds that a command of a test may take
 
 
@@ -562,19 +563,18 @@ def differences(found: dict[str, object], expected: dict[str, object]) -> list[s
 
 def record(what: str, figure: str) -> None:
     """Where HOPSCOTCH_FIGURES names a Markdown file, set a row of its table, with the command for it."""
-    if "HOPSCOTCH_FIGURES" not in os.environ:
+    if FIGURES is None:
         return
-    path = Path(os.environ["HOPSCOTCH_FIGURES"])
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
     row = f"| {what} | {figure} | `pytest '{test}'` |"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = FIGURES.read_text().splitlines() if FIGURES.exists() else []
     same = [number for number, line in enumerate(lines) if line.startswith(f"| {what} |")]
     if same:
         lines[same[0]] = row
     else:
         last = max((number for number, line in enumerate(lines) if line.startswith("|")), default=len(lines))
         lines.insert(last + 1, row)
-    path.write_text("\n".join(lines) + "\n")
+    FIGURES.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
