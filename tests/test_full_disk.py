@@ -128,7 +128,7 @@ def test_earlier_results_survive_a_full_disk(commands, disk, name):
 
 @pytest.mark.parametrize("name", ["generate", "full", "resume", "export"])
 def test_files_may_not_grow(commands, tmp_path, name):
-    limit_files(commands, name, tmp_path, limits=[6000])
+    limit_files(commands, name, tmp_path, limits=[700])
 
 
 @pytest.mark.slow
