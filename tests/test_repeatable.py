@@ -1,0 +1,105 @@
+"""The same command and seed give the same bits, and several processes the same picks and losses."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from driving import Commands, differences, record, start, state_of, succeed
+
+NAMES = (
+    "generate",
+    "process",
+    "full",
+    "race",
+    "resume",
+    "scale_export",
+    "unscaled",
+    "export",
+    "report",
+)
+FLOAT32_TOLERANCE = 1e-4  # relative, of losses after a few steps, which sum in another order
+
+
+@pytest.fixture(scope="module")
+def commands(tiny_folder, tmp_path_factory) -> Commands:
+    return Commands(tiny_folder(), tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_command_gives_the_same_bits(commands, tmp_path, name):
+    whole = commands.undisturbed(name)
+    again = succeed(tmp_path, *commands[name], env={"PYTHONHASHSEED": "1"})
+    assert not differences(state_of(tmp_path), whole.state) and again.out == whole.out
+    record(f"`{name}` twice", f"{len(whole.state)} files, the same bits")
+
+
+@pytest.mark.parametrize(("name", "seed"), [("full", 43), ("resume", 43)])
+def test_another_seed_gives_other_losses(commands, tmp_path, name, seed):
+    """The comparison above can tell results apart."""
+    succeed(tmp_path, *commands[name], "--seed", seed)
+    assert differences(state_of(tmp_path), commands.undisturbed(name).state)
+
+
+def launch(folder: Path, command: tuple, processes: int) -> str:
+    """Run a command as `accelerate launch` would, in several processes on the CPU; stdout of rank 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        ranks.append(start(folder, *command, env=environment))
+    ends = [running.wait() for running in ranks]
+    assert [end.code for end in ends] == [0] * processes, ends[0].err
+    assert not any(end.out for end in ends[1:])
+    assert f"{processes} process(es)" in ends[0].err
+    return ends[0].out
+
+
+def check_processes(commands: Commands, name: str, folder: Path, processes: int) -> None:
+    """A command in several processes: what one gives, the losses to FLOAT32_TOLERANCE."""
+    launch(folder, commands[name], processes)
+    if name in ("full", "race"):
+        (alone, together) = (
+            json.loads((place / "report.json").read_text())
+            for place in (commands.inputs / f"undisturbed-{name}", folder)
+        )
+        assert together["skipped_blocks"] == alone["skipped_blocks"]
+        pairs = zip(together["iterations"], alone["iterations"], strict=True)
+        for mine, theirs in pairs:
+            assert mine["losses"] == pytest.approx(theirs["losses"], rel=FLOAT32_TOLERANCE)
+            assert mine["dropped"].keys() == theirs["dropped"].keys()
+    else:
+        (alone, together) = (
+            json.loads((place / "scaled/report.json").read_text())["epochs"]
+            for place in (commands.inputs / f"undisturbed-{name}", folder)
+        )
+        assert len(together) == len(alone) == 2
+        for mine, theirs in zip(together, alone, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=FLOAT32_TOLERANCE)
+            assert mine["held_out"] == pytest.approx(theirs["held_out"], rel=FLOAT32_TOLERANCE)
+    files = {name: None for name in commands.undisturbed(name).state}
+    assert state_of(folder).keys() == files.keys()
+    record(f"`{name}` in {processes} processes", "the same picks and losses")
+
+
+@pytest.mark.parametrize(("name", "processes"), [("full", 3), ("resume", 2)])
+def test_several_processes_give_the_same(commands, tmp_path, name, processes):
+    commands.undisturbed(name)
+    check_processes(commands, name, tmp_path, processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("name", ["full", "race", "resume"])
+def test_two_and_three_processes_give_the_same(commands, tmp_path, name, processes):
+    commands.undisturbed(name)
+    check_processes(commands, name, tmp_path, processes)
