@@ -127,5 +127,5 @@ CASES = [
             '{"input_ids": [5, 6], "labels": [-100, 6], "labels": [-100, -100]}'),
     *for_scripts(TRAINING, "--data_path", "longer than the model's context", points_to("data.jsonl, line 3", "512"),
                  spoil=edit_line("data.jsonl", 3, input_ids=[7] * 600, labels=[7] * 600)),
-    _sample("10 MB of ids", points_to("data.jsonl, line 3"), input_ids=[7] * 3_000_000, labels=[7] * 3_000_000),
+    _sample("10 MB of ids", "line 3: 3000000 input_ids but 20 labels", input_ids=[7] * 3_000_000),
 ]  # fmt: skip
