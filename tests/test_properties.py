@@ -55,7 +55,11 @@ class Model:
 def models(draw, dtypes=tuple(TOLERANCES)) -> Model:
     """Any family, 1 to 4 layers, 1 to 4 heads, tied or not, biased or not, scales of either sign."""
     family = draw(st.sampled_from(sorted(FAMILY_SIZES)))
-    layers, kv_heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.sampled_from([4, 8, 16]))
+    layers, kv_heads, head_dim = (
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([4, 8, 16])),
+    )
     heads = kv_heads * draw(st.integers(1, 2))
     shape = dict(
         num_hidden_layers=layers,
@@ -179,7 +183,9 @@ def check_loss(model: Model, batches, samples) -> None:
 PROPERTIES = {
     "folding": given(model=models(), samples=sample_lists())(folding_changes_no_loss),
     "splits": given(model=models(), samples=sample_lists(), data=st.data())(splitting_changes_no_loss),
-    "prefix": given(model=models(), samples=sample_lists(20), data=st.data())(sharing_a_prefix_changes_no_loss),
+    "prefix": given(model=models(), samples=sample_lists(20), data=st.data())(
+        sharing_a_prefix_changes_no_loss
+    ),
     "packed": given(model=models(), samples=sample_lists(), data=st.data())(packing_changes_no_loss),
 }
 

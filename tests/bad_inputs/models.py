@@ -25,6 +25,7 @@ from .workplace import CHECKPOINT
 CONFIG, WEIGHTS, INDEX = "model/config.json", "model/model.safetensors", "model/model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "model/tokenizer.json", "model/tokenizer_config.json"
 WITH_WEIGHTS = (*LOADING, "unscaled_ckpt")  # those that read or copy the weights
+NO_WEIGHTS = "model: no weights|" + points_to("model", "(weights|safetensors)")
 WITH_TOKENIZER = ("generate_model_gt_data", "process_gt_data")
 KEY = "model.layers.2.mlp.up_proj.weight"
 
@@ -41,11 +42,6 @@ def _tokenizer(name: str, place: str, spoil: Spoil, scripts=WITH_TOKENIZER) -> l
     return for_scripts(scripts, "--model", name, points_to("model", place), spoil=spoil)
 
 
-def _scaled(found: dict) -> dict:
-    """Weights of another dtype than a model can have."""
-    return {name: (1000 * tensor).char() for name, tensor in found.items()}
-
-
 def _move_shards(work) -> None:
     """The shards lie beside the model's folder, where the index says."""
     (work / "outside").mkdir()
@@ -53,24 +49,65 @@ def _move_shards(work) -> None:
         path.rename(work / "outside" / path.name)
 
 
+def _template(name: str, spoil: Spoil, scripts=WITH_TOKENIZER) -> list[Case]:
+    return for_scripts(
+        scripts, "--model", f"template {name}", "(line 1: .*|model: .*)chat template", spoil=spoil
+    )
+
+
 CASES = [
     # config.json
-    *for_scripts(["param_scale"], "--model", "no config", "folder model holds no config.json", spoil=remove(CONFIG)),
-    *for_scripts(ALL, "--model", "config is not JSON", points_to("model", "config.json"), spoil=write(CONFIG, "{")),
-    *for_scripts(["unscaled_ckpt", "block_selection"], "--model", "config is a list",
-                 points_to("model", "config.json"), spoil=write(CONFIG, "[]")),
-    *for_scripts(["unscaled_ckpt"], "--model", "config is not UTF-8", points_to("model", "config.json"),
-                 spoil=write(CONFIG, b'{"model_type": "\xff"}')),
-    *for_scripts(["unscaled_ckpt", "process_gt_data"], "--model", "config is a folder",
-                 points_to("model", "config.json"), spoil=folder(CONFIG)),
-    *for_scripts(["unscaled_ckpt"], "--model", "config is a link to itself", points_to("model", "config.json"),
-                 spoil=loop(CONFIG)),
-    *for_scripts(ALL, "--model", "unsupported architecture", "model: architecture 'gpt2' is not supported; supported",
-                 spoil=edit(CONFIG, model_type="gpt2")),
+    *for_scripts(
+        ["param_scale"], "--model", "no config", "folder model holds no config.json", spoil=remove(CONFIG)
+    ),
+    *for_scripts(
+        ALL, "--model", "config is not JSON", points_to("model", "config.json"), spoil=write(CONFIG, "{")
+    ),
+    *for_scripts(
+        ["unscaled_ckpt", "block_selection"],
+        "--model",
+        "config is a list",
+        points_to("model", "config.json"),
+        spoil=write(CONFIG, "[]"),
+    ),
+    *for_scripts(
+        ["unscaled_ckpt"],
+        "--model",
+        "config is not UTF-8",
+        points_to("model", "config.json"),
+        spoil=write(CONFIG, b'{"model_type": "\xff"}'),
+    ),
+    *for_scripts(
+        ["unscaled_ckpt", "process_gt_data"],
+        "--model",
+        "config is a folder",
+        points_to("model", "config.json"),
+        spoil=folder(CONFIG),
+    ),
+    *for_scripts(
+        ["unscaled_ckpt"],
+        "--model",
+        "config is a link to itself",
+        points_to("model", "config.json"),
+        spoil=loop(CONFIG),
+    ),
+    *for_scripts(
+        ALL,
+        "--model",
+        "unsupported architecture",
+        "model: architecture 'gpt2' is not supported; supported",
+        spoil=edit(CONFIG, model_type="gpt2"),
+    ),
     *_config("no model type", "", model_type=REMOVED),
     *_config("model type with escapes", "", model_type="\x1b[31mllama\n"),
-    *for_scripts(["unscaled_ckpt"], "--model", "a checkpoint of ours", "Hopscotch checkpoint already: give its base",
-                 "--model", CHECKPOINT),
+    *for_scripts(
+        ["unscaled_ckpt"],
+        "--model",
+        "a checkpoint of ours",
+        "Hopscotch checkpoint already: give its base",
+        "--model",
+        CHECKPOINT,
+    ),
     *_config("layers are text", "num_hidden_layers", num_hidden_layers="four"),
     *_config("layers are null", "num_hidden_layers", num_hidden_layers=None),
     *_config("layers are 4.5", "num_hidden_layers", num_hidden_layers=4.5),
@@ -91,73 +128,142 @@ CASES = [
     *_config("context of text", "max_position_embeddings", WITH_WEIGHTS, max_position_embeddings="long"),
     *_config("eps of text", "rms_norm_eps", rms_norm_eps="small"),
     *_config("unknown quantisation", "quantization_config", quantization_config={"quant_method": "magic"}),
-    *_config("negative sliding window", "sliding_window", ("block_selection", "generate_model_gt_data"),
-             model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=-5),
+    *_config(
+        "negative sliding window",
+        "sliding_window",
+        ("block_selection", "generate_model_gt_data"),
+        model_type="mistral",
+        architectures=["MistralForCausalLM"],
+        sliding_window=-5,
+    ),
     # weights
-    *for_scripts(WITH_WEIGHTS, "--model", "no weights", points_to("model", "(weights|safetensors)"),
-                 spoil=remove(WEIGHTS)),
+    *for_scripts(WITH_WEIGHTS, "--model", "no weights", NO_WEIGHTS, spoil=remove(WEIGHTS)),
     *_weights("cut short", "model.safetensors", cut(WEIGHTS, 0.6)),
     *_weights("empty", "model.safetensors", write(WEIGHTS, "")),
-    *_weights("not safetensors", "model.safetensors", write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"),
-              ("unscaled_ckpt", "block_selection")),
-    *_weights("header of 2^60 bytes", "model.safetensors", write(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"),
-              ("unscaled_ckpt", "block_selection")),
-    *_weights("a folder", "model.safetensors", all_of(remove(WEIGHTS), folder(WEIGHTS)), ("param_scale",)),
-    *_weights("a link to itself", "model.safetensors", loop(WEIGHTS), ("unscaled_ckpt", "block_selection")),
+    *_weights(
+        "not safetensors",
+        "model.safetensors",
+        write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"),
+        ("unscaled_ckpt", "block_selection"),
+    ),
+    *_weights(
+        "header of 2^60 bytes",
+        "model.safetensors",
+        write(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"),
+        ("unscaled_ckpt", "block_selection"),
+    ),
+    *for_scripts(["param_scale"], "--model", "weights are a folder", NO_WEIGHTS, spoil=folder(WEIGHTS)),
+    *for_scripts(
+        ["unscaled_ckpt", "block_selection"],
+        "--model",
+        "weights are a link to itself",
+        NO_WEIGHTS,
+        spoil=loop(WEIGHTS),
+    ),
     *_weights("a tensor missing", KEY, tensors(WEIGHTS, without(KEY))),
-    *_weights("a tensor too many", "odd", tensors(WEIGHTS, lambda found: found | {"model.odd.weight": found[KEY]}),
-              ("unscaled_ckpt", "block_selection")),
-    *_weights("a tensor of another shape", KEY,
-              tensors(WEIGHTS, lambda found: found | {KEY: found[KEY][:-1].clone()})),
-    *_weights("whole numbers without a quantisation", "(dtype|int8|float)", tensors(WEIGHTS, _scaled),
-              ("unscaled_ckpt", "block_selection")),
-    *_weights("pickle of before torch 1.6", "pytorch_model.bin", old_bin),
-    *_weights("cut .bin", "pytorch_model.bin", all_of(old_bin, cut("model/pytorch_model.bin", 0.5)),
-              ("unscaled_ckpt", "block_selection")),
+    *_weights(
+        "a tensor too many",
+        "odd",
+        tensors(WEIGHTS, lambda found: found | {"model.odd.weight": found[KEY].clone()}),
+        ("unscaled_ckpt", "block_selection"),
+    ),
+    *_weights(
+        "a tensor of another shape",
+        KEY,
+        tensors(WEIGHTS, lambda found: found | {KEY: found[KEY][:-1].clone()}),
+    ),
+    *_weights(
+        "cut .bin",
+        "pytorch_model.bin",
+        all_of(old_bin, cut("model/pytorch_model.bin", 0.5)),
+        ("unscaled_ckpt", "block_selection"),
+    ),
     # shards
-    *_weights("a shard missing", "model-00002-of-00002.safetensors",
-              all_of(sharded, remove("model/model-00002-of-00002.safetensors"))),
-    *_weights("a shard cut short", "model-00002-of-00002.safetensors",
-              all_of(sharded, cut("model/model-00002-of-00002.safetensors", 0.7))),
+    *_weights(
+        "a shard missing",
+        "model-00002-of-00002.safetensors",
+        all_of(sharded, remove("model/model-00002-of-00002.safetensors")),
+    ),
+    *_weights(
+        "a shard cut short",
+        "model-00002-of-00002.safetensors",
+        all_of(sharded, cut("model/model-00002-of-00002.safetensors", 0.7)),
+    ),
     *_weights("index is not JSON", INDEX.split("/")[1], all_of(sharded, write(INDEX, "{"))),
-    *_weights("index is a list", INDEX.split("/")[1], all_of(sharded, write(INDEX, "[]")),
-              ("unscaled_ckpt", "param_scale")),
-    *_weights("index without a map", INDEX.split("/")[1], all_of(sharded, write(INDEX, "{}")),
-              ("unscaled_ckpt", "generate_model_gt_data")),
-    *_weights("index of numbers", INDEX.split("/")[1], all_of(sharded, index(lambda found: dict.fromkeys(found, 7))),
-              ("unscaled_ckpt", "block_selection")),
-    *_weights("index out of the folder", r"\.\./", all_of(
-        sharded, index(lambda found: {key: f"../outside/{file}" for key, file in found.items()}), _move_shards)),
-    *_weights("index to an absolute path", "/etc/passwd",
-              all_of(sharded, index(lambda found: dict.fromkeys(found, "/etc/passwd"))),
-              ("unscaled_ckpt", "block_selection")),
-    *_weights("index that swaps the shards", "(index|shard|model-0000)", all_of(
-        sharded, index(lambda found: dict(zip(found, reversed(found.values()), strict=True)))),
-              ("unscaled_ckpt", "block_selection")),
-    *_weights("index without one tensor", KEY, all_of(sharded, index(without(KEY))),
-              ("unscaled_ckpt", "block_selection")),
+    *_weights(
+        "index is a list",
+        INDEX.split("/")[1],
+        all_of(sharded, write(INDEX, "[]")),
+        ("unscaled_ckpt", "param_scale"),
+    ),
+    *_weights(
+        "index without a map",
+        INDEX.split("/")[1],
+        all_of(sharded, write(INDEX, "{}")),
+        ("unscaled_ckpt", "generate_model_gt_data"),
+    ),
+    *_weights(
+        "index of numbers",
+        INDEX.split("/")[1],
+        all_of(sharded, index(lambda found: dict.fromkeys(found, 7))),
+        ("unscaled_ckpt", "block_selection"),
+    ),
+    *_weights(
+        "index out of the folder",
+        r"\.\./",
+        all_of(
+            sharded,
+            index(lambda found: {key: f"../outside/{file}" for key, file in found.items()}),
+            _move_shards,
+        ),
+    ),
+    *_weights(
+        "index to an absolute path",
+        "/etc/passwd",
+        all_of(sharded, index(lambda found: dict.fromkeys(found, "/etc/passwd"))),
+        ("unscaled_ckpt", "block_selection"),
+    ),
+    *_weights(
+        "index that swaps the shards",
+        "(index|shard|model-0000)",
+        all_of(sharded, index(lambda found: dict(zip(found, reversed(found.values()), strict=True)))),
+        ("unscaled_ckpt", "block_selection"),
+    ),
+    *_weights(
+        "index without one tensor",
+        KEY,
+        all_of(sharded, index(without(KEY))),
+        ("unscaled_ckpt", "block_selection"),
+    ),
     # tokenizer and chat template
     *_tokenizer("no tokenizer files", "tokenizer", remove(TOKENIZER, TOKENIZER_CONFIG)),
     *_tokenizer("tokenizer.json missing", "tokenizer", remove(TOKENIZER)),
     *_tokenizer("tokenizer.json is not JSON", "tokenizer", write(TOKENIZER, "{")),
     *_tokenizer("tokenizer.json cut short", "tokenizer", cut(TOKENIZER, 0.5)),
-    *_tokenizer("tokenizer.json is another's", "tokenizer", write(TOKENIZER, '{"version": "1.0"}'),
-                ("process_gt_data",)),
+    *_tokenizer(
+        "tokenizer.json is another's",
+        "tokenizer",
+        write(TOKENIZER, '{"version": "1.0"}'),
+        ("process_gt_data",),
+    ),
     *_tokenizer("tokenizer_config.json is not JSON", "tokenizer", write(TOKENIZER_CONFIG, "{")),
-    *_tokenizer("tokenizer_config.json is a list", "tokenizer", write(TOKENIZER_CONFIG, "[]"), ("process_gt_data",)),
-    *_tokenizer("unknown tokenizer class", "tokenizer", edit(TOKENIZER_CONFIG, tokenizer_class="NoSuchTokenizer"),
-                ("generate_model_gt_data",)),
+    *_tokenizer(
+        "tokenizer_config.json is a list", "tokenizer", write(TOKENIZER_CONFIG, "[]"), ("process_gt_data",)
+    ),
     *_tokenizer("tokenizer a folder", "tokenizer", folder(TOKENIZER), ("process_gt_data",)),
-    *_tokenizer("no chat template", "chat template; give an instruction-tuned", remove("model/chat_template.jinja")),
+    *_tokenizer(
+        "no chat template", "chat template; give an instruction-tuned", remove("model/chat_template.jinja")
+    ),
     *_tokenizer("ids beyond the vocabulary", "(vocabulary|300)", more_tokens(60)),
-    *_tokenizer("template that refuses", "template refuses", template("{{ raise_exception('not\nme') }}")),
-    *_tokenizer("template that is none", "template", template("{% for message in %}")),
-    *_tokenizer("template that divides by 0", "template", template("{{ 1 // 0 }}")),
-    *_tokenizer("template that adds text and number", "template", template("{{ 'a' + 1 }}")),
-    *_tokenizer("template without end", "template", template("{{ 'x' * 99999999999999 }}{% for i in range(10**9) %}x"
-                                                             "{% endfor %}"), ("generate_model_gt_data",)),
-    *_tokenizer("template that changes messages", "template", template("{{ messages.append(messages[0]) }}")),
-    *_tokenizer("template that leaves all out", "template", template("hello")),
-    *_tokenizer("template that rewrites", "template",
-                template("{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}<|im_end|>{% endfor %}")),
-]  # fmt: skip
+    *_template("that refuses", template("{{ raise_exception('not\nme') }}")),
+    *_template("that is none", template("{% for message in %}")),
+    *_template("that divides by 0", template("{{ 1 // 0 }}")),
+    *_template("that adds text and number", template("{{ 'a' + 1 }}")),
+    *_template("of 99 terabytes", template("{{ 'x' * 99999999999999 }}"), ("generate_model_gt_data",)),
+    *_template("that changes messages", template("{{ messages.append(messages[0]) }}")),
+    *_template("that leaves all out", template("hello")),
+    *_template(
+        "that rewrites",
+        template("{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}<|im_end|>{% endfor %}"),
+    ),
+]
