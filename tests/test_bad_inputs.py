@@ -88,7 +88,12 @@ ODD_BUT_GOOD = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_BUT_GOOD)
+ODD_BUT_GOOD["all of it"] = lambda text: "\ufeff\r\n" + text.replace("\n", "\r\n \t\r\n").rstrip()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "all of it")) for name in ODD_BUT_GOOD]
+)
 @pytest.mark.parametrize(
     "command, file, output",
     [
