@@ -88,7 +88,7 @@ ODD_BUT_GOOD = {
 }
 
 
-ODD_BUT_GOOD["all of it"] = lambda text: "\ufeff\r\n" + text.replace("\n", "\r\n \t\r\n").rstrip()
+ODD_BUT_GOOD["all of it"] = lambda text: "\ufeff" + text.replace("\n", "\r\n \t\r\n").rstrip()
 
 
 @pytest.mark.parametrize(
