@@ -1,0 +1,55 @@
+"""Fixtures of the tests that use the corpus; they name this module in `pytest_plugins`."""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .running import script
+from .workplace import GO_ON, GOOD, write_gguf, write_inputs
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    earlier = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(earlier)
+
+
+@pytest.fixture(scope="session")
+def workplace(tiny_folder, tmp_path_factory):
+    """A folder with good input for every command line, as workplace.py describes it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    shutil.copytree(tiny_folder(), folder / "model")
+    write_inputs(folder)
+    with _inside(folder), contextlib.redirect_stdout(sys.stderr):
+        for name, more in (
+            ("generate_model_gt_data", GO_ON["generate_model_gt_data"]),
+            ("block_selection", GO_ON["block_selection"]),
+            ("param_scale", ("--output_dir", "scaled", "--num_epochs", "2")),
+            ("export", ("--output", "folded")),
+        ):
+            assert script(name).main([*GOOD[name], *more]) == 0
+    write_gguf(folder / "folded", folder / "folded.gguf")
+    shutil.rmtree(folder / "folded")
+    return folder
+
+
+@pytest.fixture
+def work(workplace, tmp_path, monkeypatch):
+    """A workplace of one's own, the working folder; removed afterwards."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "work"
+    shutil.copytree(workplace, folder)
+    monkeypatch.chdir(folder)
+    yield folder
+    shutil.rmtree(folder)
