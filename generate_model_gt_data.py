@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from hopscotch_common import weights  # imports torch, so after all that
 
+    weights.check_weights(args.model.folder(), config)
     settings = {
         "model": args.model.source,
         "weights": weights.fingerprint(args.model.folder()),

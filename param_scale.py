@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.training.trainer import ScaleState, prepare_model
 
     check_launch(arguments.device)
+    weights.check_weights(arguments.model.folder(), config)
     samples = batches.load_samples(
         arguments.data_path,
         config.vocab_size,

@@ -8,17 +8,17 @@ Writes data.jsonl, a sample a line: input_ids, labels (-100 where the loss does 
 answer and its end-of-turn token count), len; and beside it data_report.json.
 """
 
-import _thread
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hopscotch_common import cli, files
@@ -96,29 +96,39 @@ def private_datasets_cache(folder: Path) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = before
 
 
-@contextlib.contextmanager
-def interrupts_for_this_process_only() -> Iterator[None]:
-    """Keep Ctrl-C from the worker processes, whose tracebacks would bury the one line about it.
+def with_its_workers(function: Callable[[], None]) -> None:
+    """Call a function that starts worker processes in a process of its own, which takes them with it.
 
-    It goes to all processes of a terminal. Blocked here, it is blocked in those that start meanwhile, and
-    a thread hands it on to this one.
+    Ctrl-C goes to all processes of a terminal, and workers would bury the one line about it under their
+    tracebacks; a worker of a killed run would work on. Here both end at once, with their whole group.
     """
-    done = threading.Event()
-
-    def hand_on() -> None:
-        while not done.is_set():
-            if signal.sigtimedwait({signal.SIGINT}, 0.1):
-                _thread.interrupt_main()
-
-    watcher = threading.Thread(target=hand_on, daemon=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    watcher.start()
+    results, sender = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: when this process ends
+        try:
+            function()
+            sender.send(None)
+        except BaseException as error:
+            sender.send(
+                error if isinstance(error, OSError) else RuntimeError(f"{type(error).__name__}: {error}")
+            )
+        finally:
+            os._exit(0)
+    sender.close()
     try:
-        yield
+        error = results.recv()
+    except EOFError:
+        error = RuntimeError("the worker processes were killed; is there enough memory?")
     finally:
-        done.set()
-        watcher.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if error is not None:
+        raise error
 
 
 def processes_worth(requested: int, num_conversations: int) -> int:
@@ -135,20 +145,23 @@ def process(conversations: list[dict], model_folder: Path, workspace: Path, num_
     with open(source, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(conversation) + "\n" for conversation in conversations)
     output = workspace / "processed"
-    # its coloured previews go to stdout, which is for results
     processes = processes_worth(num_cpu_procs, len(conversations))
-    with (
-        private_datasets_cache(workspace / "cache"),
-        contextlib.redirect_stdout(io.StringIO()),
-        interrupts_for_this_process_only(),
-    ):
-        process_messages_into_input_ids(
-            data_path=str(source),
-            data_output_path=str(output),
-            max_seq_len=NO_LIMIT,  # kept_samples drops the long ones, and counts them
-            model_path=str(model_folder),
-            num_cpu_procs=processes if processes > 1 else 0,  # 0: in this process
-        )
+
+    def work() -> None:
+        # its coloured previews go to stdout, which is for results
+        with private_datasets_cache(workspace / "cache"), contextlib.redirect_stdout(io.StringIO()):
+            process_messages_into_input_ids(
+                data_path=str(source),
+                data_output_path=str(output),
+                max_seq_len=NO_LIMIT,  # write_kept_samples drops the long ones, and counts them
+                model_path=str(model_folder),
+                num_cpu_procs=processes if processes > 1 else None,  # None: in this process
+            )
+
+    if processes > 1:
+        with_its_workers(work)
+    else:
+        work()
     return output / "data.jsonl"
 
 

@@ -165,7 +165,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> N
     )
     parser.add_argument(
         "--attn_implementation",
-        choices=["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"],
+        choices=["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
         default="auto",
         help="attention kernel; auto: transformers' choice",
     )

@@ -29,13 +29,22 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     check_input(path)
     empty = True
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
             if not line.strip():
                 continue
             empty = False
             yield number, _parse_record(line, f"{path}, line {number}")
     if empty:
-        raise InputError(f"{path}: holds no records")
+        raise InputError(f"{path}: holds no records; name another file, or make it again")
+
+
+def _lines(file: IO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
 
 
 def check_input(path: Path, remedy: str = "name another") -> None:
@@ -51,7 +60,7 @@ def check_input(path: Path, remedy: str = "name another") -> None:
         raise InputError(f"{path}: no permission to read it; {remedy}")
 
 
-def parse_json(text: bytes | str, where: str):
+def parse_json(text: bytes | str, where: str, remedy: str):
     """A JSON value, strictly: no NaN, no key twice, no lone surrogates. InputError says `where`."""
     try:
         if isinstance(text, bytes):
@@ -61,18 +70,20 @@ def parse_json(text: bytes | str, where: str):
         if "\\u" in text:  # an escaped lone surrogate can be read, but never be written again
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); {remedy}"
+        ) from error
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: holds half of a surrogate pair, which is no text") from error
+        raise InputError(f"{where}: holds half of a surrogate pair, which is no text; {remedy}") from error
     except RecursionError as error:
-        raise InputError(f"{where}: nested too deeply") from error
+        raise InputError(f"{where}: nested too deeply; {remedy}") from error
     except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
+        raise InputError(f"{where}: not JSON ({error}); {remedy}") from error
     return value
 
 
 def _parse_record(line: bytes, where: str) -> dict:
-    record = parse_json(line, where)
+    record = parse_json(line, where, "mend or remove that line")
     if not isinstance(record, dict):
         raise InputError(f"{where}: a JSON object is needed, not {type(record).__name__}")
     return record
@@ -93,7 +104,11 @@ def _distinct(pairs: list[tuple]) -> dict:
 def read_json(path: Path, remedy: str = "name another") -> dict:
     """The JSON object that a file holds; InputError when it holds none."""
     check_input(path, remedy)
-    value = parse_json(path.read_bytes(), str(path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    value = parse_json(content, str(path), remedy)
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object is needed, not {type(value).__name__}; {remedy}")
     return value
@@ -102,8 +117,13 @@ def read_json(path: Path, remedy: str = "name another") -> dict:
 def check_writable(folder: Path) -> None:
     """Raise InputError unless files can be made in `folder` (or where it would be made)."""
     existing = folder.absolute()
-    while not existing.exists() and not existing.is_symlink():
-        existing = existing.parent
+    try:
+        while not existing.exists() and not existing.is_symlink():
+            existing = existing.parent
+        folder.absolute().is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write to {folder}: {reason}; name another folder") from error
     if not existing.is_dir():
         kind = "is a file" if existing.is_file() else "leads nowhere"
         raise InputError(f"cannot write to {folder}: {existing} {kind}; name another folder")
@@ -117,6 +137,13 @@ def check_output(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
     flag: what names it, for the message. inputs: files that must not be replaced.
     """
     check_writable(path.parent)
+    try:
+        os.stat(path.with_name(f".{path.name}.lock"))  # the longest name that is made of it
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{flag} {path}: {reason}; name another file") from error
     if path.is_dir():
         raise InputError(f"{flag} {path}: is a folder; name a file")
     if path.exists() and not path.is_file():
@@ -134,6 +161,23 @@ def same_place(one: Path, other: Path) -> bool:
 
 
 # Locks
+
+
+_held: set[int] = set()  # descriptors of this process's locks
+
+
+def _let_go(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    """A forked child must not hold its parent's locks beyond its parent's end."""
+    for descriptor in tuple(_held):
+        _let_go(descriptor)
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _temporary(path: Path) -> Path:
@@ -160,6 +204,7 @@ def _take(path: Path, wait: bool = False) -> int:
             logger.warning("%s: cannot be locked (%s); see that no other run writes there", path, error)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                _held.add(descriptor)
                 return descriptor
         os.close(descriptor)  # its last holder has just renamed or removed it
 
@@ -182,7 +227,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             lock.unlink()
-        os.close(descriptor)
+        _let_go(descriptor)
 
 
 # Whole or not there
@@ -207,7 +252,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
         raise
     finally:
-        os.close(descriptor)
+        _let_go(descriptor)
     flush_to_disk(path.parent)
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopscotch_common import embedded
+from hopscotch_common import embedded, files
 from hopscotch_common.errors import InputError
 
 ALIASES = {
@@ -73,23 +73,45 @@ def model_ref(word: str) -> ModelRef:
 
 
 def read_config(ref: ModelRef):
-    """The stock config of a model; InputError unless its architecture is supported."""
+    """The stock config of a model; InputError unless it is sound, and its architecture supported."""
     from transformers import AutoConfig
 
     folder = ref.folder(weights=False)
+    values = files.read_json(folder / "config.json", "fetch the model again, or give another folder")
+    kind = values.get("model_type")
+    if isinstance(kind, str) and kind.startswith(HOPSCOTCH_PREFIX):
+        raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
+    if kind not in FAMILIES:
+        raise InputError(f"{ref.source}: architecture {kind!r} is not supported; {_supported()}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        kind = re.search(r'"model_type":\s*"([^"]+)"', (folder / "config.json").read_text())
-        what = f"model type {kind[1]!r}" if kind else "its config.json"
-        if kind and kind[1].startswith(HOPSCOTCH_PREFIX):
-            raise InputError(
-                f"{ref.source} is a Hopscotch checkpoint already: give its base model instead"
-            ) from error
-        raise InputError(f"{ref.source}: transformers does not know {what}; {_supported()}") from error
-    if config.model_type not in FAMILIES:
-        raise InputError(f"{ref.source}: architecture {config.model_type!r} is not supported; {_supported()}")
+        _check_config(config)
+    except Exception as error:  # transformers checks some fields, and stumbles over others
+        raise InputError(
+            f"{folder / 'config.json'}: describes no model ({_reason(error)}); fetch the model again"
+        ) from error
     return config
+
+
+def _check_config(config) -> None:
+    """Raise ValueError for what transformers lets pass, and would only show when a model runs."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}")
+    if not config.rms_norm_eps >= 0:
+        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps!r}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"sliding_window is {window!r}")
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"layer_types holds {sorted(map(str, unknown))[0]!r}")
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope != "default" and rope not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(f"rope_type is {rope!r}")
 
 
 def _supported() -> str:
@@ -187,6 +209,8 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization, resolved)
+    if attn_implementation == "flex_attention" and (resolved is None or resolved.type == "cpu"):
+        raise InputError("--attn_implementation flex_attention: trains on one GPU only; give sdpa")
     if ref.embedded:  # loads in a second; larger models show transformers' own bar
         transformers_logging.disable_progress_bar()
     try:

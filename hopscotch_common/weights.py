@@ -101,8 +101,14 @@ def check_weights(folder: Path, config) -> None:
     """Raise InputError unless a folder's weight files hold exactly what its (stock) config says."""
     if getattr(config, "quantization_config", None):
         return  # other tensors stand for the weights then
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a config can make a model's code stumble over
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"{folder}: config.json describes no model ({reason}); fetch the model again"
+        ) from error
     tied = set(model.all_tied_weights_keys)
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     found: dict[str, torch.Size] = {}
@@ -116,4 +122,7 @@ def check_weights(folder: Path, config) -> None:
     }
     for what, keys in wrong.items():
         if keys:
-            raise InputError(f"{folder}: {min(keys)} {what} ({len(keys)} such): both must be one model's")
+            raise InputError(
+                f"{folder}: {min(keys)} {what} ({len(keys)} such): weights and config.json must be one "
+                "model's; fetch it again"
+            )

@@ -12,14 +12,15 @@ import torch
 from conftest import FAMILY_SIZES, stock_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_training import make_batches
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from hopscotch_common import scales
-from hopscotch_common.data import IGNORE_INDEX, Sample, make_batches
-from hopscotch_common.folding import fold, fold_factors
+from hopscotch_common.export.folding import fold, fold_factors
 from hopscotch_common.models import hopscotch_classes, hopscotch_config
-from hopscotch_common.training import evaluate
+from hopscotch_common.training.batches import IGNORE_INDEX, Layout, Sample
+from hopscotch_common.training.trainer import evaluate
 
 VOCABULARY = 300
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.05}  # nats a token
@@ -171,12 +172,14 @@ def sharing_a_prefix_changes_no_loss(model, samples, data):
 def packing_changes_no_loss(model, samples, data):
     """Rows joined without padding, told apart by their positions."""
     budget = data.draw(st.integers(30, 300), label="token budget")
-    check_loss(model, make_batches(samples, len(samples), budget, seed=1, packed=True), samples)
+    check_loss(
+        model, make_batches(samples, len(samples), budget, seed=1, layout=Layout(packed=True)), samples
+    )
 
 
 def check_loss(model: Model, batches, samples) -> None:
     expected = one_by_one(model.scaled, samples)
-    found = evaluate(model.scaled, batches)
+    found = evaluate(model.scaled, batches, "held out")
     assert abs(found - expected) <= TOLERANCES[model.dtype], (found, expected)
 
 

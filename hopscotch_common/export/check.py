@@ -70,7 +70,9 @@ def check_prompts(folder: Path, vocab_size: int) -> tuple[list[tuple[list[int], 
 
     try:
         # With a config at hand, the folder's own config class (remote code) is not asked for.
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=AutoConfig.for_model("llama"))
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=AutoConfig.for_model("llama"), trust_remote_code=False
+        )
         prompts = [_conversation_ids(tokenizer, *texts) for texts in CONVERSATIONS]
     except (OSError, ValueError, KeyError, ImportError) as error:
         logger.warning("%s: no usable tokenizer (%s); checking with random tokens", folder, error)

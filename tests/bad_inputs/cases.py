@@ -8,7 +8,7 @@ from .workplace import GGUF, GO_ON, GOOD
 
 # A message says what to do: one of these, or a limit that was not kept.
 REMEDY = (
-    r"\b(give|name|make|repeat|remove|delete|move|use|lower|raise|check|train|install|download|try|choose|fix"
+    r"\b(give|fetch|mend|name|make|repeat|remove|delete|move|use|lower|raise|check|train|install|download|try|choose|fix"
     r"|shorten|process|export|convert|restore|replace|copy|rename|see|write|save|leave|set|start|supported"
     r"|must|needs?|at most|at least)\b"
 )

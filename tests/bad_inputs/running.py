@@ -20,8 +20,8 @@ MODULES = {
     "block_selection": "block_selection",
     "param_scale": "param_scale",
     "unscaled_ckpt": "unscaled_ckpt",
-    "export": "hopscotch_common.export",
-    "report": "hopscotch_common.report",
+    "export": "hopscotch_common.export.__main__",
+    "report": "hopscotch_common.report.__main__",
     "checkpoints": "hopscotch_common.checkpoints",
 }
 PROGRESS_BAR = re.compile(r"\[\d\d:\d\d.*\]\s*$")
