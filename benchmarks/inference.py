@@ -67,11 +67,6 @@ def make_wide(folder: Path) -> ModelRef:
     return ModelRef("wide", str(folder))
 
 
-def spread(count: int, num_layers: int) -> list[int]:
-    """`count` blocks, evenly spread, without block 0."""
-    return [1 + i * (num_layers - 1) // count for i in range(count)]
-
-
 class AttentionClock:
     """Seconds spent in the attention blocks (norm and attention) of decoder layers, on a CPU."""
 
@@ -146,7 +141,7 @@ def transformers_rounds(arguments: argparse.Namespace) -> list[dict]:
     for _ in range(arguments.rounds):
         rounds.append({})
         for count in SKIPPED_COUNTS:
-            scales.reset(model, spread(count, len(layers)))
+            scales.reset(model, measuring.spread(count, len(layers)))
             cache = run(1)
             size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
             result = measure(run, arguments, layers if count == 0 else None)
@@ -248,7 +243,7 @@ def benchmark(name: str, arguments: argparse.Namespace, root: Path) -> dict:
     num_layers = read_config(ref).num_hidden_layers
     exports, sizes = [], {}
     for count in SKIPPED_COUNTS:
-        blocks = spread(count, num_layers)
+        blocks = measuring.spread(count, num_layers)
         values = torch.ones(num_layers, 4)
         values[blocks, 0] = 0
         checkpoint = root / f"{name}-{count}"

@@ -9,7 +9,6 @@ benchmarks/results/search_cpu.json.
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -83,19 +82,16 @@ def ours(arguments: argparse.Namespace) -> dict:
         "seconds": seconds,
         "loss": sum(losses) / len(losses),
         "bytes": measuring.peak_memory() - weights,
-        "flops": count_flops(trainer.model, batches, skipped=1),
+        "flops": measuring.count_flops(trainer.model, batches, skipped=1),
     }
 
 
 def race(arguments: argparse.Namespace) -> dict:
     """A whole iteration of the race with the default settings."""
-    import block_selection
-    from hopscotch_common.search.schedule import Schedule, default_first_look
     from hopscotch_common.search.search import Search
 
     trainer = prepared(arguments)
-    default = block_selection.build_parser().get_default
-    rule = Schedule(default_first_look(trainer.num_batches), default("confidence"), default("screening"))
+    rule = measuring.default_race(trainer.num_batches)
     start = time.perf_counter()
     found = Search(trainer, rule).next_block([])
     return {
@@ -127,32 +123,6 @@ def screening(arguments: argparse.Namespace) -> dict:
     return {"cost_of_a_training_step": seconds["screening"] / len(blocks) / (seconds["training"] / 3)}
 
 
-def count_flops(model, batches, skipped: int) -> float:
-    """4 a weight and token (forward, and the gradient of the input), plus causal attention.
-
-    The LM head counts for loss-counted tokens only, padding not at all. Attention is two products
-    forward and four backward, over half of the square.
-    """
-    config = model.config
-    layers = config.num_hidden_layers
-    attention = sum(p.numel() for p in model.model.layers[0].self_attn.parameters())
-    mlp = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
-    active = attention * (layers - skipped) + mlp * layers
-    width = config.num_attention_heads * config.head_dim
-    total = 0.0
-    for batch in batches:
-        prefix = 0 if batch.prefix is None else batch.prefix.shape[1]
-        total += 4 * active * prefix + (layers - skipped) * 6 * width * prefix**2
-        for minibatch in batch.minibatches:
-            mask = minibatch.attention_mask
-            rows, length = minibatch.inputs["input_ids"].shape
-            lengths = [length] * rows if mask is None else mask.sum(1).tolist()
-            total += 4 * active * sum(lengths)
-            total += 4 * model.lm_head.weight.numel() * len(minibatch.targets)
-            total += (layers - skipped) * 6 * width * sum(n * n + 2 * n * prefix for n in lengths)
-    return total
-
-
 def matmul(arguments: argparse.Namespace) -> dict:
     """FLOP/s of the model's own matrix products, forward and input gradient, by dtype."""
     import torch
@@ -166,18 +136,7 @@ def matmul(arguments: argparse.Namespace) -> dict:
     shapes = shapes * model.config.num_hidden_layers + [model.lm_head.weight.shape]
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        work = [(torch.randn(rows, i, dtype=dtype), torch.randn(o, i, dtype=dtype)) for o, i in shapes[-8:]]
-        flops = sum(4 * x.shape[0] * w.numel() for x, w in work)
-        best = math.inf
-        for _ in range(6):
-            start = time.perf_counter()
-            for x, weight in work:
-                out = x @ weight.T
-                out @ weight
-            best = min(best, time.perf_counter() - start)
-            if best > 5:  # an emulated dtype: a second time tells no more
-                break
-        rates[str(dtype).removeprefix("torch.")] = flops / best
+        rates[str(dtype).removeprefix("torch.")] = measuring.matmul_rate(shapes[-8:], rows, dtype)
     return {"rows": rows, "flops_per_second": rates}
 
 

@@ -1,0 +1,109 @@
+"""benchmarks/gpu.py on a CPU: every section runs, and what it counts is what is there."""
+
+import functools
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+import measuring  # noqa: E402
+import sections  # noqa: E402
+
+from hopscotch_common.training import TrainingOptions  # noqa: E402
+from hopscotch_common.training.batches import Layout, make_batches  # noqa: E402
+from hopscotch_common.training.trainer import ScaleTrainer  # noqa: E402
+
+COMMAND = ["--config", "tiny", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """All sections, with what torch.compile does but for the C++ compiler, which takes half a minute."""
+    output = tmp_path_factory.mktemp("gpu") / "tiny.json"
+    with pytest.MonkeyPatch.context() as patch:
+        compile_layer = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+        patch.setattr(torch.nn.Module, "compile", compile_layer)
+        assert gpu.main([*COMMAND, "--output", str(output)]) == 0
+    torch._dynamo.reset()
+    return json.loads(output.read_text())
+
+
+def test_every_section_measures_on_a_cpu(result):
+    bench = gpu.Bench(gpu.SIZES["tiny"], torch.device("cpu"), torch.bfloat16)
+    flash = {"saved, flash", "training, flash"}
+    assert set(result["figures"]) == set(gpu.all_sections(bench)) - flash
+    assert set(result["skipped"]) == flash and not result["failed"]
+    for name, figures in result["figures"].items():
+        for key, value in figures.items():
+            assert key not in ("peak_bytes", "free_bytes"), name
+            assert value > 0 or key == "blocks_skipped", (name, key)
+            assert math.isfinite(value), (name, key)
+    assert "gpu" not in result["machine"]
+
+
+def test_the_figures_agree_with_the_model(result):
+    figures = result["figures"]
+    none, eighth, quarter = (figures[f"inference, {share} skipped"] for share in ("none", "1/8", "1/4"))
+    kv = 2 * 2 * 8 * 2  # keys and values, heads, width of a head, bytes
+    assert [f["kv_bytes_per_token"] for f in (none, eighth, quarter)] == [8 * kv, 7 * kv, 6 * kv]
+    attention = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 32)  # bytes: q and o, k and v, the norm
+    assert none["weight_bytes"] - eighth["weight_bytes"] == attention
+    assert eighth["weight_bytes"] - quarter["weight_bytes"] == attention
+    training, rate = figures["training, sdpa"], figures["matmul"]["flops_per_second"]
+    assert math.isclose(training["flops_per_second"], training["share_of_matmul_rate"] * rate)
+    assert training["tokens_per_step"] <= training["padded_tokens_per_step"]
+    assert figures["budget"]["fits"] and figures["budget"]["tokens"] == 480  # of 512, answers of 40
+    assert figures["race"]["candidates"] == 8 and figures["race"]["candidate_epochs"] < 8
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter():
+    x, y = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
+    # Saved: x and y (parameters) by the product, the exponential by itself and by the square.
+    assert measuring.saved_bytes(lambda: (x * y).exp() ** 2, [x, y]) == 40
+    assert measuring.saved_bytes(lambda: (x * y).exp() ** 2, [x]) == 80
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_flops_are_those_of_the_products(packed):
+    bench = gpu.Bench(gpu.SIZES["tiny"], torch.device("cpu"), torch.float32)
+    model, samples = bench.model(), bench.answers(3, (20, 20))
+    (batch,) = make_batches(samples, TrainingOptions(1e-2, 3), 100)
+    trainer = ScaleTrainer(model, 1e-2, [0])  # else block 0 needs no gradient of its input
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(batch, "epoch 0")
+    products = sum(counter.get_flop_counts()["Global"][op] for op in (torch.ops.aten.mm,))
+    attention = 7 * 6 * 32 * 3 * 20**2
+    (counted,) = make_batches(samples, TrainingOptions(1e-2, 3), 100, layout=Layout(packed))
+    assert measuring.count_flops(model, [counted], skipped=1) == products + attention
+
+
+def test_sections_stop_at_the_time_limit_and_outlive_a_failure():
+    kept, results = [], sections.Results()
+
+    def fail():
+        raise RuntimeError("broken")
+
+    all_sections = {
+        "fails": sections.Section(1, fail),
+        "lacks": sections.Section(1, dict, missing="a tool"),
+        "long": sections.Section(61, dict),
+        "short": sections.Section(1, lambda: {"figure": 2.5}),
+    }
+    sections.run(all_sections, 1, results, lambda: kept.append(dict(results.figures)))
+    assert results.figures == kept[-1] == {"short": {"figure": 2.5}} and kept[:3] == [{}] * 3
+    assert results.failed == {"fails": "RuntimeError: broken"}
+    assert set(results.skipped) == {"lacks", "long"} and "61 s" in results.skipped["long"]
+    assert "short: figure 2.5" in results.table() and "long: skipped" in results.table()
+
+
+def test_what_tells_nothing_of_a_card_stays_out_of_the_results(capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu.main(COMMAND)
+    assert error.value.code == 2 and "--output" in capsys.readouterr().err
