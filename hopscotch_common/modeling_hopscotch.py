@@ -14,6 +14,7 @@ file. Its decoder layer must have the Llama shape: `input_layernorm`, `self_attn
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
@@ -31,15 +32,56 @@ SCALE_KEYS = r"\.[bs]_scale_(attn|mlp)$"
 SKIPPED_ATTENTION_MODULES = ("self_attn", "input_layernorm")  # a skipped layer has neither
 
 
-def scaled_residual(
-    branch: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, s: torch.Tensor
-) -> torch.Tensor:
-    """`b * branch + s * residual` for activations [..., hidden] and float32 scales [1].
+def rows_at_once(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A tensor [..., features] in parts of a few rows each, [rows, features]; views if it is contiguous.
 
-    Each product is taken in float32 and cast back to the activations' dtype before the sum, so
-    that scales of 1 give exactly `branch + residual` in every dtype.
+    Few enough that what is made of a part in float32 takes little memory, and no fewer, since each
+    part costs the start of all its kernels.
     """
-    return (s * residual).to(residual.dtype) + (b * branch).to(branch.dtype)
+    elements = 2**20 if tensor.device.type == "cpu" else 2**23
+    return tensor.reshape(-1, tensor.shape[-1]).split(max(1, elements // tensor.shape[-1]))
+
+
+def product(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`scale * tensor`, taken in float32 and rounded once to the tensor's dtype."""
+    if tensor.device.type == "cpu" and scale.numel() == 1 and not torch.compiler.is_compiling():
+        return tensor * scale.view(())  # the same in one pass: the CPU's kernel multiplies in float32
+    return (scale * tensor).to(tensor.dtype)
+
+
+class Scaled(torch.autograd.Function):
+    """`product(tensor, scale)`, which saves the tensor as it is, without a copy in float32.
+
+    The scale's gradient is a sum over all that it multiplies, in float32, a few rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor, scale):
+        ctx.save_for_backward(tensor, scale)
+        return product(tensor, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        tensor, scale = ctx.saved_tensors
+        gradient = product(upstream, scale) if ctx.needs_input_grad[0] else None
+        total = torch.zeros_like(scale)
+        for left, right in zip(rows_at_once(upstream), rows_at_once(tensor), strict=True):
+            if scale.numel() == 1:
+                total += torch.dot(left.float().flatten(), right.float().flatten())
+            else:
+                total += (left.float() * right).sum(0)
+        return gradient, total
+
+
+def scaled(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`scale * tensor` for activations [..., hidden] and a float32 scale, [1] or [hidden].
+
+    Has the tensor's dtype; a scale of 1 changes nothing, bit for bit.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and scale.requires_grad):
+        return product(tensor, scale)
+    return Scaled.apply(tensor, scale)
 
 
 class ScaledDecoderLayer:
@@ -57,14 +99,13 @@ class ScaledDecoderLayer:
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """One decoder layer. hidden_states: [batch, sequence, hidden]; kwargs go to attention."""
         if self.skip_attention:
-            hidden_states = (self.s_scale_attn * hidden_states).to(hidden_states.dtype)
+            hidden_states = scaled(hidden_states, self.s_scale_attn)
         else:
             attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = scaled_residual(
-                self._branch(attention), self.b_scale_attn, hidden_states, self.s_scale_attn
-            )
+            branch = scaled(self._branch(attention), self.b_scale_attn)
+            hidden_states = scaled(hidden_states, self.s_scale_attn) + branch
         mlp = self.mlp(self.post_attention_layernorm(hidden_states))
-        return scaled_residual(self._branch(mlp), self.b_scale_mlp, hidden_states, self.s_scale_mlp)
+        return scaled(hidden_states, self.s_scale_mlp) + scaled(self._branch(mlp), self.b_scale_mlp)
 
     def _branch(self, output: torch.Tensor) -> torch.Tensor:
         """Granite multiplies both branches by a constant before they join the residual stream."""

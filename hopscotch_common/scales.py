@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES, check_skipped_blocks
+from hopscotch_common.recomputation import recompute_elementwise
 
 
 def named_scales(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -26,6 +27,7 @@ def freeze_base(model) -> None:
         for name in SCALE_NAMES:
             trains = not (name == "b_scale_attn" and layer.skip_attention)
             getattr(layer, name).requires_grad_(trains)
+    recompute_elementwise(model)
 
 
 def trainable_scales(model) -> list[torch.nn.Parameter]:
