@@ -4,6 +4,7 @@ The independent computation is the stock model with each layer's forward replace
 written out for the shapes of layers that there are; masks, positions and logits are its own.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -29,6 +30,24 @@ IDS = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 18, 
 MASK = (IDS != 0).long()
 ALL = sorted(FAMILY_SIZES | MORE_FAMILIES)
 CHANNEL = [family for family in ALL if family in ("llama", "gemma2", "olmo2", "granitemoehybrid")]
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory):
+    """family_folder(family) -> folder of a tiny random model of which no two norms are alike."""
+
+    @functools.cache
+    def make(family: str):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(stock_config(family))
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+        folder = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
 
 
 def test_every_described_family_is_tested():
@@ -110,8 +129,8 @@ def apply_equations(model, family: str, values: torch.Tensor, skipped) -> None:
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_untrained_equals_stock_bit_for_bit(tiny_folder, family):
-    folder = tiny_folder(family)
+def test_untrained_equals_stock_bit_for_bit(family_folder, family):
+    folder = family_folder(family)
     for dtype in ("float32", "bfloat16"):
         stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         ours = load_model(model_ref(str(folder)), dtype=dtype, device="cpu")
@@ -130,8 +149,8 @@ def some_skips(config) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_scaled_and_skipped_equals_the_equations(tiny_folder, family):
-    folder = tiny_folder(family)
+def test_scaled_and_skipped_equals_the_equations(family_folder, family):
+    folder = family_folder(family)
     for granularity in ("layer", "channel") if family in CHANNEL else ("layer",):
         for skipped in some_skips(stock_config(family)):
             model = skipping_model(folder, family, skipped, granularity)
@@ -144,8 +163,8 @@ def test_scaled_and_skipped_equals_the_equations(tiny_folder, family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_cached_generation_equals_uncached(tiny_folder, family):
-    folder = tiny_folder(family)
+def test_cached_generation_equals_uncached(family_folder, family):
+    folder = family_folder(family)
     common = dict(attention_mask=MASK, max_new_tokens=10, do_sample=False, eos_token_id=None)
     for skipped in some_skips(stock_config(family)):
         model = skipping_model(folder, family, skipped)
@@ -153,8 +172,8 @@ def test_cached_generation_equals_uncached(tiny_folder, family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_skipped_attention_is_not_computed_nor_held(tiny_folder, family):
-    folder = tiny_folder(family)
+def test_skipped_attention_is_not_computed_nor_held(family_folder, family):
+    folder = family_folder(family)
     model = load_model(model_ref(str(folder)), device="cpu")
     block = attention_blocks(model.config)[0]
     description = FAMILIES[family]
@@ -177,9 +196,9 @@ def test_skipped_attention_is_not_computed_nor_held(tiny_folder, family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_gradients_of_scales_equal_those_of_the_equations(tiny_folder, family):
+def test_gradients_of_scales_equal_those_of_the_equations(family_folder, family):
     """Through the recomputing modules, with padding, and a skipped block."""
-    folder = tiny_folder(family)
+    folder = family_folder(family)
     granularity = "channel" if family in CHANNEL else "layer"
     skipped = attention_blocks(stock_config(family))[:1]
     model = skipping_model(folder, family, skipped, granularity)
@@ -199,8 +218,8 @@ def test_gradients_of_scales_equal_those_of_the_equations(tiny_folder, family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_the_loss_can_make_the_logits_of_the_base_models_output(tiny_folder, family):
-    model = load_model(model_ref(str(tiny_folder(family))), device="cpu")
+def test_the_loss_can_make_the_logits_of_the_base_models_output(family_folder, family):
+    model = load_model(model_ref(str(family_folder(family))), device="cpu")
     raw = model.lm_head(model.model(IDS).last_hidden_state).detach().requires_grad_()
     logits = scaled_logits(model.config, raw)
     assert torch.equal(logits, model(IDS).logits)
@@ -258,12 +277,12 @@ def load_outside(tmp_path, folders) -> str:
     return done.stdout
 
 
-def test_checkpoints_of_every_family_load_where_this_project_is_not(tiny_folder, tmp_path):
+def test_checkpoints_of_every_family_load_where_this_project_is_not(family_folder, tmp_path):
     models = {}
     for family in ALL:
         granularity = "channel" if family in CHANNEL else "layer"
         skipped = attention_blocks(stock_config(family))[:1]
-        model = skipping_model(tiny_folder(family), family, skipped, granularity)
+        model = skipping_model(family_folder(family), family, skipped, granularity)
         save_with_code(model, tmp_path / family)
         torch.save(IDS, tmp_path / family / "ids.pt")
         models[family] = model
@@ -275,14 +294,14 @@ def test_checkpoints_of_every_family_load_where_this_project_is_not(tiny_folder,
             assert_close(hidden, model.model(IDS).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
-def test_a_checkpoint_imports_its_own_family_only(tiny_folder, tmp_path):
-    save_with_code(skipping_model(tiny_folder("olmo2"), "olmo2", [1]), tmp_path / "olmo2")
+def test_a_checkpoint_imports_its_own_family_only(family_folder, tmp_path):
+    save_with_code(skipping_model(family_folder("olmo2"), "olmo2", [1]), tmp_path / "olmo2")
     torch.save(IDS, tmp_path / "olmo2" / "ids.pt")
     assert load_outside(tmp_path, [tmp_path / "olmo2"]).split() == ["olmo2"]
 
 
-def test_a_checkpoint_without_its_scales_is_refused(tiny_folder, tmp_path):
-    model = skipping_model(tiny_folder("llama"), "llama", [1])
+def test_a_checkpoint_without_its_scales_is_refused(family_folder, tmp_path):
+    model = skipping_model(family_folder("llama"), "llama", [1])
     save_with_code(model, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     tensors = load_file(path)
@@ -317,16 +336,16 @@ def test_blocks_without_attention_cannot_be_skipped():
         model_class(config)
 
 
-def test_hidden_states_of_every_layer_are_given_out(tiny_folder):
-    stock = AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).eval()
-    ours = load_model(model_ref(str(tiny_folder("llama"))), device="cpu")
+def test_hidden_states_of_every_layer_are_given_out(family_folder):
+    stock = AutoModelForCausalLM.from_pretrained(family_folder("llama")).eval()
+    ours = load_model(model_ref(str(family_folder("llama"))), device="cpu")
     expected, found = (model(IDS, output_hidden_states=True).hidden_states for model in (stock, ours))
     assert len(found) == 5 and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_scales_as_one_tensor_and_back(tiny_folder, granularity):
-    model = skipping_model(tiny_folder("llama"), "llama", [1], granularity)
+def test_scales_as_one_tensor_and_back(family_folder, granularity):
+    model = skipping_model(family_folder("llama"), "llama", [1], granularity)
     width = {"layer": 4, "channel": 2 * 32 + 2}[granularity]
     values = torch.randn(4, width)
     scales.restore(model, values)
