@@ -27,8 +27,8 @@ from hopscotch_common import modeling_hopscotch, scales
 from hopscotch_common.cli import ArgumentParser, command
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import atomic_folder, check_settings, link_or_copy, read_json, recover_folder
+from hopscotch_common.modeling_hopscotch import FAMILIES
 from hopscotch_common.models import (
-    FAMILIES,
     HOPSCOTCH_PREFIX,
     ModelRef,
     hopscotch_classes,
@@ -46,12 +46,13 @@ SHARED_FILES = "base-*.safetensors"
 COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
 
-def is_skipped_weight(key: str, skipped: set[int]) -> bool:
-    """Whether a base weight belongs to an attention block that is skipped."""
+def is_skipped_weight(key: str, config) -> bool:
+    """Whether a weight belongs to an attention block that a Hopscotch config skips."""
     parts = key.split(".")
     if parts[:2] != ["model", "layers"] or len(parts) < 5:
         return False
-    return int(parts[2]) in skipped and parts[3] in modeling_hopscotch.SKIPPED_ATTENTION_MODULES
+    modules = FAMILIES[config.model_type.removeprefix(HOPSCOTCH_PREFIX)].attention_modules
+    return int(parts[2]) in (config.skipped_attention_blocks or ()) and parts[3] in modules
 
 
 def save_checkpoint(
@@ -91,11 +92,12 @@ def _write_base(target: Path, base: ModelRef, skipped: list[int], num_layers: in
     source, stock = base.folder(), read_config(base)
     check_weights(source, stock)
     config = hopscotch_config(stock, sorted(skipped))
-    _, model_class = hopscotch_classes(config.model_type)
+    config_class, base_class, model_class = modeling_hopscotch.family_classes(stock.model_type)
     code = Path(modeling_hopscotch.__file__)
     config.architectures = [model_class.__name__]
     config.auto_map = {
-        "AutoConfig": f"{code.stem}.{type(config).__name__}",
+        "AutoConfig": f"{code.stem}.{config_class.__name__}",
+        "AutoModel": f"{code.stem}.{base_class.__name__}",
         "AutoModelForCausalLM": f"{code.stem}.{model_class.__name__}",
     }
     config.save_pretrained(target)
@@ -109,7 +111,7 @@ def _write_base(target: Path, base: ModelRef, skipped: list[int], num_layers: in
         kept = {}
         for key, tensor in read_tensors(path).items():
             total += tensor.numel()
-            if is_skipped_weight(key, set(skipped)):
+            if is_skipped_weight(key, config):
                 removed += tensor.numel()
             else:
                 kept[key] = tensor
@@ -117,9 +119,10 @@ def _write_base(target: Path, base: ModelRef, skipped: list[int], num_layers: in
         if kept:
             save_tensors(kept, target / name)
             weight_map |= dict.fromkeys(kept, name)
-    scale_keys = scales.as_state_dict(torch.ones(num_layers, len(modeling_hopscotch.SCALE_NAMES)))
+    scale_keys = scales.as_state_dict(scales.ones(config))
     weight_map |= dict.fromkeys(scale_keys, SCALES_FILE)
-    index = {"metadata": {"total_size": total_bytes + 4 * len(scale_keys)}, "weight_map": weight_map}
+    total_bytes += sum(tensor.nbytes for tensor in scale_keys.values())
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return {
         "parameters": total,

@@ -1,120 +1,316 @@
-"""Decoder layers with four trainable scalars and an attention block that can be skipped.
+"""Decoder layers with trainable scales and an attention block that can be skipped.
 
     x1   = b_attn * Attention(Norm(x_in)) + s_attn * x_in
     xout = b_mlp  * MLP(Norm(x1))         + s_mlp  * x1           (arXiv 2506.03303)
 
-A copy of this file travels in every saved checkpoint, so that
-`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)` works where this project is
-not installed. It therefore imports torch and transformers only, and nothing of its own package.
+A copy of this file travels in every saved checkpoint, so that `AutoModelForCausalLM.from_pretrained(
+path, trust_remote_code=True)` works where this project is not installed. It therefore imports torch
+and transformers only, and nothing of its own package; of transformers' models, it imports those of
+the one family that is asked for.
 
-A new family is one row in `hopscotch_common/models.py` and three short classes at the end of this
-file. Its decoder layer must have the Llama shape: `input_layernorm`, `self_attn`,
-`post_attention_layernorm`, `mlp`, and an optional `residual_multiplier`.
+`FAMILIES` describes each family's decoder layer, and one forward follows the description. From a
+stock `LlamaConfig`, `LlamaModel` and `LlamaForCausalLM` come `HopscotchLlamaConfig`,
+`HopscotchLlamaModel` and `HopscotchLlamaForCausalLM`, made when this module is first asked for them.
+A family whose layer has Llama's shape is one line: `"model_type": Family()`.
 """
 
-import torch
-from torch import nn
-from transformers import initialization
-from transformers.models.granite.configuration_granite import GraniteConfig
-from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
+import functools
+from dataclasses import dataclass
 
+import torch
+import transformers
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import initialization
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+PREFIX = "hopscotch_"  # of the model types
+CLASS_PREFIX = "Hopscotch"
 SCALE_NAMES = ("b_scale_attn", "s_scale_attn", "b_scale_mlp", "s_scale_mlp")
 SCALE_KEYS = r"\.[bs]_scale_(attn|mlp)$"
-SKIPPED_ATTENTION_MODULES = ("self_attn", "input_layernorm")  # a skipped layer has neither
+GRANULARITIES = ("layer", "channel")
+ATTENTION_ARGUMENTS = (
+    "attention_mask",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "use_cache",
+)
+RECURRENT_TYPES = ("linear_attention",)  # layers of these types have no attention and no KV cache
 
 
-def scaled_residual(
-    branch: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, s: torch.Tensor
-) -> torch.Tensor:
-    """`b * branch + s * residual` for activations [..., hidden] and float32 scales [1].
+@dataclass(frozen=True)
+class Family:
+    """Where a family's decoder layer keeps what: attribute names, None for what it does not have.
 
-    Each product is taken in float32 and cast back to the activations' dtype before the sum, so
-    that scales of 1 give exactly `branch + residual` in every dtype.
+    The defaults are Llama's. A `residual_multiplier` of the layer needs no mention, nor does what
+    else a module returns besides its output (attention weights, router logits).
     """
-    return (s * residual).to(residual.dtype) + (b * branch).to(branch.dtype)
+
+    norm_before_attention: str | None = "input_layernorm"
+    attention: str = "self_attn"
+    norm_after_attention: str | None = None
+    norm_before_mlp: str | None = "post_attention_layernorm"
+    mlp: tuple[str, ...] = ("mlp",)  # their outputs are added; a layer may have some of them only
+    norm_after_mlp: str | None = None
+    recurrent: str | None = None  # what layers without attention have in its place
+
+    @property
+    def attention_modules(self) -> tuple[str, ...]:
+        """What a layer with skipped attention does without."""
+        names = (self.norm_before_attention, self.attention, self.norm_after_attention)
+        return tuple(name for name in names if name is not None)
+
+
+FOUR_NORMS = Family(
+    norm_after_attention="post_attention_layernorm",
+    norm_before_mlp="pre_feedforward_layernorm",
+    norm_after_mlp="post_feedforward_layernorm",
+)
+NORMS_AFTER = Family(
+    norm_before_attention=None,
+    norm_after_attention="post_attention_layernorm",
+    norm_before_mlp=None,
+    norm_after_mlp="post_feedforward_layernorm",
+)
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "ministral3": Family(),
+    "mixtral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "qwen3_moe": Family(),
+    "qwen3_next": Family(recurrent="linear_attn"),
+    "qwen3_5_text": Family(recurrent="linear_attn"),
+    "smollm3": Family(),
+    "granite": Family(),
+    "granite_swa": Family(),
+    "granitemoehybrid": Family(mlp=("block_sparse_moe", "shared_mlp"), recurrent="mamba"),
+    "phi3": Family(),
+    "phimoe": Family(),
+    "gemma": Family(),
+    "gemma2": FOUR_NORMS,
+    "gemma3_text": FOUR_NORMS,
+    "olmo2": NORMS_AFTER,
+    "olmo3": NORMS_AFTER,
+    "olmoe": Family(),
+    "exaone4": NORMS_AFTER,
+    "gpt_oss": Family(),
+    "glm": Family(),
+    "glm4": Family(norm_after_attention="post_self_attn_layernorm", norm_after_mlp="post_mlp_layernorm"),
+    "seed_oss": Family(),
+    "starcoder2": Family(),
+}
+PARALLEL = "attention and MLP stand side by side in its layers, so that the method's equations do not apply"
+REFUSED = dict.fromkeys(("cohere", "cohere2", "falcon", "gpt_neox", "gptj", "phi", "stablelm"), PARALLEL)
+
+
+def rows_at_once(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A tensor [..., features] in parts of a few rows each, [rows, features]; views if it is contiguous.
+
+    Few enough that what is made of a part in float32 takes little memory, and no fewer, since each
+    part costs the start of all its kernels.
+    """
+    elements = 2**20 if tensor.device.type == "cpu" else 2**23
+    return tensor.reshape(-1, tensor.shape[-1]).split(max(1, elements // tensor.shape[-1]))
+
+
+def product(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`scale * tensor`, taken in float32 and rounded once to the tensor's dtype."""
+    if tensor.device.type == "cpu" and scale.numel() == 1 and not torch.compiler.is_compiling():
+        return tensor * scale.view(())  # the same in one pass: the CPU's kernel multiplies in float32
+    return (scale * tensor).to(tensor.dtype)
+
+
+class Scaled(torch.autograd.Function):
+    """`product(tensor, scale)`, which saves the tensor as it is, without a copy in float32.
+
+    The scale's gradient is a sum over all that it multiplies, in float32, a few rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor, scale):
+        ctx.save_for_backward(tensor, scale)
+        return product(tensor, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        tensor, scale = ctx.saved_tensors
+        gradient = product(upstream, scale) if ctx.needs_input_grad[0] else None
+        total = torch.zeros_like(scale)
+        for left, right in zip(rows_at_once(upstream), rows_at_once(tensor), strict=True):
+            if scale.numel() == 1:
+                total += torch.dot(left.float().flatten(), right.float().flatten())
+            else:
+                total += (left.float() * right).sum(0)
+        return gradient, total
+
+
+def scaled(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`scale * tensor` for activations [..., hidden] and a float32 scale, [1] or [hidden].
+
+    Has the tensor's dtype; a scale of 1 changes nothing, bit for bit.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and scale.requires_grad):
+        return product(tensor, scale)
+    return Scaled.apply(tensor, scale)
+
+
+def output_of(module: nn.Module, *args, **kwargs) -> torch.Tensor:
+    """A module's output, without what some return besides it."""
+    output = module(*args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
 
 
 class ScaledDecoderLayer:
-    """Mixin over a stock decoder layer: four float32 scales [1], all 1, and `skip_attention`."""
+    """Mixin over a stock decoder layer: float32 scales, all 1, and `skip_attention`."""
 
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config, layer_idx)
+    family: Family
+
+    def add_scales(self, config, layer_idx: int) -> None:
+        """Complete a stock layer whose class was changed to a scaled one."""
         for name in SCALE_NAMES:
-            setattr(self, name, nn.Parameter(torch.ones(1, dtype=torch.float32)))
+            by_channel = config.scale_granularity == "channel" and name.startswith("b")
+            size = config.hidden_size if by_channel else 1
+            setattr(self, name, nn.Parameter(torch.ones(size, dtype=torch.float32)))
         self.skip_attention = layer_idx in (config.skipped_attention_blocks or ())
         if self.skip_attention:  # a checkpoint's skip is for good: no weights are held for it
-            for name in SKIPPED_ATTENTION_MODULES:
+            for name in self.family.attention_modules:
                 delattr(self, name)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """One decoder layer. hidden_states: [batch, sequence, hidden]; kwargs go to attention."""
-        if self.skip_attention:
-            hidden_states = (self.s_scale_attn * hidden_states).to(hidden_states.dtype)
-        else:
-            attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = scaled_residual(
-                self._branch(attention), self.b_scale_attn, hidden_states, self.s_scale_attn
-            )
-        mlp = self.mlp(self.post_attention_layernorm(hidden_states))
-        return scaled_residual(self._branch(mlp), self.b_scale_mlp, hidden_states, self.s_scale_mlp)
+        stream = scaled(hidden_states, self.s_scale_attn)
+        if not self.skip_attention:
+            stream = stream + scaled(self._attention_branch(hidden_states, kwargs), self.b_scale_attn)
+        return scaled(stream, self.s_scale_mlp) + scaled(self._mlp_branch(stream), self.b_scale_mlp)
 
-    def _branch(self, output: torch.Tensor) -> torch.Tensor:
+    def _attention_branch(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        family = self.family
+        normed = self._normed(family.norm_before_attention, hidden_states)
+        attention = getattr(self, family.attention, None)
+        if attention is not None:
+            output = output_of(attention, hidden_states=normed, **kwargs)
+        else:
+            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+            others = {key: value for key, value in kwargs.items() if key not in ATTENTION_ARGUMENTS}
+            mixer = getattr(self, family.recurrent)
+            output = output_of(mixer, hidden_states=normed, cache_params=cache, attention_mask=mask, **others)
+        return self._multiplied(self._normed(family.norm_after_attention, output))
+
+    def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        family = self.family
+        normed = self._normed(family.norm_before_mlp, hidden_states)
+        modules = [module for name in family.mlp if (module := getattr(self, name)) is not None]
+        output = output_of(modules[0], normed)
+        for module in modules[1:]:
+            output = output + output_of(module, normed)
+        return self._multiplied(self._normed(family.norm_after_mlp, output))
+
+    def _normed(self, name: str | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if name is None else getattr(self, name)(hidden_states)
+
+    def _multiplied(self, branch: torch.Tensor) -> torch.Tensor:
         """Granite multiplies both branches by a constant before they join the residual stream."""
         multiplier = getattr(self, "residual_multiplier", None)
-        return output if multiplier is None else output * multiplier
+        return branch if multiplier is None else branch * multiplier
 
 
-class HopscotchForCausalLM:
-    """Mixin over a stock causal LM: puts scaled decoder layers in place of the stock ones."""
+class HopscotchConfig:
+    """Mixin over a stock config, which adds `skipped_attention_blocks` and `scale_granularity`.
 
-    scaled_layer_class: type
+    new_scales: whether the weights that will be read have no scales yet, so that these start at 1. It
+    holds for a base model's weights, is set by hand, and is never saved.
+    """
+
+    new_scales = False
+
+    def to_dict(self) -> dict:
+        values = super().to_dict()
+        values.pop("new_scales", None)
+        return values
+
+
+class HopscotchPreTrained:
+    """What base model and causal LM share: how their scales are kept and read."""
+
     _keep_in_fp32_modules_strict = SCALE_NAMES
-    _keys_to_ignore_on_load_missing = [SCALE_KEYS]
+
+    def _init_weights(self, module):
+        """Raises ValueError for weights without scales, unless `config.new_scales` expects just that."""
+        super()._init_weights(module)
+        if not isinstance(module, ScaledDecoderLayer):
+            return
+        read = {name for name, tensor in module.named_parameters() if hasattr(tensor, "_is_hf_initialized")}
+        if read and not read.issuperset(SCALE_NAMES) and not self.config.new_scales:
+            raise ValueError(
+                f"{self.config.name_or_path}: a layer's scales are missing ({', '.join(SCALE_NAMES)}), and "
+                "without them it would be another model"
+            )
+        for name in SCALE_NAMES:
+            initialization.ones_(getattr(module, name))  # leaves alone what was read
+
+
+class HopscotchModel(HopscotchPreTrained):
+    """Mixin over a stock base model: its decoder layers become scaled ones."""
+
+    family: Family
 
     def __init__(self, config):
         super().__init__(config)
-        check_skipped_blocks(config.skipped_attention_blocks or (), config)
-        layers = self.model.layers
-        for index in range(len(layers)):
-            layers[index] = self.scaled_layer_class(config, index)
-        self.model._no_split_modules = {self.scaled_layer_class.__name__}
-        self._keys_to_ignore_on_load_unexpected = [
-            rf"layers\.{index}\.({'|'.join(SKIPPED_ATTENTION_MODULES)})\."
-            for index in config.skipped_attention_blocks or ()
-        ]
-        self.number_cache_slots()
+        self.scale_layers()
         self.post_init()
 
-    @torch.no_grad()
-    def initialize_weights(self):
-        super().initialize_weights()
-        for layer in self.model.layers:
-            if isinstance(layer, ScaledDecoderLayer):  # a first call comes before ours are in place
-                for name in SCALE_NAMES:  # leaves alone what was read from a checkpoint
-                    initialization.ones_(getattr(layer, name))
+    def scale_layers(self) -> None:
+        """Make scaled layers of the stock ones, and leave out skipped attention blocks."""
+        config = self.config
+        if config.scale_granularity not in GRANULARITIES:
+            raise ValueError(f"scale_granularity {config.scale_granularity!r}: one of {GRANULARITIES}")
+        skipped = config.skipped_attention_blocks or ()
+        check_skipped_blocks(skipped, config)
+        for index, layer in enumerate(self.layers):
+            layer.__class__ = scaled_layer_class(type(layer), self.family)
+            layer.add_scales(config, index)
+        self._no_split_modules = {type(layer).__name__ for layer in self.layers}
+        modules = "|".join(self.family.attention_modules)
+        unexpected = {rf"layers\.{index}\.({modules})\." for index in skipped}
+        self._keys_to_ignore_on_load_unexpected |= unexpected
+        if config.new_scales:
+            self._keys_to_ignore_on_load_missing |= {SCALE_KEYS}
+        self.number_cache_slots()
 
     def number_cache_slots(self) -> None:
-        """Number the attention blocks that are computed 0, 1, 2, … in the KV cache.
+        """Number the attention blocks that are computed 0, 1, 2, … among the KV cache's slots of their type.
 
         transformers reads the past length from the cache's first slot (of each attention type,
         where a model mixes full and sliding attention), so that slot must be one that is filled,
         even when block 0 is skipped.
         """
-        layers = self.model.layers
-        check_skipped_blocks([i for i, layer in enumerate(layers) if layer.skip_attention], self.config)
+        check_skipped_blocks([i for i, layer in enumerate(self.layers) if layer.skip_attention], self.config)
         types = attention_types(self.config)
         slots = {kind: iter([i for i, t in enumerate(types) if t == kind]) for kind in set(types)}
-        for layer, kind in zip(layers, types, strict=True):
-            if not layer.skip_attention:
-                layer.self_attn.layer_idx = next(slots[kind])
+        for layer, kind in zip(self.layers, types, strict=True):
+            if not layer.skip_attention and kind not in RECURRENT_TYPES:
+                getattr(layer, self.family.attention).layer_idx = next(slots[kind])
+
+
+class HopscotchForCausalLM(HopscotchPreTrained):
+    """Mixin over a stock causal LM, with a scaled base model."""
+
+    base_class: type
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = None  # the stock one goes first, so that memory never holds two
+        self.model = self.base_class(config)
+        self.post_init()
 
 
 def attention_types(config) -> list[str]:
@@ -122,90 +318,95 @@ def attention_types(config) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
+def attention_blocks(config) -> list[int]:
+    """The layers that have attention."""
+    return [i for i, kind in enumerate(attention_types(config)) if kind not in RECURRENT_TYPES]
+
+
 def check_skipped_blocks(blocks, config) -> None:
     """Raise ValueError unless `blocks` are distinct layer indices that can all be skipped."""
-    num_layers, types = config.num_hidden_layers, attention_types(config)
+    num_layers, types, present = config.num_hidden_layers, attention_types(config), attention_blocks(config)
     for block in blocks:
         if not 0 <= block < num_layers:
             raise ValueError(f"block {block} does not exist: the model has blocks 0 to {num_layers - 1}")
+        if block not in present:
+            raise ValueError(f"block {block} has no attention ({types[block]}): only blocks {present} have")
     if len(set(blocks)) != len(blocks):
         twice = sorted({block for block in blocks if list(blocks).count(block) > 1})
         raise ValueError(f"block {twice[0]} is named twice")
-    if len(blocks) >= num_layers:
-        raise ValueError(f"all {num_layers} attention blocks would be skipped: keep at least one")
-    needed = [i for i, kind in enumerate(types) if kind == types[0]]
-    if set(needed) <= set(blocks):
+    if blocks and len(blocks) >= len(present):
+        raise ValueError(f"all {len(present)} attention blocks would be skipped: keep at least one")
+    needed = [i for i in present if types[i] == types[present[0]]]
+    if blocks and set(needed) <= set(blocks):
         raise ValueError(
-            f"every {types[0]} block is skipped, which the KV cache cannot represent: "
+            f"every {types[needed[0]]} block is skipped, which the KV cache cannot represent: "
             f"keep at least one of blocks {needed}"
         )
 
 
-class HopscotchLlamaConfig(LlamaConfig):
-    model_type = "hopscotch_llama"
-    skipped_attention_blocks: list[int] | None = None
+def scaled_logits(config, logits: torch.Tensor) -> torch.Tensor:
+    """What a family makes of the LM head's output: Granite divides it, Gemma 2 caps it softly."""
+    scaling, cap = _logits_scaling(config)
+    if scaling != 1.0:
+        logits = logits / scaling
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-class HopscotchLlamaDecoderLayer(ScaledDecoderLayer, LlamaDecoderLayer):
-    pass
+def scaled_logits_slope(config, scaled: torch.Tensor) -> torch.Tensor | float:
+    """The derivative of `scaled_logits`, from what that returned: a tensor like it, or one number."""
+    scaling, cap = _logits_scaling(config)
+    return 1 / scaling if cap is None else (1 - (scaled / cap).square()) / scaling
 
 
-class HopscotchLlamaForCausalLM(HopscotchForCausalLM, LlamaForCausalLM):
-    config_class = HopscotchLlamaConfig
-    scaled_layer_class = HopscotchLlamaDecoderLayer
+def _logits_scaling(config) -> tuple[float, float | None]:
+    cap = getattr(config, "final_logit_softcapping", None)
+    return getattr(config, "logits_scaling", None) or 1.0, cap
 
 
-class HopscotchQwen2Config(Qwen2Config):
-    model_type = "hopscotch_qwen2"
-    skipped_attention_blocks: list[int] | None = None
+@functools.cache
+def scaled_layer_class(stock: type, family: Family) -> type:
+    """The scaled class of a stock decoder layer."""
+    return type(f"{CLASS_PREFIX}{stock.__name__}", (ScaledDecoderLayer, stock), {"family": family})
 
 
-class HopscotchQwen2DecoderLayer(ScaledDecoderLayer, Qwen2DecoderLayer):
-    pass
+def stock_names(model_type: str) -> tuple[str, str, str]:
+    """Names of a stock family's config, base model and causal LM in transformers."""
+    return tuple(
+        names[model_type]
+        for names in (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    )
 
 
-class HopscotchQwen2ForCausalLM(HopscotchForCausalLM, Qwen2ForCausalLM):
-    config_class = HopscotchQwen2Config
-    scaled_layer_class = HopscotchQwen2DecoderLayer
+@functools.cache
+def family_classes(model_type: str) -> tuple[type, type, type]:
+    """(config, base model, causal LM) classes over those of a stock family."""
+    family = FAMILIES[model_type]
+    stock_config, stock_base, stock_causal = (getattr(transformers, name) for name in stock_names(model_type))
+    config = type(
+        f"{CLASS_PREFIX}{stock_config.__name__}",
+        (HopscotchConfig, stock_config),
+        {
+            "__annotations__": {"skipped_attention_blocks": list[int] | None, "scale_granularity": str},
+            "model_type": PREFIX + model_type,
+            "skipped_attention_blocks": None,
+            "scale_granularity": "layer",
+        },
+    )
+    members = {"family": family, "config_class": config}
+    base = type(f"{CLASS_PREFIX}{stock_base.__name__}", (HopscotchModel, stock_base), members)
+    members = {"base_class": base, "config_class": config}
+    causal = type(f"{CLASS_PREFIX}{stock_causal.__name__}", (HopscotchForCausalLM, stock_causal), members)
+    conversion = get_checkpoint_conversion_mapping(model_type)  # how a hub's weights are read: experts
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(PREFIX + model_type, conversion, overwrite=True)
+    return config, base, causal
 
 
-class HopscotchGraniteConfig(GraniteConfig):
-    model_type = "hopscotch_granite"
-    skipped_attention_blocks: list[int] | None = None
-
-
-class HopscotchGraniteDecoderLayer(ScaledDecoderLayer, GraniteDecoderLayer):
-    pass
-
-
-class HopscotchGraniteForCausalLM(HopscotchForCausalLM, GraniteForCausalLM):
-    config_class = HopscotchGraniteConfig
-    scaled_layer_class = HopscotchGraniteDecoderLayer
-
-
-class HopscotchMistralConfig(MistralConfig):
-    model_type = "hopscotch_mistral"
-    skipped_attention_blocks: list[int] | None = None
-
-
-class HopscotchMistralDecoderLayer(ScaledDecoderLayer, MistralDecoderLayer):
-    pass
-
-
-class HopscotchMistralForCausalLM(HopscotchForCausalLM, MistralForCausalLM):
-    config_class = HopscotchMistralConfig
-    scaled_layer_class = HopscotchMistralDecoderLayer
-
-
-class HopscotchQwen3Config(Qwen3Config):
-    model_type = "hopscotch_qwen3"
-    skipped_attention_blocks: list[int] | None = None
-
-
-class HopscotchQwen3DecoderLayer(ScaledDecoderLayer, Qwen3DecoderLayer):
-    pass
-
-
-class HopscotchQwen3ForCausalLM(HopscotchForCausalLM, Qwen3ForCausalLM):
-    config_class = HopscotchQwen3Config
-    scaled_layer_class = HopscotchQwen3DecoderLayer
+def __getattr__(name: str) -> type:
+    """Classes of the families by name, as a checkpoint's `auto_map` asks for them."""
+    for model_type in FAMILIES if name.startswith(CLASS_PREFIX) else ():
+        if all(model_type in names for names in (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES)):
+            names = [CLASS_PREFIX + stock for stock in stock_names(model_type)]
+            if name in names:
+                return family_classes(model_type)[names.index(name)]
+    raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -1,5 +1,6 @@
 """`--model` names to weights: aliases, supported families, loading."""
 
+import difflib
 import importlib.util
 import os
 import re
@@ -16,14 +17,6 @@ ALIASES = {
     embedded.NAME: "SmolLM2-135M-Instruct, embedded",
 }
 
-# model_type of a stock config -> prefix of its Hopscotch classes in modeling_hopscotch.py
-FAMILIES = {
-    "llama": "HopscotchLlama",
-    "qwen2": "HopscotchQwen2",
-    "granite": "HopscotchGranite",
-    "mistral": "HopscotchMistral",
-    "qwen3": "HopscotchQwen3",
-}
 HOPSCOTCH_PREFIX = "hopscotch_"
 
 
@@ -76,13 +69,15 @@ def read_config(ref: ModelRef):
     """The stock config of a model; InputError unless it is sound, and its architecture supported."""
     from transformers import AutoConfig
 
+    from hopscotch_common.modeling_hopscotch import FAMILIES
+
     folder = ref.folder(weights=False)
     values = files.read_json(folder / "config.json", "fetch the model again, or give another folder")
     kind = values.get("model_type")
     if isinstance(kind, str) and kind.startswith(HOPSCOTCH_PREFIX):
         raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
     if kind not in FAMILIES:
-        raise InputError(f"{ref.source}: architecture {kind!r} is not supported; {_supported()}")
+        raise InputError(f"{ref.source}: {_unsupported(str(kind))}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_config(config)
@@ -95,48 +90,66 @@ def read_config(ref: ModelRef):
 
 def _check_config(config) -> None:
     """Raise ValueError for what transformers lets pass, and would only show when a model runs."""
+    from transformers.configuration_utils import ALLOWED_LAYER_TYPES
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for name in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}")
-    if not config.rms_norm_eps >= 0:
+    if not getattr(config, "rms_norm_eps", 0) >= 0:
         raise ValueError(f"rms_norm_eps is {config.rms_norm_eps!r}")
     window = getattr(config, "sliding_window", None)
-    if window is not None and (type(window) is not int or window < 1):
+    if window is not None and (type(window) is not int or window < 0):
         raise ValueError(f"sliding_window is {window!r}")
-    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    unknown = set(getattr(config, "layer_types", None) or ()) - set(ALLOWED_LAYER_TYPES)
     if unknown:
         raise ValueError(f"layer_types holds {sorted(map(str, unknown))[0]!r}")
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope != "default" and rope not in ROPE_INIT_FUNCTIONS:
-        raise ValueError(f"rope_type is {rope!r}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        kind = part.get("rope_type", "default")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(f"rope_type is {kind!r}")
+
+
+def _unsupported(model_type: str) -> str:
+    from hopscotch_common.modeling_hopscotch import FAMILIES, REFUSED
+
+    if model_type in REFUSED:
+        return f"architecture {model_type!r} is not supported: {REFUSED[model_type]}; give another model"
+    near = difflib.get_close_matches(model_type, FAMILIES, n=3, cutoff=0.4)
+    return (
+        f"architecture {model_type!r} is not supported; {_supported()}"
+        + (f"; nearest to it: {', '.join(near)}" if near else "")
+        + "; to add it, describe its decoder layer in FAMILIES of hopscotch_common/modeling_hopscotch.py"
+    )
 
 
 def _supported() -> str:
+    from hopscotch_common.modeling_hopscotch import FAMILIES
+
     return f"supported are {', '.join(FAMILIES)}"
 
 
 def hopscotch_classes(model_type: str) -> tuple[type, type]:
-    """(config class, model class) of a stock or `hopscotch_` model type."""
-    from hopscotch_common import modeling_hopscotch
+    """(config class, causal LM class) of a stock or `hopscotch_` model type."""
+    from hopscotch_common.modeling_hopscotch import family_classes
 
-    prefix = FAMILIES[model_type.removeprefix(HOPSCOTCH_PREFIX)]
-    return (
-        getattr(modeling_hopscotch, f"{prefix}Config"),
-        getattr(modeling_hopscotch, f"{prefix}ForCausalLM"),
-    )
+    config_class, _, model_class = family_classes(model_type.removeprefix(HOPSCOTCH_PREFIX))
+    return config_class, model_class
 
 
-def hopscotch_config(base_config, skipped_blocks=()):
-    """The Hopscotch config of a stock one."""
+def hopscotch_config(base_config, skipped_blocks=(), scale_granularity: str = "layer"):
+    """The Hopscotch config of a stock one. A model read with it may be read from base weights."""
     config_class, _ = hopscotch_classes(base_config.model_type)
     values = base_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         values.pop(key, None)
-    config = config_class(**values, skipped_attention_blocks=list(skipped_blocks) or None)
+    config = config_class(
+        **values, skipped_attention_blocks=list(skipped_blocks) or None, scale_granularity=scale_granularity
+    )
     config.dtype = base_config.dtype
+    config.new_scales = True
     return config
 
 

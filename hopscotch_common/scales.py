@@ -1,7 +1,11 @@
-"""The four scales of each decoder layer: which parameters they are, and what is done to them.
+"""The scales of each decoder layer: which parameters they are, and what is done to them.
 
 Decided here once, for search, training, saving and export: what a scale is, which scales train,
 and what skipping an attention block does to them.
+
+Outside of a model all scales are one float32 tensor [layers, width]. A row holds a layer's scales one
+after another in SCALE_NAMES order: 4 numbers where each is a scalar, and 2 * hidden + 2 where b is a
+vector (`scale_granularity: channel`). `columns` takes it apart.
 """
 
 from collections.abc import Iterator
@@ -9,10 +13,11 @@ from collections.abc import Iterator
 import torch
 
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES, check_skipped_blocks
+from hopscotch_common.recomputation import recompute_elementwise
 
 
 def named_scales(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(state-dict key, parameter [1]) of every scale, layer by layer, in SCALE_NAMES order."""
+    """(state-dict key, parameter [1] or [hidden]) of every scale, layer by layer, in SCALE_NAMES order."""
     for index, layer in enumerate(model.model.layers):
         for name in SCALE_NAMES:
             yield f"model.layers.{index}.{name}", getattr(layer, name)
@@ -26,6 +31,7 @@ def freeze_base(model) -> None:
         for name in SCALE_NAMES:
             trains = not (name == "b_scale_attn" and layer.skip_attention)
             getattr(layer, name).requires_grad_(trains)
+    recompute_elementwise(model)
 
 
 def trainable_scales(model) -> list[torch.nn.Parameter]:
@@ -63,37 +69,59 @@ def reset(model, skipped=()) -> None:
             getattr(layer, name).fill_(1.0)
         if layer.skip_attention:
             layer.b_scale_attn.zero_()
-    model.number_cache_slots()
+    model.model.number_cache_slots()
     freeze_base(model)
     for scale in trainable_scales(model):
         scale.grad = None
 
 
+def columns(values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The scales [layers, width] by name: [layers, 1] or [layers, hidden] each, views."""
+    b_size = (values.shape[1] - 2) // 2
+    sizes = [b_size if name.startswith("b") else 1 for name in SCALE_NAMES]
+    return dict(zip(SCALE_NAMES, values.split(sizes, dim=1), strict=True))
+
+
+def ones(config) -> torch.Tensor:
+    """Scales of 1, [layers, width], for a Hopscotch config."""
+    b_size = config.hidden_size if config.scale_granularity == "channel" else 1
+    return torch.ones(config.num_hidden_layers, 2 * b_size + 2)
+
+
 def snapshot(model) -> torch.Tensor:
-    """A copy of all scales, [layers, 4], float32 on the CPU, columns in SCALE_NAMES order."""
-    return torch.cat([scale.detach().cpu() for _, scale in named_scales(model)]).view(-1, 4)
+    """A copy of all scales, [layers, width], float32 on the CPU."""
+    rows = [
+        torch.cat([getattr(layer, name).detach().cpu() for name in SCALE_NAMES])
+        for layer in model.model.layers
+    ]
+    return torch.stack(rows)
 
 
 @torch.no_grad()
 def restore(model, values: torch.Tensor) -> None:
-    """Set all scales from a snapshot [layers, 4]. Which blocks are skipped does not change."""
-    for (_, scale), value in zip(named_scales(model), values.flatten(), strict=True):
-        scale.fill_(value.item())
+    """Set all scales from a snapshot [layers, width]. Which blocks are skipped does not change."""
+    by_key = as_state_dict(values)
+    for key, scale in named_scales(model):
+        scale.copy_(by_key[key])
 
 
 def as_state_dict(values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A snapshot [layers, 4] as the tensors [1] of a checkpoint, by state-dict key."""
+    """A snapshot [layers, width] as the tensors [1] or [hidden] of a checkpoint, by state-dict key."""
+    by_name = columns(values)
     return {
-        f"model.layers.{layer}.{name}": values[layer, column].reshape(1).clone()
+        f"model.layers.{layer}.{name}": by_name[name][layer].clone()
         for layer in range(len(values))
-        for column, name in enumerate(SCALE_NAMES)
+        for name in SCALE_NAMES
     }
 
 
 def from_state_dict(tensors: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor:
     """The reverse of `as_state_dict`; KeyError names a scale that is missing."""
-    keys = as_state_dict(torch.ones(num_layers, len(SCALE_NAMES)))
-    return torch.cat([tensors[key].reshape(1).float() for key in keys]).view(num_layers, -1)
+    rows = [
+        torch.cat([tensors[f"model.layers.{layer}.{name}"].reshape(-1).float() for name in SCALE_NAMES])
+        for layer in range(num_layers)
+    ]
+    return torch.stack(rows)
 
 
 def count_parameters(model) -> tuple[int, int]:

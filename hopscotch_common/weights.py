@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
@@ -99,8 +100,8 @@ def tensor_shapes(path: Path) -> dict[str, torch.Size]:
 
 def check_weights(folder: Path, config) -> None:
     """Raise InputError unless a folder's weight files hold exactly what its (stock) config says."""
-    if getattr(config, "quantization_config", None):
-        return  # other tensors stand for the weights then
+    if getattr(config, "quantization_config", None) or get_checkpoint_conversion_mapping(config.model_type):
+        return  # other tensors stand for the weights then; loading checks them
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -24,15 +24,67 @@ SIZES = dict(
     pad_token_id=0,
     initializer_range=0.2,
 )
+GRANITE = dict(
+    residual_multiplier=0.5, embedding_multiplier=6.0, logits_scaling=4.0, attention_multiplier=0.2
+)
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+MIXED = dict(sliding_window=5, layer_types=[SLIDING, FULL, SLIDING, FULL])
+DELTA_NET = dict(
+    layer_types=[LINEAR, FULL, LINEAR, FULL, FULL],
+    num_hidden_layers=5,
+    head_dim=8,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
+# What a tiny model of each family needs besides SIZES.
 FAMILY_SIZES = {
     "llama": {},
     "qwen2": {},
-    "granite": dict(
-        residual_multiplier=0.5, embedding_multiplier=6.0, logits_scaling=4.0, attention_multiplier=0.2
-    ),
+    "granite": GRANITE,
     "mistral": dict(sliding_window=None),
     "qwen3": dict(head_dim=8),
 }
+MORE_FAMILIES = {
+    "ministral3": dict(head_dim=8),
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS | dict(head_dim=8, decoder_sparse_step=2),
+    "qwen3_next": EXPERTS | DELTA_NET | dict(shared_expert_intermediate_size=24),
+    "qwen3_5_text": DELTA_NET,
+    "smollm3": dict(no_rope_layers=[1, 0, 1, 0]),
+    "granite_swa": GRANITE | MIXED,
+    "granitemoehybrid": GRANITE
+    | EXPERTS
+    | dict(
+        layer_types=[LINEAR, FULL, LINEAR, FULL, FULL],
+        num_hidden_layers=5,
+        shared_intermediate_size=24,
+        position_embedding_type="rope",
+        mamba_n_heads=8,
+        mamba_d_state=8,
+        mamba_d_head=8,
+    ),
+    "phi3": dict(original_max_position_embeddings=512),
+    "phimoe": EXPERTS,
+    "gemma": dict(head_dim=8),
+    "gemma2": MIXED
+    | dict(head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0, attn_logit_softcapping=5.0),
+    "gemma3_text": dict(head_dim=8, query_pre_attn_scalar=8)
+    | dict(sliding_window=5, layer_types=[SLIDING, SLIDING, FULL, SLIDING]),
+    "olmo2": {},
+    "olmo3": MIXED,
+    "olmoe": EXPERTS,
+    "exaone4": MIXED,
+    "gpt_oss": EXPERTS | MIXED | dict(head_dim=8),
+    "glm": dict(head_dim=8),
+    "glm4": dict(head_dim=8),
+    "seed_oss": dict(head_dim=8),
+    "starcoder2": {},
+}
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -43,7 +95,7 @@ def stock_config(family: str, **changes):
     """A tiny stock config of a family."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **(SIZES | FAMILY_SIZES[family] | changes))
+    return AutoConfig.for_model(family, **(SIZES | (FAMILY_SIZES | MORE_FAMILIES)[family] | changes))
 
 
 def byte_tokenizer():

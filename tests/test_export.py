@@ -13,13 +13,14 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
 from hopscotch_common.export import check, decilm, folding, formats
 from hopscotch_common.export.configuration_decilm import DeciLMConfig
+from hopscotch_common.export.folding import FOLDABLE
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
-from hopscotch_common.models import FAMILIES, ModelRef
+from hopscotch_common.models import ModelRef
 
 LAYERS = 4
-IN_DECILM = [family for family in FAMILIES if family != "qwen3"]
+IN_DECILM = [family for family in FOLDABLE if family != "qwen3"]
 VARIANTS = [
-    *((family, {}) for family in FAMILIES),
+    *((family, {}) for family in FOLDABLE),
     ("llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     ("granite", dict(attention_bias=True, tie_word_embeddings=True)),
     ("mistral", dict(head_dim=16, num_key_value_heads=4)),
@@ -100,7 +101,7 @@ def test_folding_is_exact_but_for_eps(tmp_path, base, family, changes, seed):
     assert relative_error(logits(unfolded), expected) > 0.1  # so the scales do matter here
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FOLDABLE)
 def test_folding_near_one_with_a_real_eps(tmp_path, base, family):
     checkpoint = save(tmp_path, base(family), [2], random_scales(0, 0.9, 1.1))
     report = formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded")

@@ -5,9 +5,11 @@ import torch
 from conftest import FAMILY_SIZES, stock_config
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from hopscotch_common import scales
-from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common import modeling_hopscotch, recomputation, scales
+from hopscotch_common.modeling_hopscotch import SCALE_NAMES, scaled
 from hopscotch_common.models import hopscotch_classes, hopscotch_config, load_model, model_ref
 
 FAMILIES = sorted(FAMILY_SIZES)
@@ -137,3 +139,89 @@ def test_random_initialisation_sets_scales_to_one():
     _, model_class = hopscotch_classes("llama")
     model = model_class(hopscotch_config(stock_config("llama")))
     assert torch.equal(scales.snapshot(model), torch.ones(4, len(SCALE_NAMES)))
+
+
+@pytest.fixture(params=[1e9, 100], ids=["at once", "a few rows at a time"])
+def rows_at_once(request, monkeypatch):
+    """Sums and gradients in one part, and in several."""
+
+    def split(tensor):
+        features = tensor.shape[-1]
+        return tensor.reshape(-1, features).split(max(1, int(request.param) // features))
+
+    monkeypatch.setattr(modeling_hopscotch, "rows_at_once", split)
+    monkeypatch.setattr(recomputation, "rows_at_once", split)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 24])
+def test_a_scale_and_its_gradient(rows_at_once, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(3, 7, 24, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 7, 24, generator=generator).to(dtype)
+    scale = torch.empty(size).uniform_(0.5, 1.5, generator=generator).requires_grad_()
+
+    output = scaled(tensor, scale)
+    assert torch.equal(output, (scale * tensor).to(dtype))
+    gradient, scale_gradient = torch.autograd.grad(output, (tensor, scale), upstream)
+    assert torch.equal(gradient, (scale * upstream).to(dtype))
+    expected = (upstream.double() * tensor.double()).flatten(0, 1).sum(0)
+    expected = expected.sum(0, keepdim=True) if size == 1 else expected
+    assert scale_gradient.dtype == torch.float32
+    assert_close(scale_gradient, expected.float(), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(scaled(tensor, scale), output)
+
+
+def randomise(module, dtype) -> torch.nn.Module:
+    """A frozen module with random weights."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module.to(dtype).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [LlamaRMSNorm, Gemma2RMSNorm, LlamaMLP])
+def test_recomputed_modules_equal_stock(rows_at_once, make, dtype):
+    torch.manual_seed(0)
+    module = randomise(make(stock_config("llama") if make is LlamaMLP else 32), dtype)
+    inputs = torch.randn(3, 5, 32).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 5, 32).to(dtype)
+    expected = module(inputs)
+    (expected_gradient,) = torch.autograd.grad(expected, inputs, upstream)
+
+    recomputation.recompute_elementwise(torch.nn.ModuleList([module]))
+    assert type(module) is not make
+    assert torch.equal(module(inputs), expected)
+    (gradient,) = torch.autograd.grad(module(inputs), inputs, upstream)
+    tolerance = {} if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    assert_close(gradient, expected_gradient, **tolerance)
+
+
+def test_a_norm_that_trains_gets_its_gradient():
+    norm = randomise(LlamaRMSNorm(32), torch.float32)
+    recomputation.recompute_elementwise(torch.nn.ModuleList([norm]))
+    norm.requires_grad_(True)
+    norm(torch.randn(2, 32, requires_grad=True)).sum().backward()
+    assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_layer_saves_for_backward(tiny_folder, dtype):
+    """Residual, branch, MLP and attention tensors once each, in their own dtype, and nothing else."""
+    model = load_model(model_ref(str(tiny_folder())), dtype=dtype, device="cpu")
+    ids = torch.arange(3, 67).view(2, 32)
+
+    def saved(skipped: list[int]) -> int:
+        scales.reset(model, skipped)
+        return recomputation.saved_bytes(model, lambda: model.model(ids, use_cache=False))
+
+    hidden, mlp, heads, kv_heads, head_dim = 32, 48, 4, 2, 8
+    attention = 2 * hidden + 2 * heads * head_dim + 2 * kv_heads * head_dim  # x, branch; q, output; k, v
+    size = {"float32": 4, "bfloat16": 2}[dtype]
+    bytes_per_token = size * (attention + 2 * hidden + 2 * mlp) + 4 * heads  # and a float32 a head
+    # Two layers less: what they save of attention, but for the input, which s of the layer needs.
+    assert saved([1]) - saved([1, 2]) == 64 * (size * (attention - hidden) + 4 * heads)
+    everything = saved([])
+    assert everything < 64 * (4 * bytes_per_token + size * hidden) + 64 * 4 * 2 * head_dim
+    assert everything > 64 * 3 * bytes_per_token

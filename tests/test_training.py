@@ -12,7 +12,7 @@ from conftest import FAMILY_SIZES, ROOT
 from test_modeling import reference_logits
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, InputError, TrainingError
@@ -149,7 +149,7 @@ def test_the_head_sums_its_loss_in_float32(dtype):
     torch.manual_seed(0)
     hidden = torch.randn(1000, 16).to(dtype).requires_grad_()
     weight, targets = torch.randn(70, 16).to(dtype), torch.randint(70, (1000,))
-    loss = HeadCrossEntropy.apply(hidden, weight, targets)
+    loss = HeadCrossEntropy.apply(hidden, weight, None, targets, LlamaConfig())
     (2 * loss).backward()
     logits = (hidden.detach() @ weight.T).float()
     expected = cross_entropy(logits, targets, reduction="sum")

@@ -129,7 +129,7 @@ def tensor_parallel_obstacle(size: int, config) -> str | None:
     Its rules: the size divides the attention heads and the MLP's width; of the size and the number of
     KV heads, one divides the other (KV heads are repeated where there are fewer).
     """
-    heads, width = config.num_attention_heads, config.intermediate_size
+    heads, width = config.num_attention_heads, getattr(config, "intermediate_size", size)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % size:
         return f"does not divide the model's {heads} attention heads"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import configuration_decilm
+from hopscotch_common.export.folding import check_foldable
 from hopscotch_common.models import hopscotch_classes
 
 WIDTH_STEP = 256  # the format rounds the MLP's width up to a multiple of this
@@ -33,6 +34,7 @@ SAME_IN_BOTH = (
 
 def check_representable(config) -> None:
     """Raise InputError for a Hopscotch config that the format cannot hold."""
+    check_foldable(config)
     remedy = "export it as folded, or serve the checkpoint itself with transformers"
     family = config.model_type
     if family.endswith("qwen3"):

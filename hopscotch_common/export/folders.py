@@ -12,6 +12,7 @@ from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
 from hopscotch_common.export.folding import absorb_granite, fold, fold_factors
+from hopscotch_common.modeling_hopscotch import HopscotchForCausalLM
 from hopscotch_common.models import HOPSCOTCH_PREFIX, hopscotch_classes, load_whole
 
 
@@ -32,7 +33,8 @@ def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
     """Write the config of the stock architecture; what its weights are."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "transformers_version")
+    own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
+    own += ("transformers_version",)
     kept = {key: value for key, value in config.to_dict().items() if key not in own}
     stock = AutoConfig.for_model(config.model_type.removeprefix(HOPSCOTCH_PREFIX), **kept)
     stock.dtype = config.dtype
@@ -67,12 +69,11 @@ def _shapes(model) -> dict[str, torch.Size]:
 
 
 def _scales_of(model) -> Iterator[tuple[str, torch.Tensor]]:
-    return scales.named_scales(model) if hasattr(model, "scaled_layer_class") else iter(())
+    return scales.named_scales(model) if isinstance(model, HopscotchForCausalLM) else iter(())
 
 
 def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> None:
     """Fold the weights, file by file: one file of the checkpoint is in memory at a time."""
-    skipped = set(skipped_blocks(config))
     sources = [p for p in weights.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
     weight_map, total_bytes = {}, 0
     for number, path in enumerate(sources, 1):
@@ -80,11 +81,11 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
         name = "model.safetensors" if len(sources) == 1 else name
         tensors = {}
         for key, tensor in weights.read_tensors(path).items():
-            if key not in target.shapes or checkpoints.is_skipped_weight(key, skipped):
+            if key not in target.shapes or checkpoints.is_skipped_weight(key, config):
                 continue
             tensors[key] = fold(key, tensor, target.factors)
             if key.endswith(".mlp.down_proj.weight"):
-                tensors |= _unused_attention(int(key.split(".")[2]), target, skipped, tensor.dtype)
+                tensors |= _unused_attention(int(key.split(".")[2]), target, config, tensor.dtype)
         if tensors:
             weights.save_tensors(tensors, folder / name)
             weight_map |= dict.fromkeys(tensors, name)
@@ -97,7 +98,7 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
         (folder / weights.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _unused_attention(layer: int, target: Target, skipped: set[int], dtype) -> dict[str, torch.Tensor]:
+def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, torch.Tensor]:
     """The attention weights of a skipped block, where the target has them all the same: it adds 0."""
     keys = [k for k in target.shapes if k.startswith(f"model.layers.{layer}.")]
     return {
@@ -105,7 +106,7 @@ def _unused_attention(layer: int, target: Target, skipped: set[int], dtype) -> d
             target.shapes[key], dtype=dtype
         )
         for key in keys
-        if checkpoints.is_skipped_weight(key, skipped)
+        if checkpoints.is_skipped_weight(key, config)
     }
 
 

@@ -17,7 +17,21 @@ import torch
 from hopscotch_common.errors import InputError
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 
+# Families whose branches end in o_proj and down_proj, with RMSNorms before both and none behind them.
+FOLDABLE = ("llama", "qwen2", "granite", "mistral", "qwen3")
 SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
+
+
+def check_foldable(config) -> None:
+    """Raise InputError unless the scales of a (stock or Hopscotch) config's model fold into its weights."""
+    family = config.model_type.removeprefix("hopscotch_")
+    if family not in FOLDABLE:
+        raise InputError(
+            f"the scales of {family} cannot be folded yet (only those of {', '.join(FOLDABLE)}); "
+            "serve the checkpoint itself with transformers"
+        )
+    if getattr(config, "scale_granularity", "layer") != "layer":
+        raise InputError("scales by channel cannot be folded yet; serve the checkpoint with transformers")
 
 
 def fold_factors(

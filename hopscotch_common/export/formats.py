@@ -10,7 +10,7 @@ import torch
 
 from hopscotch_common import checkpoints, files
 from hopscotch_common.errors import HopscotchError, InputError, logger
-from hopscotch_common.export import check, decilm, folders
+from hopscotch_common.export import check, decilm, folders, folding
 from hopscotch_common.models import device_map, resolve_device
 from hopscotch_common.training.memory import is_out_of_memory
 
@@ -30,7 +30,7 @@ class Format:
 
 
 FORMATS = {
-    "folded": Format(folders.prepare_folded, lambda config: None),
+    "folded": Format(folders.prepare_folded, folding.check_foldable),
     "nemotron_nas": Format(folders.prepare_nemotron_nas, decilm.check_representable),
 }
 

@@ -1,9 +1,10 @@
 """The loss of a minibatch: no logits where none count, and no matrix of all tokens by the vocabulary."""
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax, nll_loss
+from torch.nn.functional import cross_entropy, linear, log_softmax, nll_loss
 from transformers import DynamicCache
 
+from hopscotch_common.modeling_hopscotch import scaled_logits, scaled_logits_slope
 from hopscotch_common.training.batches import Minibatch
 
 LOGIT_ROWS = 256  # rows of logits alive at once
@@ -12,23 +13,26 @@ LOGIT_ROWS = 256  # rows of logits alive at once
 class HeadCrossEntropy(torch.autograd.Function):
     """Cross entropy of a frozen LM head's logits, summed in float32; a few rows of logits at a time.
 
-    hidden: [tokens, hidden]; weight: [vocabulary, hidden]; targets: [tokens]. The gradient is made
-    with the loss, as the logits do not live until backward. (torch's linear_cross_entropy sums in
-    the dtype of its input: in bfloat16 a sum of 800 is a multiple of 4.)
+    hidden: [tokens, hidden]; weight: [vocabulary, hidden]; bias: [vocabulary] or None; targets: [tokens];
+    config: the model's, which may scale logits or cap them. The gradient is made with the loss, as the
+    logits do not live until backward. (torch's linear_cross_entropy sums in the dtype of its input:
+    in bfloat16 a sum of 800 is a multiple of 4.)
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, bias, targets, config):
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), LOGIT_ROWS):
             rows = slice(start, start + LOGIT_ROWS)
-            log_probabilities = log_softmax(hidden[rows] @ weight.T, dim=-1, dtype=torch.float32)
+            logits = scaled_logits(config, linear(hidden[rows], weight, bias))
+            log_probabilities = log_softmax(logits, dim=-1, dtype=torch.float32)
             total += nll_loss(log_probabilities, targets[rows], reduction="sum")
             if gradient is not None:
                 probabilities = log_probabilities.exp_()
                 positions = torch.arange(len(probabilities), device=hidden.device)
                 probabilities[positions, targets[rows]] -= 1
+                probabilities *= scaled_logits_slope(config, logits)
                 torch.matmul(probabilities.to(weight.dtype), weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return total
@@ -36,7 +40,7 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None
+        return gradient * upstream.to(gradient.dtype), None, None, None, None
 
 
 class SharedPrefix:
@@ -105,11 +109,9 @@ def summed_head_loss(model, hidden: torch.Tensor, minibatch: Minibatch) -> torch
     a model that is spread over devices, the loss is on the LM head's.
     """
     hidden = hidden.flatten(0, 1)[minibatch.predicting.to(hidden.device)]
-    logits_scaling = getattr(model.config, "logits_scaling", None)  # Granite divides its logits
-    if logits_scaling is not None:
-        hidden = hidden / logits_scaling
-    weight = model.lm_head.weight
+    head, config = model.lm_head, model.config
+    weight = head.weight
     hidden, targets = hidden.to(weight.device), minibatch.targets.to(weight.device)
     if type(weight) is not torch.nn.Parameter:  # quantised: only the module knows how to multiply
-        return cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
-    return HeadCrossEntropy.apply(hidden, weight, targets)
+        return cross_entropy(scaled_logits(config, head(hidden)).float(), targets, reduction="sum")
+    return HeadCrossEntropy.apply(hidden, weight, head.bias, targets, config)

@@ -9,7 +9,7 @@ import torch
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged
-from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Layout, Minibatch, Sample, make_batches
 from hopscotch_common.training.loss import SharedPrefix, summed_loss
@@ -39,9 +39,13 @@ class EpochBatches:
 
     def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions, shuffle: bool = True):
         self.samples, self.options, self.shuffle = samples, options, shuffle
-        packed = "flash" in (model.config._attn_implementation or "")
+        recurrent = len(attention_blocks(model.config)) < model.config.num_hidden_layers
+        # A recurrent layer carries its state along a row, over the borders of what is packed.
+        packed = "flash" in (model.config._attn_implementation or "") and not recurrent
         self.layout = Layout(packed, model.config.pad_token_id or 0)
-        self.share_prefix = not (packed or options.gradient_checkpointing or options.compile_layers)
+        self.share_prefix = not (
+            packed or recurrent or options.gradient_checkpointing or options.compile_layers
+        )
         self.max_tokens = token_budget(model, samples, self.layout, options.max_tokens_per_batch)
 
     def __len__(self) -> int:
@@ -110,22 +114,29 @@ def evaluate(
 
 @dataclass(frozen=True)
 class ScaleState:
-    """All that distinguishes one training run of the scales from another: [4, layers, 4] float32.
+    """All that distinguishes one training run of the scales from another: [4, layers, width] float32.
 
-    Rows: values, Adam's first and second moments, and step counts. Small enough to keep for every
-    candidate of a search, so pausing one costs nothing.
+    Rows: values (as `scales.snapshot` gives them), Adam's first and second moments, and step counts.
+    Small enough to keep for every candidate of a search, so pausing one costs nothing.
     """
 
     tensors: torch.Tensor
 
     def encode(self) -> str:
-        """As ASCII, exactly."""
-        return base64.b64encode(self.tensors.numpy().tobytes()).decode()
+        """As ASCII, exactly: the number of layers, a colon, and the numbers in base64."""
+        return f"{self.tensors.shape[1]}:{base64.b64encode(self.tensors.numpy().tobytes()).decode()}"
 
     @staticmethod
     def decode(text: str) -> "ScaleState":
-        buffer = bytearray(base64.b64decode(text))
-        return ScaleState(torch.frombuffer(buffer, dtype=torch.float32).view(4, -1, len(SCALE_NAMES)))
+        """The reverse of `encode`; ValueError where the text is none, or a number is not finite."""
+        layers, _, numbers = text.partition(":")
+        numbers = torch.frombuffer(bytearray(base64.b64decode(numbers, validate=True)), dtype=torch.float32)
+        if not bool(numbers.isfinite().all()):
+            raise ValueError("a number is not finite")
+        try:
+            return ScaleState(numbers.view(4, int(layers), -1))
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
 
 
 class ScaleTrainer:
@@ -158,25 +169,26 @@ class ScaleTrainer:
 
     def _go_on_from(self, state: ScaleState) -> None:
         scales.restore(self.model, state.tensors[0])
-        rows = state.tensors[1:].flatten(1).unbind(1)
-        for (_, scale), (first, second, step) in zip(scales.named_scales(self.model), rows, strict=True):
+        rows = [scales.as_state_dict(row) for row in state.tensors[1:]]
+        for key, scale in scales.named_scales(self.model):
             if scale.requires_grad:
+                first, second, step = (row[key] for row in rows)
                 self.optimizer.state[scale] = {
-                    "step": step.clone(),
-                    "exp_avg": first.reshape(1).to(scale.device, copy=True),
-                    "exp_avg_sq": second.reshape(1).to(scale.device, copy=True),
+                    "step": step[0].clone(),
+                    "exp_avg": first.to(scale.device, copy=True),
+                    "exp_avg_sq": second.to(scale.device, copy=True),
                 }
 
     def state(self) -> ScaleState:
         """The present state, a copy."""
-        values = scales.snapshot(self.model)
-        moments = torch.zeros(3, values.numel())
-        for column, (_, scale) in enumerate(scales.named_scales(self.model)):
-            adam = self.optimizer.state.get(scale)
-            if adam:
-                for row, key in enumerate(("exp_avg", "exp_avg_sq", "step")):
-                    moments[row, column] = adam[key].item()
-        return ScaleState(torch.cat([values[None], moments.view(3, *values.shape)]))
+        moments = []
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            found = {}
+            for key, scale in scales.named_scales(self.model):
+                moment = self.optimizer.state.get(scale, {}).get(name, torch.zeros(()))
+                found[key] = moment.detach().cpu().float().expand_as(scale).clone()
+            moments.append(scales.from_state_dict(found, len(self.model.model.layers)))
+        return ScaleState(torch.stack([scales.snapshot(self.model), *moments]))
 
     def step(self, batch: Batch, where: str) -> torch.Tensor:
         """One optimizer step; the batch's mean loss, a detached scalar on the model's device.

@@ -1,0 +1,160 @@
+"""What backward can compute again from less is not kept for it.
+
+The weights are frozen, so a norm's and a gated MLP's elementwise part have no gradients but those of
+their inputs. The stock modules keep float32 copies and intermediate products for these; here only
+the inputs are kept, in their own dtype, and the rest is made again in backward, a few rows at a time.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from hopscotch_common.modeling_hopscotch import rows_at_once
+
+GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class RMSNorm(torch.autograd.Function):
+    """A frozen RMS norm of tensors [..., features] with weights [features]; only the tensor is saved.
+
+    With r = 1 / rms(x) and h = weight * upstream, the gradient is r * h - r^3 * mean(h * x) * x,
+    made in float32, `rows_at_once` rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, norm, tensor, weight, eps):
+        ctx.eps = eps
+        ctx.save_for_backward(tensor, weight)
+        return norm(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        tensor, weight = ctx.saved_tensors
+        gradient = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for x, h, rows in zip(*map(rows_at_once, (tensor, upstream, gradient)), strict=True):
+            x, h = x.float(), h * weight.float()
+            r = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
+            along_x = (h * x).mean(-1, keepdim=True) * r.pow(3)
+            rows.copy_(h.mul_(r).addcmul_(x, along_x, value=-1))
+        return None, gradient, None, None
+
+
+class Gated(torch.autograd.Function):
+    """`act(gate) * up`, which saves gate and up [..., features], and not act(gate)."""
+
+    @staticmethod
+    def forward(ctx, act, gate, up):
+        ctx.act = act
+        ctx.save_for_backward(gate, up)
+        return act(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        gate, up = ctx.saved_tensors
+        leaf = gate.detach().requires_grad_()
+        with torch.enable_grad():
+            activated = ctx.act(leaf)
+        (gate_gradient,) = torch.autograd.grad(activated, leaf, upstream * up)
+        return None, gate_gradient, upstream * activated.detach()
+
+
+def _saves(module: torch.nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether autograd would save anything, and all of it for the tensor's gradient.
+
+    Within torch.compile the compiler chooses what to keep.
+    """
+    return (
+        torch.is_grad_enabled()
+        and tensor.requires_grad
+        and not torch.compiler.is_compiling()
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    )
+
+
+class RecomputedNorm:
+    """Mixin over a stock RMSNorm. weight_offset: what the class adds to its weights (Gemma: 1)."""
+
+    weight_offset: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        norm = super().forward
+        if not _saves(self, hidden_states):
+            return norm(hidden_states)
+        weight = self.weight + self.weight_offset if self.weight_offset else self.weight
+        return RMSNorm.apply(norm, hidden_states, weight, _eps(self))
+
+
+class RecomputedGatedMLP:
+    """Mixin over a stock MLP of `gate_proj`, `up_proj`, `down_proj` and `act_fn`."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not _saves(self.act_fn, hidden_states) or self.training:
+            return super().forward(hidden_states)
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(Gated.apply(self.act_fn, gate, up))
+
+
+def _eps(norm: torch.nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+@torch.no_grad()
+def _weight_offset(norm: torch.nn.Module) -> float | None:
+    """What a norm adds to its weights, 0 or 1, told from what it computes; None if it is neither."""
+    weight, eps = getattr(norm, "weight", None), _eps(norm)
+    if weight is None or weight.is_meta or eps is None:  # meta: offloaded, which hooks see to
+        return None
+    row = torch.linspace(-2, 3, len(weight), device=weight.device, dtype=weight.dtype)[None]
+    normed = row.float() * torch.rsqrt(row.float().square().mean() + eps)
+    found = norm(row).float()
+    for offset in (0.0, 1.0):
+        if torch.allclose(found, normed * (weight.float() + offset), rtol=0.03, atol=1e-3):
+            return offset
+    return None
+
+
+@functools.cache
+def _recomputing_class(mixin: type, stock: type, **attributes) -> type:
+    return type(f"Recomputed{stock.__name__}", (mixin, stock), attributes)
+
+
+def recompute_elementwise(model: torch.nn.Module) -> None:
+    """Let RMSNorms and gated MLPs of a model in eval mode save their inputs only.
+
+    Their outputs stay the same bit for bit. Calling it again changes nothing.
+    """
+    for module in model.modules():
+        stock = type(module)
+        if isinstance(module, (RecomputedNorm, RecomputedGatedMLP)):
+            continue
+        if stock.__name__.endswith("RMSNorm"):
+            offset = _weight_offset(module)
+            if offset is not None:
+                module.__class__ = _recomputing_class(RecomputedNorm, stock, weight_offset=offset)
+        elif {name for name, _ in module.named_children()} == GATED_MLP:
+            module.__class__ = _recomputing_class(RecomputedGatedMLP, stock)
+
+
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that `forward()` keeps for backward besides the model's own weights, on all devices.
+
+    A storage that several operations save counts once.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    found: dict[int, int] = {}
+    kept = []  # so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(found.values())
