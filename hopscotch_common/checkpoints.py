@@ -66,14 +66,14 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint, atomically.
 
-    values: the scales [layers, 4]. run: what goes into hopscotch.json. training_state: optimizer
+    values: the scales [layers, width]. run: what goes into hopscotch.json. training_state: optimizer
     moments for resuming. share_with: an earlier checkpoint of the same base and skips, whose
     weights are linked instead of written again.
     """
     check_replaceable(folder)
     with atomic_folder(folder) as target:
         if share_with is None:
-            run = run | {"weights": _write_base(target, base, skipped, len(values))}
+            run = run | {"weights": _write_base(target, base, skipped, values)}
         else:
             run = run | {"weights": read_run(share_with)["weights"]}
             for path in share_with.iterdir():
@@ -87,11 +87,11 @@ def save_checkpoint(
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
 
 
-def _write_base(target: Path, base: ModelRef, skipped: list[int], num_layers: int) -> dict:
+def _write_base(target: Path, base: ModelRef, skipped: list[int], values: torch.Tensor) -> dict:
     """Write everything that checkpoints of one run share; counts of weights kept and removed."""
     source, stock = base.folder(), read_config(base)
     check_weights(source, stock)
-    config = hopscotch_config(stock, sorted(skipped))
+    config = hopscotch_config(stock, sorted(skipped), scales.granularity(values))
     config_class, base_class, model_class = modeling_hopscotch.family_classes(stock.model_type)
     code = Path(modeling_hopscotch.__file__)
     config.architectures = [model_class.__name__]
@@ -119,15 +119,13 @@ def _write_base(target: Path, base: ModelRef, skipped: list[int], num_layers: in
         if kept:
             save_tensors(kept, target / name)
             weight_map |= dict.fromkeys(kept, name)
-    scale_keys = scales.as_state_dict(scales.ones(config))
-    weight_map |= dict.fromkeys(scale_keys, SCALES_FILE)
-    total_bytes += sum(tensor.nbytes for tensor in scale_keys.values())
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    weight_map |= dict.fromkeys(scales.as_state_dict(values), SCALES_FILE)
+    index = {"metadata": {"total_size": total_bytes + values.nbytes}, "weight_map": weight_map}
     (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return {
         "parameters": total,
         "parameters_removed": removed,
-        "kv_cache_blocks": num_layers,
+        "kv_cache_blocks": len(modeling_hopscotch.attention_blocks(config)),
         "kv_cache_blocks_removed": len(skipped),
     }
 

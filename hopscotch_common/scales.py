@@ -88,6 +88,11 @@ def ones(config) -> torch.Tensor:
     return torch.ones(config.num_hidden_layers, 2 * b_size + 2)
 
 
+def granularity(values: torch.Tensor) -> str:
+    """The config's `scale_granularity` of scales [layers, width]."""
+    return "layer" if values.shape[1] == len(SCALE_NAMES) else "channel"
+
+
 def snapshot(model) -> torch.Tensor:
     """A copy of all scales, [layers, width], float32 on the CPU."""
     rows = [

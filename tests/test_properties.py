@@ -158,7 +158,7 @@ def splitting_changes_no_loss(model, samples, data):
     batch_size = data.draw(st.integers(1, len(samples)), label="batch size")
     batches = make_batches(samples, batch_size, budget, seed=1)
     for batch in batches:
-        assert all(minibatch.input_ids.numel() <= budget for minibatch in batch.minibatches)
+        assert all(minibatch.num_tokens <= budget for minibatch in batch.minibatches)
     check_loss(model, batches, samples)
 
 

@@ -114,7 +114,7 @@ def as_hopscotch_config(values: dict):
     qkv_bias_only = values["qkv_bias"] and not values["attention_bias"]
     config_class, _ = hopscotch_classes("qwen2" if qkv_bias_only else "llama")
     own = {"architectures", "auto_map", "model_type", "block_configs", "qkv_bias", "torch_dtype"}
-    return config_class(
+    config = config_class(
         **{key: value for key, value in values.items() if key not in own}
         | {
             "num_key_value_heads": values["num_attention_heads"] // groups.pop(),
@@ -122,6 +122,8 @@ def as_hopscotch_config(values: dict):
             "skipped_attention_blocks": skipped or None,
         }
     )
+    config.new_scales = True  # an export has none
+    return config
 
 
 def _read_ffn_width(ffn: dict, hidden_size: int) -> int:
