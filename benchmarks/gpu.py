@@ -4,17 +4,20 @@
     python benchmarks/gpu.py --config tiny --device cpu --output /tmp/tiny.json
 
 A Llama-3.1-8B with random weights is made on the card; nothing is downloaded. Needs torch and
-transformers, and for the batches WHEELS. Writes benchmarks/results/gpu_{card}.json anew after each
-section, so that an interruption loses one section at most. A section that would not end within
---minutes is skipped, and named.
+transformers and, for the batches, instructlab-training, datasets and pydantic (with --no-deps:
+also dill, multiprocess, pydantic-core, annotated-types, typing-inspection; numba, pandas,
+pyarrow, xxhash, aiofiles, rich).
+
+Writes benchmarks/results/gpu_{card}.json anew after each section, so that an interruption loses
+one section at most. A section that may not end within --minutes is skipped, and named.
 """
 
 import argparse
 import random
-import re
 import sys
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -67,19 +70,10 @@ LLAMA = dict(
     rms_norm_eps=1e-5,
     rope_parameters=dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, **LONG_ROPE),
 )
-TINY = dict(
-    vocab_size=300,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+TINY = LLAMA | dict(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=8)
 SIZES = {
     "llama-3.1-8b": Size(LLAMA),
-    "tiny": Size(
-        TINY, (12, 40), (6, 12), batch_size=4, race_batches=2, prompts=(2, 12), new_tokens=3, repeats=2
-    ),
+    "tiny": Size(TINY, (12, 40), (6, 12), 4, 2, 2, 64, (2, 12), new_tokens=3, repeats=2),
 }
 
 
@@ -107,9 +101,8 @@ class Bench:
         """Random answers of so few to so many tokens, a third of each a prompt that does not count."""
         generator, vocabulary, samples = random.Random(0), range(self.size.config["vocab_size"]), []
         for _ in range(count):
-            length = generator.randint(*lengths)
-            ids = generator.choices(vocabulary, k=length)
-            samples.append(Sample(ids, [IGNORE_INDEX] * (length // 3) + ids[length // 3 :]))
+            ids = generator.choices(vocabulary, k=generator.randint(*lengths))
+            samples.append(Sample(ids, [IGNORE_INDEX] * (len(ids) // 3) + ids[len(ids) // 3 :]))
         return samples
 
     def seconds(self, work: Callable[[], object]) -> float:
@@ -132,35 +125,35 @@ def saved(bench: Bench, attention: str) -> dict:
     batches = EpochBatches(model, bench.answers(4, bench.size.answers), TrainingOptions(LEARNING_RATE, 4))
     minibatch = batches.epoch()[0].minibatches[0].to(bench.device)
     total = measuring.saved_bytes(lambda: summed_loss(model, minibatch), model.parameters())
-    share = minibatch.num_tokens * len(model.model.layers)
-    return {"tokens": minibatch.num_tokens, "bytes_per_token_and_layer": total / share}
+    layers, tokens = len(model.model.layers), minibatch.num_tokens
+    return {"tokens": tokens, "bytes_per_token_and_layer": total / tokens / layers}
 
 
 def budget(bench: Bench) -> dict:
     """The token budget that the library chooses, and a step that fills it, without padding."""
-    model, length = bench.model(), bench.size.answers[1]
+    model, options = bench.model(), TrainingOptions(LEARNING_RATE, bench.size.batch_size)
     free = {"free_bytes": free_bytes(bench.device)} if bench.device.type == "cuda" else {}
-    answer = bench.answers(1, (length, length))
-    tokens = EpochBatches(model, answer, TrainingOptions(LEARNING_RATE)).max_tokens
-    count = tokens // length
-    options = TrainingOptions(LEARNING_RATE, count, max_tokens_per_batch=tokens)
-    batches = EpochBatches(model, bench.answers(count, (length, length)), options).epoch()
+    tokens = EpochBatches(model, bench.answers(1, bench.size.answers), options).max_tokens
+    length = tokens // options.batch_size
+    answers = bench.answers(options.batch_size, (length, length))
+    batches = EpochBatches(model, answers, replace(options, max_tokens_per_batch=tokens)).epoch()
+    (minibatch,) = batches[0].minibatches
     runner = MinibatchRunner()
     trainer = ScaleTrainer(model, LEARNING_RATE, [CANDIDATE], runner=runner)
     measuring.reset_gpu_peak(bench.device)
     seconds = bench.seconds(lambda: trainer.run(batches, "epoch 0"))
     return {
         "budget_tokens": tokens,
-        "tokens": count * length,
+        "tokens": minibatch.num_tokens,
         "fits": runner.too_large > tokens,
-        "tokens_per_second": count * length / seconds,
+        "tokens_per_second": minibatch.num_tokens / seconds,
         "weight_bytes": measuring.weight_bytes(model),
     } | (free | measuring.gpu_peak(bench.device))
 
 
 def training(bench: Bench, attention: str = "sdpa", **flags: bool) -> dict:
     """Training steps on answers of mixed lengths. flags: of TrainingOptions."""
-    size = bench.size
+    size, device = bench.size, bench.device
     options = TrainingOptions(LEARNING_RATE, size.batch_size, **flags)
     model = bench.model(attention)
     prepare_model(model, options)
@@ -168,9 +161,9 @@ def training(bench: Bench, attention: str = "sdpa", **flags: bool) -> dict:
     epochs = EpochBatches(model, samples, options)
     batches = epochs.epoch()
     trainer = ScaleTrainer(model, LEARNING_RATE, [CANDIDATE])
-    warm_up = measuring.seconds(lambda: trainer.run(batches, "epoch 0"), bench.device)
-    measuring.reset_gpu_peak(bench.device)
-    seconds = measuring.seconds(lambda: trainer.run(batches, "epoch 1"), bench.device)
+    warm_up = measuring.seconds(lambda: trainer.run(batches, "epoch 0"), device)
+    measuring.reset_gpu_peak(device)
+    seconds = measuring.seconds(lambda: trainer.run(batches, "epoch 1"), device)
     rate = measuring.count_flops(model, batches, skipped=1) / seconds
     runs = [minibatch.num_tokens for batch in batches for minibatch in batch.minibatches]
     return {
@@ -182,7 +175,7 @@ def training(bench: Bench, attention: str = "sdpa", **flags: bool) -> dict:
         "largest_minibatch_tokens": max(runs),
         "budget_tokens": epochs.max_tokens,
         "warm_up_seconds": warm_up,
-    } | measuring.gpu_peak(bench.device)
+    } | measuring.gpu_peak(device)
 
 
 def screening(bench: Bench) -> dict:
@@ -204,15 +197,17 @@ def race(bench: Bench) -> dict:
     batches = trainer.batches.epoch()
     scales = ScaleTrainer(trainer.model, LEARNING_RATE, [CANDIDATE])
     epoch = bench.seconds(lambda: scales.run(batches, "epoch 0"))
-    search, found = Search(trainer, measuring.default_race(trainer.num_batches)), []
-    seconds = measuring.seconds(lambda: found.append(search.next_block([])), bench.device)
+    search = Search(trainer, measuring.default_race(trainer.num_batches))
+    start = time.perf_counter()
+    found = search.next_block([])
+    seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "tokens_per_epoch": sum(map(len, samples)),
-        "candidates": len(found[0].untrained_losses),
-        "candidate_epochs": found[0].candidate_epochs,
+        "candidates": len(found.untrained_losses),
+        "candidate_epochs": found.candidate_epochs,
         "seconds_of_a_candidate_epoch": epoch,
-        "seconds_over_those_of_its_epochs": seconds / (epoch * found[0].candidate_epochs),
+        "seconds_over_those_of_its_epochs": seconds / (epoch * found.candidate_epochs),
     }
 
 
@@ -220,9 +215,9 @@ def race(bench: Bench) -> dict:
 def inference(bench: Bench, eighths: int) -> dict:
     """Prefill and decode with the KV cache, so many eighths of the attention blocks skipped."""
     num_layers = bench.size.config["num_hidden_layers"]
-    model = bench.model(skipped=measuring.spread(num_layers * eighths // 8, num_layers))
+    blocks = measuring.spread(num_layers * eighths // 8, num_layers)
+    model, cache = bench.model(skipped=blocks), DynamicCache()
     prompts = torch.randint(model.config.vocab_size, bench.size.prompts, device=bench.device)
-    cache = DynamicCache()
 
     def prefill() -> None:
         nonlocal cache
@@ -239,7 +234,7 @@ def inference(bench: Bench, eighths: int) -> dict:
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     decode_seconds = bench.seconds(decode)
     return {
-        "blocks_skipped": num_layers * eighths // 8,
+        "blocks_skipped": len(blocks),
         "prefill_tokens_per_second": prompts.numel() / prefill_seconds,
         "decode_tokens_per_second": len(prompts) * bench.size.new_tokens / decode_seconds,
         "kv_bytes_per_token": kv_bytes / prompts.numel(),
@@ -282,12 +277,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     bench = Bench(SIZES[arguments.config], resolve_device(arguments.device), getattr(torch, arguments.dtype))
+    if bench.device.type == "cuda":
+        torch.cuda.set_device(bench.device)
     output = arguments.output
     if output is None:
         if bench.device.type == "cpu" or arguments.config == "tiny":
             parser.error("--output: needed on a CPU and with the tiny config, which say nothing of a card")
-        card = re.sub(r"[^a-z0-9]+", "_", measuring.gpu_name().lower().removeprefix("nvidia "))
-        output = measuring.RESULTS / f"gpu_{card}.json"
+        output = measuring.RESULTS / f"gpu_{measuring.gpu_slug()}.json"
     settings = {"config": arguments.config, "dtype": arguments.dtype, "size": asdict(bench.size)}
 
     def keep() -> None:

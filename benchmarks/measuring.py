@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -31,6 +32,11 @@ def machine() -> dict:
 
 def gpu_name() -> str:
     return torch.cuda.get_device_name()
+
+
+def gpu_slug() -> str:
+    """The card's name as a part of a file's name, for example h100_80gb_hbm3."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu_name().lower().removeprefix("nvidia "))
 
 
 def processor_name() -> str:
@@ -96,7 +102,11 @@ def count_flops(model, batches: Iterable[Batch], skipped: int) -> float:
 
 
 def matmul_rate(
-    shapes: Sequence[Sequence[int]], rows: int, dtype: torch.dtype, device: str = "cpu", repeats: int = 6
+    shapes: Sequence[Sequence[int]],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    repeats: int = 6,
 ) -> float:
     """FLOP/s of the products of so many rows with weights [out, in], forward and input gradient.
 
@@ -118,7 +128,7 @@ def matmul_rate(
     return sum(4 * x.shape[0] * weight.numel() for x, weight in work) / best
 
 
-def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+def seconds(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """What `work` takes, with all that it leaves a GPU to do."""
     _wait(device)
     start = time.perf_counter()
@@ -127,9 +137,9 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def _wait(device: str) -> None:
+def _wait(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def saved_bytes(forward: Callable[[], object], parameters: Iterable[torch.Tensor]) -> int:
