@@ -73,7 +73,7 @@ LLAMA = dict(
 TINY = LLAMA | dict(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=8)
 SIZES = {
     "llama-3.1-8b": Size(LLAMA),
-    "tiny": Size(TINY, (12, 40), (6, 12), 4, 2, 2, 64, (2, 12), new_tokens=3, repeats=2),
+    "tiny": Size(TINY, (12, 40), (6, 12), 4, 1, 2, 64, (2, 12), new_tokens=3, repeats=1),
 }
 
 
