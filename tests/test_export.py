@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hopscotch_common import checkpoints, weights
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
-from hopscotch_common.export import check, decilm, folding, formats
+from hopscotch_common.export import check, decilm, folders, folding, formats
 from hopscotch_common.export.configuration_decilm import DeciLMConfig
 from hopscotch_common.export.folding import FOLDABLE
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
@@ -270,6 +270,45 @@ def test_past_the_tolerance_nothing_is_left_and_the_old_export_stays(tmp_path, b
     assert export.main(command) == 2
     assert (tmp_path / "out/hopscotch_export.json").read_text() == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+@pytest.fixture(scope="module")
+def deep_granite(tiny_folder, tmp_path_factory):
+    """A Granite of 30 layers in bfloat16, and a checkpoint of it with scales within 0.85 to 1.15."""
+    base = tmp_path_factory.mktemp("granite") / "base"
+    source = tiny_folder("granite", num_hidden_layers=30)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(base)
+    checkpoints.copy_companions(source, base)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.empty(30, 4).uniform_(0.85, 1.15, generator=generator)
+    return save(tmp_path_factory.mktemp("deep"), base, [1, 7], values)
+
+
+def test_a_sound_export_of_16_bit_weights_passes(tmp_path, deep_granite):
+    """What computing in bfloat16 makes of it anyway is no fault of the export."""
+    report = formats.export_checkpoint(deep_granite, "folded", tmp_path / "out")
+    assert report["relative_logit_error"] <= report["tolerance"]
+    source, exported = (
+        [model(ids[None]).logits for ids in torch.arange(3, 63).view(3, 20)]
+        for model in (
+            checkpoints.load_checkpoint(deep_granite, dtype=torch.float32),
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval(),
+        )
+    )
+    assert relative_error(torch.cat(exported), torch.cat(source)) < 0.05
+
+
+def test_an_export_of_16_bit_weights_with_a_scale_left_out_is_refused(tmp_path, deep_granite, monkeypatch):
+    """A scale of one of 30 layers that is off by 30 percent shows, though the dtype's noise is allowed."""
+
+    def wrong(*args):
+        factors = folding.fold_factors(*args)
+        key = "model.layers.3.mlp.down_proj"
+        return factors | {key: 1.3 * factors[key]}
+
+    monkeypatch.setattr(folders, "fold_factors", wrong)
+    with pytest.raises(InputError, match="not exact enough"):
+        formats.export_checkpoint(deep_granite, "folded", tmp_path / "out")
 
 
 def test_a_failing_write_leaves_nothing(tmp_path, base, monkeypatch):
