@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, check_refused
+from conftest import FAMILY_SIZES, ROOT, check_refused
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -20,7 +20,6 @@ import generate_model_gt_data
 from hopscotch_common.answers import decoding, engines, slot_cache
 from hopscotch_common.answers.engines import EngineOptions
 from hopscotch_common.errors import InputError
-from hopscotch_common.models import FAMILIES
 
 STOP = set(range(40, 45))  # a random model rarely says <|im_end|>, so that more tokens end an answer
 SCRIPT_STOP = {2, 14, 160}  # in generation_config.json; 2 is <|im_end|>
@@ -55,7 +54,7 @@ def small_steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "family,changes", [(family, {}) for family in FAMILIES] + [("mistral", {"sliding_window": 8})]
+    "family,changes", [(family, {}) for family in FAMILY_SIZES] + [("mistral", {"sliding_window": 8})]
 )
 def test_batched_answers_equal_one_prompt_at_a_time(tiny_folder, small_steps, family, changes):
     folder = tiny_folder(family, **changes)

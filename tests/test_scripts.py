@@ -291,9 +291,12 @@ def test_data_of_another_model_is_refused(work, tmp_path, capsys):
 def test_unsupported_architecture_is_named(work, tmp_path, capsys):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    message = "architecture 'gpt2' is not supported; supported are llama, qwen2, granite, mistral, qwen3"
-    check_refused(unscaled_ckpt, ["--model", str(folder), "--blocks_to_skip", "1"], message, capsys)
+    for model_type, message in (
+        ("qwen2_moe", "'qwen2_moe' is not supported; nearest to it are qwen3_moe, .*FAMILIES in"),
+        ("cohere", "'cohere' is not supported: attention and MLP stand side by side"),
+    ):
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        check_refused(unscaled_ckpt, ["--model", str(folder), "--blocks_to_skip", "1"], message, capsys)
 
 
 def test_hopscotch_checkpoint_as_base_is_refused(work, tmp_path, capsys):
