@@ -118,10 +118,10 @@ def _unsupported(model_type: str) -> str:
     if model_type in REFUSED:
         return f"architecture {model_type!r} is not supported: {REFUSED[model_type]}; give another model"
     near = difflib.get_close_matches(model_type, FAMILIES, n=3, cutoff=0.4)
+    others = f"nearest to it are {', '.join(near)}" if near else _supported()
     return (
-        f"architecture {model_type!r} is not supported; {_supported()}"
-        + (f"; nearest to it: {', '.join(near)}" if near else "")
-        + "; to add it, describe its decoder layer in FAMILIES of hopscotch_common/modeling_hopscotch.py"
+        f"architecture {model_type!r} is not supported; {others}; to add it, describe its decoder layer in "
+        "FAMILIES in hopscotch_common/modeling_hopscotch.py"
     )
 
 
