@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
     run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}
     checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run | describe_run(vars(arguments)))
-    print(folder, flush=True)
+    cli.result(str(folder))
     for name, report in run_exports(arguments.export, folder, folder, arguments.device).items():
-        print(f"Exported {name}: {report['folder']}")
+        cli.result(f"Exported {name}: {report['folder']}")
     return 0
 
 

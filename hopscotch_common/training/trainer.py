@@ -124,7 +124,10 @@ class ScaleState:
 
     @staticmethod
     def decode(text: str) -> "ScaleState":
-        buffer = bytearray(base64.b64decode(text))
+        """The reverse of `encode`; ValueError for what is none."""
+        buffer = bytearray(base64.b64decode(text, validate=True))
+        if not buffer or len(buffer) % (4 * 4 * len(SCALE_NAMES)):
+            raise ValueError(f"{len(buffer)} bytes are no state of scales")
         return ScaleState(torch.frombuffer(buffer, dtype=torch.float32).view(4, -1, len(SCALE_NAMES)))
 
 
