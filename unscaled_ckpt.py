@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from hopscotch_common import cli, files
-from hopscotch_common.models import read_config
+from hopscotch_common.models import read_config, resolve_device
 from hopscotch_common.report.runs import describe_run
 
 
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.export.formats import check_exports, run_exports
     from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 
+    resolve_device(arguments.device)
     checkpoints.check_replaceable(folder)
     check_exports(arguments.export, config, folder)
     values = torch.ones(config.num_hidden_layers, len(SCALE_NAMES))

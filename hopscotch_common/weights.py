@@ -106,7 +106,10 @@ def tensor_shapes(path: Path) -> dict[str, torch.Size]:
 
 
 def check_weights(folder: Path, config, attn_implementation: str = "auto") -> None:
-    """Raise InputError unless a folder's weight files hold what its (stock) config says, and the kernel is there."""
+    """Raise InputError unless a folder's weight files hold exactly what its (stock) config says.
+
+    And unless the attention kernel that the model shall run with is installed.
+    """
     options = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     if quantization := getattr(config, "quantization_config", None):
         # Other tensors stand for the weights then. Of an unknown kind, transformers would make up all.
