@@ -113,7 +113,9 @@ def with_its_workers(function: Callable[[], None]) -> None:
             function()
             sender.send(None)
         except BaseException as error:
-            sender.send(_os_error_behind(error) or RuntimeError(f"{type(error).__name__}: {error}"))
+            sender.send(
+                error if isinstance(error, OSError) else RuntimeError(f"{type(error).__name__}: {error}")
+            )
         finally:
             os._exit(0)
     sender.close()
@@ -129,11 +131,18 @@ def with_its_workers(function: Callable[[], None]) -> None:
         raise error
 
 
-def _os_error_behind(error: BaseException | None) -> OSError | None:
-    """What the libraries make their errors of where, for example, the disk is full."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+@contextlib.contextmanager
+def plain_os_errors() -> Iterator[None]:
+    """Raise the OSError, of a full disk for example, that libraries wrap in errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def processes_worth(requested: int, num_conversations: int) -> int:
@@ -154,7 +163,11 @@ def process(conversations: list[dict], model_folder: Path, workspace: Path, num_
 
     def work() -> None:
         # its coloured previews go to stdout, which is for results
-        with private_datasets_cache(workspace / "cache"), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            plain_os_errors(),
+            private_datasets_cache(workspace / "cache"),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             process_messages_into_input_ids(
                 data_path=str(source),
                 data_output_path=str(output),

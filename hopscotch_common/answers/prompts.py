@@ -45,7 +45,7 @@ def render(tokenizer, messages: list[dict], where: str, **options) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is code of the model's: it may raise anything
         raise InputError(
-            f"{where}: the model's chat template refuses it ({reason_of(error)}); leave it out, or mend one"
+            f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
         ) from error
     for message in messages:
         earlier_answer = message["role"] == "assistant" and message is not messages[-1]
