@@ -98,8 +98,7 @@ def known_losses(prev: list[float], skipped: list[int], num_layers: int) -> dict
 
 def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
     """InputError for outputs that could not be written, or would take the place of something else."""
-    reports = [Path(word) for word in arguments.starting_skipped_blocks if not word.isdecimal()]
-    inputs = [arguments.data_path, *reports]
+    inputs = [arguments.data_path, *cli.reports_among(arguments.starting_skipped_blocks)]
     files.check_output(output, "--output", inputs)
     files.check_output(journal_path(output), "--output", inputs)
     if output.exists() and not is_selection_report(output):
@@ -172,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.training.trainer import prepare_model
 
     check_launch(arguments.device)
-    weights.check_weights(arguments.model.folder(), config)
+    weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     samples = batches.load_samples(
         arguments.data_path,
         config.vocab_size,
@@ -198,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
             log = files.Log(journal_path(output), settings, journal.KIND, journal.REMEDY)
             resources.enter_context(log)
             records, append = [(f"{log.path}, line {n}", record) for n, record in log.records], log.append
-        known_before = journal.Journal(processes.gather(records)[0], append)  # only rank 0's disk is sure
+        records = processes.gather(records)[0]  # only rank 0's disk is sure
+        known_before = journal.Journal(records, append, math.ceil(len(samples) / arguments.batch_size))
         model = load_model(arguments.model, arguments.dtype, arguments.device, arguments.attn_implementation)
         prepare_model(model, options)
         trainer = CandidateTrainer(model, samples, options)
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
             if processes.rank == 0:
                 write_results(output, arguments, data, num_layers, skipped, iterations)
                 with bar.out_of_the_way():
-                    print(f"Best block to remove: {found.block} (loss: {found.loss:.4f})", flush=True)
+                    cli.result(f"Best block to remove: {found.block} (loss: {found.loss:.4f})")
         bar.finish()
     return 0
 

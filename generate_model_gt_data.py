@@ -148,11 +148,11 @@ def main(argv: list[str] | None = None) -> int:
     if backend == "vllm":
         tensor_parallel_size(args.tensor_parallel_size, config)
     tokenizer = load_tokenizer(args.model)
-    prompt_ids = tokenize(prompts, tokenizer, config.max_position_embeddings)
+    prompt_ids = tokenize(prompts, tokenizer, config)
 
     from hopscotch_common import weights  # imports torch, so after all that
 
-    weights.check_weights(args.model.folder(), config)
+    weights.check_weights(args.model.folder(), config, args.attn_implementation)
     settings = {
         "model": args.model.source,
         "weights": weights.fingerprint(args.model.folder()),
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         files.write_atomic(final, files.lines_of(kept))
     finally:
         partial.close()
-    print(
+    cli.result(
         f"{final}: {figures['answers']} answers to {figures['prompts']} prompts "
         f"({figures['truncated_dropped']} truncated and {figures['empty_dropped']} empty ones dropped), "
         f"{figures['generated_tokens']} tokens generated"

@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     config = read_config(arguments.model)
     blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
     files.check_writable(output_dir)
-    files.check_output(output_dir / "report.json", "--output_dir", [arguments.data_path])
+    inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
+    files.check_output(output_dir / "report.json", "--output_dir", inputs)
 
     from hopscotch_common import checkpoints, scales, weights
     from hopscotch_common.export.formats import check_exports, run_exports
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.training.trainer import ScaleState, prepare_model
 
     check_launch(arguments.device)
-    weights.check_weights(arguments.model.folder(), config)
+    weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     samples = batches.load_samples(
         arguments.data_path,
         config.vocab_size,
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
                 runs = checkpoints.resumable_epochs(output_dir, name, settings)
             if runs:
                 last = checkpoints.epoch_folder(output_dir, name, runs[-1]["epoch"])
-                before = ScaleState(checkpoints.load_training_state(last)["scale_state"])
+                before = ScaleState(checkpoints.load_training_state(last, config.num_hidden_layers))
         runs, before = processes.gather((runs, before))[0]  # only rank 0's disk is sure to hold the epochs
         model = load_model(
             arguments.model,
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
                     share_with=next((folder for folder in reversed(earlier) if folder.is_dir()), None),
                 )
                 tail = f", held-out {epoch.held_out:.4f}" if held_out else ""
-                print(f"Epoch {number}: loss {epoch.loss:.4f}{tail}", flush=True)
+                cli.result(f"Epoch {number}: loss {epoch.loss:.4f}{tail}")
             runs.append(run)
         if processes.rank == 0:
             report = final_report(arguments, runs)
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 files.write_json(output_dir / "report.json", report)
                 for kind, exported in report["exports"].items():
-                    print(f"Exported {kind}: {exported['folder']}")
+                    cli.result(f"Exported {kind}: {exported['folder']}")
     return 0
 
 
@@ -198,7 +199,7 @@ def print_held_out(report: dict) -> None:
     (held_out,) = [e["held_out"] for e in report["epochs"] if e["epoch"] == report["best_epoch"]]
     if held_out["scaled"] is not None:
         figures = [f"{name} {held_out[name]:.4f}" for name in ("original", "unscaled", "scaled")]
-        print(f"Held-out loss: {', '.join(figures)} (epoch {report['best_epoch']})", flush=True)
+        cli.result(f"Held-out loss: {', '.join(figures)} (epoch {report['best_epoch']})")
 
 
 if __name__ == "__main__":

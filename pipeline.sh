@@ -11,8 +11,8 @@ set -euo pipefail
 
 model=${1:?give a model: qwen, llama, granite, smollm, a Hugging Face id or a local folder}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-name=$(basename "$model") # what file names begin with
-if [ -d "$model" ]; then name=$(basename "$(realpath "$model")"); fi
+name=$(basename -- "$model") # what file names begin with
+if [ -d "$model" ]; then name=$(basename -- "$(realpath -- "$model")"); fi
 
 launch=${LAUNCH:-python}              # or "accelerate launch --multi_gpu"
 num_samples=${NUM_SAMPLES:-}          # prompts to answer; empty: all
@@ -27,25 +27,25 @@ export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
 say() { printf '\n== %s\n' "$*" >&2; }
 
 say "1. $name answers the prompts"
-python "$here/generate_model_gt_data.py" --model "$model" --max_tokens "$max_tokens" \
+python "$here/generate_model_gt_data.py" --model="$model" --max_tokens "$max_tokens" \
     ${num_samples:+--num_samples "$num_samples"}
 
 say "2. answers become token ids and labels"
-python "$here/process_gt_data.py" --model "$model"
+python "$here/process_gt_data.py" --model="$model"
 
 say "3. search for $num_blocks attention blocks to skip"
-$launch "$here/block_selection.py" --model "$model" --data_path "data/$name-processed-data/data.jsonl" \
+$launch "$here/block_selection.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
     --search "$search" --num_blocks "$num_blocks" --batch_size "$batch_size" \
     ${max_samples:+--max_samples "$max_samples"}
 
 say "4a. train the scales"
-$launch "$here/param_scale.py" --model "$model" --data_path "data/$name-processed-data/data.jsonl" \
-    --blocks_to_skip "${name}_block_selection.json" --num_epochs "$num_epochs" --batch_size "$batch_size" \
+$launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
+    --blocks_to_skip "./${name}_block_selection.json" --num_epochs "$num_epochs" --batch_size "$batch_size" \
     --validation_split 0.2 --resume ${export_formats:+--export $export_formats}
 
 say "4b. the same skips without training"
-python "$here/unscaled_ckpt.py" --model "$model" --blocks_to_skip "${name}_block_selection.json"
+python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_block_selection.json"
 
 say "what came of it"
-PYTHONPATH="$here" python -m hopscotch_common.report "${name}_math_final_report.json" \
-    "data/$name-processed-data" "${name}_block_selection.json" "scaled_${name}_ckpts"
+PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_report.json" \
+    "data/$name-processed-data" "./${name}_block_selection.json" "scaled_${name}_ckpts"

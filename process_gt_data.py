@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hopscotch_common import cli, files
-from hopscotch_common.answers.prompts import check_messages, render
-from hopscotch_common.errors import InputError, logger
+from hopscotch_common.answers.prompts import check_messages, check_vocabulary, render
+from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.models import load_tokenizer, read_config
 from hopscotch_common.report.runs import describe_run
 
@@ -68,9 +68,7 @@ def check_conversation(record: dict, where: str, tokenizer) -> dict:
     if any(message["role"] == "pretraining" for message in messages):
         raise InputError(f"{where}: role 'pretraining' is not for answers; use system, user, assistant")
     messages = [split_reasoning(message, tokenizer) for message in messages]
-    text = render(tokenizer, messages, where, tokenize=False)
-    if messages[-1]["content"].strip() not in text:
-        raise InputError(f"{where}: the model's chat template leaves out part of the answer")
+    render(tokenizer, messages, where)
     return {"messages": messages}
 
 
@@ -107,6 +105,8 @@ def with_its_workers(function: Callable[[], None]) -> None:
     if child == 0:
         os.setsid()
         signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+        # A pool ends its workers by SIGTERM, and that must not end all.
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: when this process ends
         try:
@@ -122,13 +122,27 @@ def with_its_workers(function: Callable[[], None]) -> None:
     try:
         error = results.recv()
     except EOFError:
-        error = RuntimeError("the worker processes were killed; is there enough memory?")
+        error = HopscotchError("the worker processes were killed; is there enough memory?")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
     if error is not None:
         raise error
+
+
+@contextlib.contextmanager
+def plain_os_errors() -> Iterator[None]:
+    """Raise the OSError, of a full disk for example, that libraries wrap in errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def processes_worth(requested: int, num_conversations: int) -> int:
@@ -149,7 +163,11 @@ def process(conversations: list[dict], model_folder: Path, workspace: Path, num_
 
     def work() -> None:
         # its coloured previews go to stdout, which is for results
-        with private_datasets_cache(workspace / "cache"), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            plain_os_errors(),
+            private_datasets_cache(workspace / "cache"),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             process_messages_into_input_ids(
                 data_path=str(source),
                 data_output_path=str(output),
@@ -179,11 +197,7 @@ def write_kept_samples(
             if len(sample["input_ids"]) >= max_seq_len:
                 too_long += 1
                 continue
-            if max(sample["input_ids"]) >= vocab_size:
-                raise InputError(
-                    f"the tokenizer makes token {max(sample['input_ids'])}, but the model's vocabulary has "
-                    f"{vocab_size}; give --model a folder whose tokenizer and config.json are one model's"
-                )
+            check_vocabulary(sample["input_ids"], vocab_size)
             file.write(json.dumps(sample) + "\n")
             kept += 1
             tokens += len(sample["input_ids"])
@@ -252,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
         files.write_json(report_file, describe_run(vars(args)) | {"input_file": str(input_file)} | figures)
     logger.info("longest sample: %d tokens", figures["longest"])
-    print(
+    cli.result(
         f"{data_file}: {figures['kept']} of {figures['samples']} samples kept "
         f"({figures['dropped_too_long']} too long, {figures['dropped_too_short']} too short), "
         f"{figures['tokens']} tokens, {figures['loss_counted_tokens']} loss-counted"

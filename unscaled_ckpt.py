@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from hopscotch_common import cli, files
-from hopscotch_common.models import read_config
+from hopscotch_common.models import read_config, resolve_device
 from hopscotch_common.report.runs import describe_run
 
 
@@ -44,15 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.export.formats import check_exports, run_exports
     from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 
+    resolve_device(arguments.device)
     checkpoints.check_replaceable(folder)
     check_exports(arguments.export, config, folder)
     values = torch.ones(config.num_hidden_layers, len(SCALE_NAMES))
     values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
     run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}
     checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run | describe_run(vars(arguments)))
-    print(folder, flush=True)
+    cli.result(str(folder))
     for name, report in run_exports(arguments.export, folder, folder, arguments.device).items():
-        print(f"Exported {name}: {report['folder']}")
+        cli.result(f"Exported {name}: {report['folder']}")
     return 0
 
 

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hopscotch_common import modeling_hopscotch, scales
-from hopscotch_common.cli import ArgumentParser, command
-from hopscotch_common.errors import InputError
+from hopscotch_common.cli import ArgumentParser, command, result
+from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.files import atomic_folder, check_settings, link_or_copy, read_json, recover_folder
-from hopscotch_common.modeling_hopscotch import FAMILIES
+from hopscotch_common.modeling_hopscotch import FAMILIES, SCALE_NAMES
 from hopscotch_common.models import (
     HOPSCOTCH_PREFIX,
     ModelRef,
@@ -36,7 +36,15 @@ from hopscotch_common.models import (
     load_whole,
     read_config,
 )
-from hopscotch_common.weights import INDEX_FILE, check_weights, read_tensors, save_tensors, weight_files
+from hopscotch_common.weights import (
+    INDEX_FILE,
+    check_tensors,
+    check_weights,
+    read_tensors,
+    save_tensors,
+    stored_shapes,
+    weight_files,
+)
 
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
@@ -157,12 +165,14 @@ def load_scales(folder: Path, num_layers: int) -> torch.Tensor:
     They stand in a file of their own or (the original system) among the weights. Raises InputError
     where one is missing, is not a number, or is not finite.
     """
-    wanted = scales.as_state_dict(torch.ones(num_layers, len(modeling_hopscotch.SCALE_NAMES)))
+    wanted = scales.as_state_dict(torch.ones(num_layers, len(SCALE_NAMES)))
     own = folder / SCALES_FILE
     found: dict[str, torch.Tensor] = {}
     for path in [own] if own.is_file() else weight_files(folder):
         found |= {key: tensor for key, tensor in read_tensors(path).items() if key in wanted}
     missing = sorted(set(wanted) - set(found))
+    if not found:
+        raise InputError(f"{folder}: has no scales, so it is not a Hopscotch checkpoint; give one")
     if missing:
         raise InputError(
             f"{folder}: {missing[0]} is missing, and {len(missing) - 1} other scales; save it again"
@@ -173,11 +183,15 @@ def load_scales(folder: Path, num_layers: int) -> torch.Tensor:
     return scales.from_state_dict(found, num_layers)
 
 
-def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
-    """The optimizer moments of a checkpoint; InputError when it has none."""
+def load_training_state(folder: Path, num_layers: int) -> torch.Tensor:
+    """What training goes on from, [4, layers, 4] (`ScaleState`); InputError where it is none."""
+    remedy = "so training cannot resume from it; train anew into another --output_dir"
     if not (folder / STATE_FILE).is_file():
-        raise InputError(f"{folder}: no {STATE_FILE}, so training cannot resume from it")
-    return read_tensors(folder / STATE_FILE)
+        raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
+    state = read_tensors(folder / STATE_FILE).get("scale_state", torch.empty(0))
+    if state.shape != (4, num_layers, len(SCALE_NAMES)) or not state.isfinite().all():
+        raise InputError(f"{folder / STATE_FILE}: not finite numbers for {num_layers} layers, {remedy}")
+    return state
 
 
 def checkpoint_config(folder: Path):
@@ -189,45 +203,47 @@ def checkpoint_config(folder: Path):
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder}: no config.json, so not a checkpoint")
-    values, _ = PretrainedConfig.get_config_dict(folder)
-    model_type = values.get("model_type", "")
+    model_type = str(read_json(path, "give the folder of a checkpoint").get("model_type"))
     if model_type.removeprefix(HOPSCOTCH_PREFIX) not in FAMILIES:
         raise InputError(f"{folder}: architecture {model_type!r} is not a supported one")
-    if model_type.startswith(HOPSCOTCH_PREFIX):
-        config_class, _ = hopscotch_classes(model_type)
-        return config_class.from_pretrained(folder)
-    skipped = _skipped_by_original(folder)
-    return hopscotch_config(read_config(ModelRef(folder.name, str(folder))), skipped)
+    if not model_type.startswith(HOPSCOTCH_PREFIX):
+        stock = read_config(ModelRef(folder.name, str(folder)))
+        return hopscotch_config(stock, _skipped_by_original(folder, stock.num_hidden_layers))
+    try:
+        return hopscotch_classes(model_type)[0].from_pretrained(folder)
+    except Exception as error:  # transformers checks some fields, and stumbles over others
+        raise InputError(f"{path}: describes no model ({reason_of(error)}); make it again") from error
 
 
-def _skipped_by_original(folder: Path) -> list[int]:
-    found: dict[str, float] = {}
-    for path in weight_files(folder):
-        found |= {
-            key: float(tensor)
-            for key, tensor in read_tensors(path).items()
-            if key.endswith(modeling_hopscotch.SCALE_NAMES)
-        }
-    if not found:
-        raise InputError(f"{folder}: not a Hopscotch checkpoint, it has no scales")
+def _skipped_by_original(folder: Path, num_layers: int) -> list[int]:
     skipped = []
-    for key, value in found.items():
-        if key.endswith("b_scale_attn") and value == 0:
-            layer = int(key.split(".")[2])
-            if found.get(key.replace("b_scale_attn", "s_scale_attn"), 1.0) == 0:
-                raise InputError(
-                    f"{folder}: s_scale_attn of layer {layer} is 0 as well as b_scale_attn, which wipes "
-                    "out the residual stream: this checkpoint cannot work; train it again"
-                )
+    for layer, scale in enumerate(load_scales(folder, num_layers)):
+        b_attn, s_attn = (scale[SCALE_NAMES.index(name)] for name in ("b_scale_attn", "s_scale_attn"))
+        if b_attn == 0 == s_attn:
+            raise InputError(
+                f"{folder}: s_scale_attn of layer {layer} is 0 as well as b_scale_attn, which wipes "
+                "out the residual stream: this checkpoint cannot work; train it again"
+            )
+        if b_attn == 0:
             skipped.append(layer)
-    return sorted(skipped)
+    return skipped
+
+
+def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
+    """Config and scales [layers, 4] of a checkpoint; InputError unless its weights are what they say."""
+    config = checkpoint_config(folder)
+    _, model_class = hopscotch_classes(config.model_type)
+    found = stored_shapes(folder)
+    if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
+        weights = {key: shape for key, shape in found.items() if not key.endswith(SCALE_NAMES)}
+        check_tensors(folder, lambda: model_class(config), weights)
+    return config, load_scales(folder, config.num_hidden_layers)
 
 
 def load_checkpoint(folder: Path, **options):
     """A checkpoint as a model in eval mode; options go to `from_pretrained` (dtype, device_map, …)."""
-    config = checkpoint_config(folder)
+    config, values = read_checkpoint(folder)
     _, model_class = hopscotch_classes(config.model_type)
-    values = load_scales(folder, config.num_hidden_layers)
     model = load_whole(model_class, folder, config=config, **options)
     scales.restore(model, values)  # a scale that is missing would have been 1
     scales.freeze_base(model)
@@ -262,7 +278,11 @@ def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
     for epoch in saved_epochs(output_dir, name):
         folder = epoch_folder(output_dir, name, epoch)
         run = read_run(folder)
-        if run.get("epoch") != epoch or not {"settings", "held_out", "loss", "weights"} <= run.keys():
+        if (
+            run.get("epoch") != epoch
+            or not isinstance(run.get("settings"), dict)
+            or not {"held_out", "loss", "weights"} <= run.keys()
+        ):
             raise InputError(f"--resume: {folder} is not an epoch of this script; name another --output_dir")
         check_settings(run["settings"], settings, f"--resume: {folder}", "name another --output_dir")
         runs.append(run)
@@ -279,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.verify import verify
 
     verify(folder)
-    print(f"{folder}: whole, with this project's code and finite scales")
+    result(f"{folder}: whole, with this project's code and finite scales")
     return 0
 
 

@@ -34,7 +34,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {_short(message)} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -50,17 +50,15 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
     @functools.wraps(main)
     def wrapper(argv: list[str] | None = None) -> int:
         set_up_logging()
+        _unwritten.clear()
         try:
-            return main(argv) or 0
+            code = main(argv) or 0
+            return _fail(f"stdout: {_unwritten[0].strerror}; all files are there", 1) if _unwritten else code
         except HopscotchError as error:
             return _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # nobody reads stdout any more
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return _fail("stdout was closed before all was written", 1)
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             return _fail(f"{place}{error.strerror or error}; nothing that was finished is lost", 1)
@@ -69,8 +67,27 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {_short(message)}", file=sys.stderr)
     return exit_code
+
+
+def _short(message: str) -> str:
+    """A message as `printable`; of one that quotes what nobody would read, its ends: place and remedy."""
+    text = printable(message)
+    return text if len(text) <= 900 else f"{text[:400]} … {text[-400:]}"
+
+
+_unwritten: list[OSError] = []  # why stdout did not take a result of this command
+
+
+def result(line: str) -> None:
+    """Print a line to stdout, as `printable`. If stdout takes none, the command works on, and fails last."""
+    try:
+        print(printable(line), flush=True)
+    except OSError as error:  # a full disk, or nobody reads any more: `| head`
+        _unwritten.append(error)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:
@@ -83,10 +100,19 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+class _PrintableFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(record.message)
+
+
 def set_up_logging() -> None:
     """Log to stderr, from rank 0 only, and keep the libraries' chatter down to warnings."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # where it was imported before
     level = logging.INFO if is_main_process() else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+    for handler in logging.root.handlers:
+        handler.setFormatter(_PrintableFormatter())
     logger.setLevel(level)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -126,7 +152,7 @@ def number(kind: type, condition: Callable[[float], bool], needed: str) -> Calla
     return parse
 
 
-positive_int = number(int, lambda value: 0 < value < 2**31, "a whole number above 0")
+positive_int = number(int, lambda value: 0 < value < 2**31, "a whole number above 0 and below 2^31")
 positive_float = number(float, lambda value: 0 < value < 1e30, "a finite number above 0")
 share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 fraction = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -236,8 +262,8 @@ def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str) -> li
     """
     from hopscotch_common.modeling_hopscotch import check_skipped_blocks
 
-    if len(words) == 1 and not words[0].lstrip("-").isdecimal():
-        blocks = _blocks_of_report(Path(words[0]), ref, config.num_hidden_layers, flag)
+    if len(words) == 1 and (reports := reports_among(words)):
+        blocks = _blocks_of_report(reports[0], ref, config.num_hidden_layers, flag)
     else:
         try:
             blocks = [int(word) for word in words]
@@ -250,18 +276,21 @@ def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str) -> li
     return blocks
 
 
+def reports_among(words: list[str]) -> list[Path]:
+    """The words for blocks on a command line that are no numbers, but paths of reports."""
+    return [Path(word) for word in words if not word.lstrip("-").isdecimal()]
+
+
 def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: str) -> list[int]:
-    try:
-        content = files.read_json(path, "give indices, or a report of block_selection.py")
-    except InputError as error:
-        raise InputError(f"{flag} {error}; this is not a report of block_selection.py") from error
+    remedy = f"give {flag} indices, or a report of block_selection.py"
+    content = files.read_json(path, remedy)
     blocks, layers, name = (content.get(key) for key in ("skipped_blocks", "num_layers", "model"))
     if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
-        raise InputError(f"{flag} {path}: not a report of block_selection.py; give indices or a report")
+        raise InputError(f"{path}: 'skipped_blocks' is no list of blocks; {remedy}")
     if name != ref.name or layers != num_layers:
         raise InputError(
-            f"{flag} {path}: a report of model {name} ({layers} layers), not of {ref.name} ({num_layers}); "
-            "search on this model, or give indices"
+            f"{path}: a report of model {name} ({layers} layers), not of model {ref.name} ({num_layers}); "
+            f"search on this model, or {remedy}"
         )
     return blocks
 

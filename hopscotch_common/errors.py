@@ -17,6 +17,12 @@ class InputError(HopscotchError, ValueError):
     exit_code = 2
 
 
+def reason_of(error: Exception) -> str:
+    """An error of a library's on one line, and not too long a one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
 class TrainingError(HopscotchError):
     """Training cannot go on, for example because a single answer does not fit into memory."""
 

@@ -136,14 +136,7 @@ def check_output(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
 
     flag: what names it, for the message. inputs: files that must not be replaced.
     """
-    check_writable(path.parent)
-    try:
-        os.stat(path.with_name(f".{path.name}.lock"))  # the longest name that is made of it
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{flag} {path}: {reason}; name another file") from error
+    check_name(path, flag)
     if path.is_dir():
         raise InputError(f"{flag} {path}: is a folder; name a file")
     if path.exists() and not path.is_file():
@@ -151,6 +144,18 @@ def check_output(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
     for other in inputs:
         if same_place(path, other):
             raise InputError(f"{flag} {path}: would take the place of an input; name another file")
+
+
+def check_name(path: Path, flag: str) -> None:
+    """Raise InputError unless a file or folder could be made at `path`, and its lock beside it."""
+    check_writable(path.parent)
+    try:
+        os.stat(path.with_name(f".{path.name}.lock"))  # the longest name that is made of it
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{flag} {path}: {reason}; name another") from error
 
 
 def same_place(one: Path, other: Path) -> bool:

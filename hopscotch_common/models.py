@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hopscotch_common import embedded, files
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import InputError, reason_of
 
 ALIASES = {
     "qwen": "Qwen/Qwen2.5-7B-Instruct",
@@ -83,7 +83,7 @@ def read_config(ref: ModelRef):
         _check_config(config)
     except Exception as error:  # transformers checks some fields, and stumbles over others
         raise InputError(
-            f"{folder / 'config.json'}: describes no model ({_reason(error)}); fetch the model again"
+            f"{folder / 'config.json'}: describes no model ({reason_of(error)}); fetch the model again"
         ) from error
     return config
 
@@ -166,7 +166,7 @@ def load_tokenizer(ref: ModelRef):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the libraries raise at a file that is broken or missing
         raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({_reason(error)}); check its files"
+            f"{folder}: its tokenizer cannot be loaded ({reason_of(error)}); check its files"
         ) from error
     if not tokenizer.chat_template:
         raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
@@ -226,12 +226,7 @@ def load_model(
         raise InputError("--attn_implementation flex_attention: trains on one GPU only; give sdpa")
     if ref.embedded:  # loads in a second; larger models show transformers' own bar
         transformers_logging.disable_progress_bar()
-    try:
-        model = load_whole(model_class, ref.folder(), **options)
-    except ImportError as error:
-        raise InputError(
-            f"--attn_implementation {attn_implementation}: {_reason(error)} (or give sdpa)"
-        ) from error
+    model = load_whole(model_class, ref.folder(), **options)
     scales.freeze_base(model)
     return model
 
@@ -251,12 +246,16 @@ def load_whole(model_class, folder: Path, **options):
 
     try:
         model, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    except ImportError as error:
+        raise InputError(
+            f"{folder}: {reason_of(error)} Install it, or give another --attn_implementation"
+        ) from error
     except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({_reason(error)}); check its files") from error
+        raise InputError(f"{folder}: cannot be loaded ({reason_of(error)}); check its files") from error
     except RuntimeError as error:
         if "size" not in str(error) and "shape" not in str(error):  # out of memory, for example
             raise
-        raise InputError(f"{folder}: its weights do not fit its config.json ({_reason(error)})") from error
+        raise InputError(f"{folder}: its weights do not fit its config.json ({reason_of(error)})") from error
     for kind, what in (
         ("missing_keys", "is missing from its weights"),
         ("mismatched_keys", "has another shape than its config.json says"),
@@ -266,12 +265,6 @@ def load_whole(model_class, folder: Path, **options):
             first = sorted(map(str, found[kind]))[0]
             raise InputError(f"{folder}: {first} {what} ({len(found[kind])} such); both must be one model's")
     return model.eval()
-
-
-def _reason(error: Exception) -> str:
-    """An error of a library's on one line, and not too long a one."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 QUANTIZATIONS = ("int8", "int4")

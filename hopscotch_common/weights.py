@@ -3,6 +3,8 @@
 import hashlib
 import os
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.quantizers.auto import AutoHfQuantizer
 
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -34,15 +37,19 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises InputError for a folder without weights, or an index that is none or names what is not there.
     """
-    for index in (INDEX_FILE, "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            return [folder / name for name in sorted(set(weight_map(folder / index).values()))]
+    if index := _index(folder):
+        return [folder / name for name in sorted(set(weight_map(index).values()))]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
     raise InputError(
         f"{folder}: no weights (model*.safetensors or pytorch_model*.bin) in it; give a folder with them"
     )
+
+
+def _index(folder: Path) -> Path | None:
+    names = (INDEX_FILE, "pytorch_model.bin.index.json")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -53,7 +60,8 @@ def weight_map(index: Path) -> dict[str, str]:
     for name in sorted(set(names.values())):
         if Path(name).name != name:
             raise InputError(
-                f"{index}: names {name!r}, which is not a file of its own folder; do not trust it"
+                f"{index}: names {name!r}, which is not a file of its own folder; do not trust it, "
+                "give another folder"
             )
         if not (index.parent / name).is_file():
             raise InputError(f"{index}: names {name}, which is missing; fetch the model again")
@@ -98,26 +106,62 @@ def tensor_shapes(path: Path) -> dict[str, torch.Size]:
         raise InputError(f"{path}: not a whole file of weights ({error}); fetch the model again") from error
 
 
-def check_weights(folder: Path, config) -> None:
-    """Raise InputError unless a folder's weight files hold exactly what its (stock) config says."""
-    if getattr(config, "quantization_config", None) or get_checkpoint_conversion_mapping(config.model_type):
-        return  # other tensors stand for the weights then; loading checks them
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a config can make a model's code stumble over
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+def check_weights(folder: Path, config, attn_implementation: str = "auto") -> None:
+    """Raise InputError unless a folder's weight files hold exactly what its (stock) config says.
+
+    And unless the attention kernel that the model shall run with is installed.
+    """
+    options = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
+    if quantization := getattr(config, "quantization_config", None):
+        # Other tensors stand for the weights then. Of an unknown kind, transformers would make up all.
+        if isinstance(quantization, dict) and "quant_method" in quantization:
+            if AutoHfQuantizer.supports_quant_method(quantization):
+                return
         raise InputError(
-            f"{folder}: config.json describes no model ({reason}); fetch the model again"
-        ) from error
-    tied = set(model.all_tied_weights_keys)
-    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+            f"{folder / 'config.json'}: quantization_config is of no known kind; give another model"
+        )
+    check_tensors(folder, lambda: AutoModelForCausalLM.from_config(config, **options), stored_shapes(folder))
+
+
+def stored_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The shapes of all weights of a folder; InputError unless each lies in the file that the index says."""
+    index = _index(folder)
+    places = weight_map(index) if index else {}
     found: dict[str, torch.Size] = {}
     for path in weight_files(folder):
-        found |= tensor_shapes(path)
-    found = {k: shape for k, shape in found.items() if not k.endswith("rotary_emb.inv_freq")}
+        for key, shape in tensor_shapes(path).items():
+            if index and places.pop(key, None) != path.name:
+                raise InputError(
+                    f"{index}: does not say that {key} lies in {path.name}; make or fetch it again"
+                )
+            found[key] = shape
+    if places:
+        raise InputError(f"{index}: {min(places)} is not in {places[min(places)]}; make or fetch it again")
+    return found
+
+
+def check_tensors(folder: Path, make: Callable, found: dict[str, torch.Size]) -> None:
+    """Raise InputError unless a folder's tensors are those of the model that `make` makes of its config."""
+    try:
+        with torch.device("meta"):  # nothing is allocated
+            model = make()
+    except ImportError as error:
+        raise InputError(
+            f"{folder}: {reason_of(error)} Install it, or give another --attn_implementation"
+        ) from error
+    except Exception as error:  # whatever a config can make a model's code stumble over
+        raise InputError(
+            f"{folder / 'config.json'}: describes no model ({reason_of(error)}); make or fetch it again"
+        ) from error
+    if get_checkpoint_conversion_mapping(model.config.model_type):
+        return  # its weights are stored under other names (experts); loading checks them
+    tied = set(model.all_tied_weights_keys)
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    unread = "|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())])
+    found = {key: shape for key, shape in found.items() if key in expected or not re.search(unread, key)}
+    made = "|".join(model._keys_to_ignore_on_load_missing or ["$^"])
     wrong = {
-        "is missing": set(expected) - set(found) - tied,
+        "is missing": {key for key in set(expected) - set(found) - tied if not re.search(made, key)},
         "is no part of it": set(found) - set(expected),
         "has another shape": {key for key in expected if key in found and found[key] != expected[key]},
     }
@@ -125,5 +169,5 @@ def check_weights(folder: Path, config) -> None:
         if keys:
             raise InputError(
                 f"{folder}: {min(keys)} {what} ({len(keys)} such): weights and config.json must be one "
-                "model's; fetch it again"
+                "model's; make or fetch it again"
             )

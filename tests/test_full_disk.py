@@ -27,7 +27,7 @@ from driving import (
 )
 
 NAMES = ("generate", "process", "full", "race", "resume", "scale_export", "unscaled", "export")
-FULL = "[Nn]o space left|full|[Tt]oo large"
+FULL = "[Nn]o space left|disk space|full|[Tt]oo large"
 UNWRITABLE = "[Rr]ead-only|cannot write|no permission"
 DISK_BYTES = 16 << 20
 BALLAST = ".ballast"

@@ -252,7 +252,7 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
         ),
         (param_scale, ["--blocks_to_skip", "0", "1", "2", "3"], "all 4 attention blocks would be skipped"),
         (param_scale, ["--blocks_to_skip", "other.json"], "a report of model other"),
-        (param_scale, ["--blocks_to_skip", "data.jsonl"], "not a report of block_selection.py"),
+        (param_scale, ["--blocks_to_skip", "data.jsonl"], "or a report of block_selection.py"),
         (param_scale, ["--blocks_to_skip", "1", "--num_epochs", "0"], "must be a whole number above 0"),
         (param_scale, ["--blocks_to_skip", "1", "--validation_split", "1"], "at least 0 and below 1"),
         (param_scale, ["--blocks_to_skip", "1", "--output_dir", "data.jsonl"], "data.jsonl is a file"),

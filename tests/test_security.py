@@ -251,7 +251,6 @@ def test_a_models_name_stays_where_it_belongs(command, name, work, capsys):
     [
         {"skipped_blocks": ["\x1b]0;title\x07"]},
         {"best_epoch": "\x1b[2J"},
-        {"model": "\x1b[2J\n"},
         {"model": "../outside/model"},
         {"model": "/etc"},
     ],
@@ -268,6 +267,7 @@ def test_escapes_in_the_record_of_a_run_do_not_reach_the_terminal(work, capsys):
     for epoch in (0, 1):
         losses = {"\x1b[2Joriginal\n": 1.0, "scaled": 1.0}
         edit(f"scaled/model_scaled_epoch_{epoch}/hopscotch.json", held_out=losses)(work)
+    edit("scaled/report.json", model="\x1b[2J\n")(work)
     outcome = run("report", ["scaled"], capsys)
     assert not outcome.error
     check_printable(outcome)
@@ -429,7 +429,7 @@ def test_verify_runs_none_of_the_code_that_it_reads(work, capsys):
     "arguments", [[], ["verify"], ["verify", "none"], ["verify", "data.jsonl"], ["delete", "x"]]
 )
 def test_verify_names_what_is_wrong_with_its_arguments(arguments, work, capsys):
-    check_refused(run("checkpoints", arguments, capsys), "verify|none|data.jsonl|delete")
+    check_refused(run("checkpoints", arguments, capsys), "verify|none|data.jsonl|delete|folder")
 
 
 def test_verify_is_a_command(work):

@@ -30,7 +30,17 @@ class PartialAnswers:
 
     def _take(self, record: dict, where: str) -> None:
         index, messages = record.get("index"), record.get("messages")
-        if type(index) is not int or index < 0 or not isinstance(messages, list):
+        sound = (
+            type(index) is int
+            and index >= 0
+            and isinstance(messages, list)
+            and messages
+            and isinstance(messages[-1], dict)
+            and isinstance(messages[-1].get("content"), str)
+            and record.get("finish_reason") in ("stop", "length")
+            and type(record.get("num_generated_tokens")) is int
+        )
+        if not sound:
             raise InputError(f"{where}: not an answer of this script; {REMEDY}")
         if index >= len(self.prompts):
             return  # an earlier run had more prompts

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopscotch_common.errors import InputError, logger
+from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import read_jsonl
 from hopscotch_common.models import ModelRef
 
@@ -35,13 +35,35 @@ def check_messages(messages, where: str) -> list[dict]:
     return messages
 
 
-def render(tokenizer, messages: list[dict], where: str, **options):
-    """The messages in the tokenizer's chat template. InputError for whatever the template raises."""
+def render(tokenizer, messages: list[dict], where: str, **options) -> str:
+    """The messages in the tokenizer's chat template, as text.
+
+    Raises InputError for whatever the template raises, and where it leaves out or rewrites what was
+    asked or the last answer. Of earlier answers, some leave out the reasoning.
+    """
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is code of the model's: it may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: the model's chat template refuses it: {reason}") from error
+        raise InputError(
+            f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
+        ) from error
+    for message in messages:
+        earlier_answer = message["role"] == "assistant" and message is not messages[-1]
+        if not earlier_answer and message["content"].strip() not in text:
+            raise InputError(
+                f"{where}: the model's chat template leaves out or rewrites part of the {message['role']} "
+                "message; leave it out, or give another model"
+            )
+    return text
+
+
+def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raise InputError for a token that the model has no embedding of."""
+    if max(token_ids) >= vocab_size:
+        raise InputError(
+            f"the tokenizer makes token {max(token_ids)}, but the model's vocabulary has {vocab_size}; "
+            "give --model a folder whose tokenizer and config.json are one model's"
+        )
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -102,15 +124,17 @@ def find_prompts(input_file: Path | None, model: ModelRef) -> list[Prompt]:
     return hub_prompts()
 
 
-def tokenize(prompts: Sequence[Prompt], tokenizer, context: int) -> list[list[int]]:
+def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
     """Token ids of each prompt in the chat template, with the generation prompt.
 
-    Raises InputError for one that the template refuses, or that leaves no room for an answer in
-    a context of `context` tokens.
+    Raises InputError for one that the template refuses, that holds a token beyond the vocabulary of the
+    model's config, or that leaves no room for an answer in its context.
     """
-    token_ids = []
+    token_ids, context = [], config.max_position_embeddings
     for prompt in prompts:
-        ids = render(tokenizer, prompt.messages, prompt.where, add_generation_prompt=True, return_dict=False)
+        text = render(tokenizer, prompt.messages, prompt.where, add_generation_prompt=True)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        check_vocabulary(ids, config.vocab_size)
         if len(ids) >= context:
             raise InputError(
                 f"{prompt.where}: {len(ids)} tokens leave no room for an answer in the model's "

@@ -20,7 +20,7 @@ import json
 import sys
 from pathlib import Path
 
-from hopscotch_common.cli import ArgumentParser, command, positive_float
+from hopscotch_common.cli import ArgumentParser, command, positive_float, result
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 
     if arguments.format == "gguf":
         report = rewrite_gguf(arguments.checkpoint, arguments.folded_gguf, arguments.output)
-        print(json.dumps(report))
+        result(json.dumps(report))
         return 0
     report = export_checkpoint(
         arguments.checkpoint, arguments.format, arguments.output, arguments.tolerance, arguments.device
     )
-    print(f"{arguments.output}: {report['summary']}")
+    result(f"{arguments.output}: {report['summary']}")
     return 0
 
 

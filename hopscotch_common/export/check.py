@@ -131,4 +131,5 @@ def compare(source: Answers, exported: Answers, real_text: bool) -> Comparison:
         total += len(theirs)
         pairs = zip(ours, theirs, strict=False)
         equal += next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-    return Comparison(math.sqrt(difference / norm), same / positions, equal / total, positions, real_text)
+    error = math.sqrt(difference / norm) if norm else math.inf
+    return Comparison(error, same / positions, equal / total, positions, real_text)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def run_exports(formats: Sequence[str], checkpoint: Path, target: Path, device: 
 
 def check_output(output: Path) -> None:
     """Raise InputError unless an export may be written there: a new folder, or an earlier export's."""
-    files.check_writable(output.parent)
+    files.check_name(output, "--output")
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not empty and not (output / REPORT_FILE).is_file():
         raise InputError(f"{output} exists and is not an earlier export: name a new folder with --output")
@@ -74,13 +75,11 @@ def export_checkpoint(
     runs. Raises InputError for a checkpoint or scales that cannot be exported, and for an export past
     the tolerance; nothing is left behind then.
     """
-    config = checkpoints.checkpoint_config(checkpoint)
-    output = output.resolve()
+    config, values = checkpoints.read_checkpoint(checkpoint)
     check_output(output)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
     FORMATS[format].check_config(config)
-    values = checkpoints.load_scales(checkpoint, config.num_hidden_layers)
     with files.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values)
@@ -90,19 +89,18 @@ def export_checkpoint(
             "checkpoint": str(checkpoint),
             "skipped_blocks": folders.skipped_blocks(config),
         }
-        report |= _check(checkpoint, folder, format, tolerance, device)
+        report |= _check(checkpoint, config, folder, format, tolerance, device)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
     logger.info("%s: %s", output, report["summary"])
     return report
 
 
-def _check(checkpoint: Path, folder: Path, format: str, tolerance: float | None, device: str) -> dict:
+def _check(checkpoint: Path, config, folder: Path, format: str, tolerance: float | None, device: str) -> dict:
     """Compare the export with its source in float32; the figures. One model is in memory at a time."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     place = device_map(resolve_device(device))
-    config = checkpoints.checkpoint_config(checkpoint)
     prompts, real_text = check.check_prompts(folder, config.vocab_size)
 
     def ask(load: Callable, *where, dtype) -> check.Answers:
@@ -131,7 +129,8 @@ def _check(checkpoint: Path, folder: Path, format: str, tolerance: float | None,
 
 def check_tolerance(comparison: check.Comparison, tolerance: float, what: str) -> None:
     """Raise InputError when the logits are further apart than the tolerance, or not numbers."""
-    if not comparison.relative_logit_error <= tolerance:
+    error = comparison.relative_logit_error
+    if not (error <= tolerance and math.isfinite(error)):
         raise InputError(
             f"{what} is not exact enough and was not written: {comparison}; the tolerance is "
             f"{tolerance:.2g}. Scales far from 1 fold badly: train with a smaller learning rate, or accept "

@@ -16,7 +16,7 @@ import numpy as np
 
 from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError, logger
-from hopscotch_common.files import atomic_path, check_output
+from hopscotch_common.files import atomic_path, check_input, check_output
 from hopscotch_common.models import HOPSCOTCH_PREFIX
 
 ARCHITECTURE = "deci"
@@ -41,7 +41,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     Raises InputError for a file that is not the folded export of the checkpoint, and for a model that
     llama.cpp's `deci` cannot run.
     """
-    config = checkpoints.checkpoint_config(checkpoint)
+    config, _ = checkpoints.read_checkpoint(checkpoint)
     skipped = sorted(config.skipped_attention_blocks or ())
     if not skipped:
         raise InputError(f"{checkpoint} skips no attention block: use {folded_gguf} as it is")
@@ -137,8 +137,7 @@ def _open(path: Path):
         raise InputError("--format gguf needs the package gguf, which is not installed: pip install gguf")
     from gguf import GGUFReader
 
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; make it with llama.cpp's convert_hf_to_gguf.py")
+    check_input(path, "make it with llama.cpp's convert_hf_to_gguf.py")
     try:
         reader = GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError) as error:

@@ -12,7 +12,7 @@ The page needs neither this project nor a network. Its path is the last line on 
 import sys
 from pathlib import Path
 
-from hopscotch_common.cli import ArgumentParser, command
+from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import check_writable, write_atomic
 
@@ -60,19 +60,17 @@ def main(argv: list[str] | None = None) -> int:
 
     for run in runs:
         table = tables.summary(run)
-        print(
-            table.text()
-            if len(runs) == 1
-            else f"{tables.plain_text(run.model)}: {table.title}\n{table.text()}\n"
-        )
+        lines = table.text().splitlines()
+        for line in lines if len(runs) == 1 else [f"{run.model}: {table.title}", *lines, ""]:
+            result(line)
     if arguments.pictures:
         for number, run in enumerate(runs, 1):
             for name, figure in page.pictures(run).items():
                 path = arguments.pictures / f"{number}_{name}.{arguments.format}"
                 write_atomic(path, drawing.render(figure, path.suffix))
-                print(path)
+                result(str(path))
     write_atomic(arguments.html, page.build_page(runs))
-    print(arguments.html)
+    result(str(arguments.html))
     return 0
 
 

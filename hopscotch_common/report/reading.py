@@ -194,9 +194,12 @@ def _parse_counts(content: dict, path: Path, what: str) -> CountsRun:
 
 
 def _run(content: dict, path: Path) -> dict:
+    model = fields.get(content, "model", str)
+    if Path(model).name != model:  # it names folders beside the report
+        raise ValueError(f"model is {model!r}, a path")
     return {
         "path": path,
-        "model": fields.get(content, "model", str),
+        "model": model,
         "arguments": fields.get(content, "arguments", Mapping, default={}),
         "versions": fields.get(content, "versions", Mapping, default={}),
     }

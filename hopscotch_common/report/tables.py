@@ -5,15 +5,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from hopscotch_common.cli import printable
 from hopscotch_common.report.bend import find_bend
 from hopscotch_common.report.records import CountsRun, Run, ScalingRun, SearchRun
 
 
 def plain_text(name: object, most: int = 70) -> str:
     """A name as one printable line of at most so many characters."""
-    line = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in str(name)
-    )
+    line = printable(str(name))
     return line if len(line) <= most else f"{line[: most // 2 - 1]}…{line[-most // 2 :]}"
 
 

@@ -1,5 +1,6 @@
 """What a search has computed, so that an interrupted one goes on and another schedule uses it again."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from hopscotch_common.errors import InputError
@@ -15,6 +16,7 @@ class Journal:
 
     It serves any number of iterations, as what it holds is found by the blocks skipped before.
     records: (place, record) of an earlier run's. append: keeps a record for good (`files.Log.append`).
+    num_batches: of an epoch; no candidate has more losses.
     Raises InputError, with the place, for a record that is none.
     """
 
@@ -22,6 +24,7 @@ class Journal:
         self,
         records: Iterable[tuple[str, dict]] = (),
         append: Callable[[dict], None] = lambda record: None,
+        num_batches: float = math.inf,
     ):
         self._append = append
         # (blocks skipped before, block) -> batches trained -> record
@@ -31,16 +34,21 @@ class Journal:
         for place, record in records:
             try:
                 self._remember(record)
+                if len(record.get("losses", ())) > num_batches:
+                    raise ValueError("more losses than batches")
+                if "state" in record:
+                    ScaleState.decode(record["state"])
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise InputError(f"{place}: not a record of {KIND}; {REMEDY}") from error
 
     def _remember(self, record: dict) -> None:
         skipped = tuple(sorted(record["skipped"]))
         if "untrained" in record:
-            losses = {int(b): _number_or_infinite(loss) for b, loss in record["untrained"].items()}
-            self._untrained[skipped, record["batch"]] = losses
+            losses = record["untrained"].items()
+            known = {int(b): math.inf if loss is None else _number(loss) for b, loss in losses}
+            self._untrained[skipped, record["batch"]] = known
         else:
-            losses = [float(loss) for loss in record["losses"]]
+            losses = [_number(loss) for loss in record["losses"]]
             known = self._trained.setdefault((skipped, int(record["block"])), {})
             known[len(losses)] = record | {"losses": losses}
 
@@ -84,5 +92,7 @@ class Journal:
         return dict(self._untrained.get((tuple(sorted(skipped)), batch), {}))
 
 
-def _number_or_infinite(loss: float | None) -> float:
-    return float("inf") if loss is None else float(loss)
+def _number(loss: object) -> float:
+    if type(loss) not in (int, float):
+        raise TypeError(f"{loss!r} is no number")
+    return float(loss)

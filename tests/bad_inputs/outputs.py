@@ -112,7 +112,7 @@ CASES = [
     _search(
         "--output",
         "is the report read",
-        "would overwrite that report; name another --output",
+        points_to("--output selection.json: would take the place of an input"),
         "--starting_skipped_blocks",
         "selection.json",
         "--output",
@@ -281,11 +281,16 @@ CASES = [
     _export("in a file", "data.jsonl is a file; name another folder", "--output", "data.jsonl/folded"),
     _export("name too long", points_to("aaa"), "--output", LONG),
     _export(
-        "is the GGUF read", "name another file with --output", "--format", "gguf", "--output", "folded.gguf"
+        "is the GGUF read",
+        points_to("--output folded.gguf: would take the place of an input"),
+        "--format",
+        "gguf",
+        "--output",
+        "folded.gguf",
     ),
     _export(
         "a folder for a GGUF",
-        "model is a folder: name a file with --output",
+        "--output model: is a folder; name a file",
         "--format",
         "gguf",
         "--output",

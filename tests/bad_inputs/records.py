@@ -52,7 +52,7 @@ CASES = [
     *_every_reader("not JSON in line 1", "{file}, line 1: not JSON", lambda file: line(file, 1, "{{")),
     *_every_reader("cut short", "{file}, line 6: not JSON", lambda file: cut(file, 0.98)),
     *_every_reader(
-        "not UTF-8", "{file}, line 3: not JSON", lambda file: line(file, 3, b'{"question": "\xff"}')
+        "not UTF-8", "{file}, line 3: not UTF-8", lambda file: line(file, 3, b'{"question": "\xff"}')
     ),
     *_every_reader(
         "JSON of depth 200,000", points_to("{file}, line 3"), lambda file: line(file, 3, "[" * 200_000)
@@ -85,7 +85,7 @@ CASES = [
         "generate_model_gt_data",
         "--input_file",
         "cut in a character",
-        "prompts.jsonl, line 7: not JSON",
+        "prompts.jsonl, line 7: not UTF-8",
         (),
         append("prompts.jsonl", '{"question": "é'.encode()[:-1]),
     ),
@@ -93,7 +93,7 @@ CASES = [
         "generate_model_gt_data",
         "--input_file",
         "UTF-16",
-        "prompts.jsonl, line 1: not JSON",
+        "prompts.jsonl, line 1: not UTF-8",
         (),
         write("prompts.jsonl", codecs.BOM_UTF16_LE + '{"question": "1?"}\n'.encode("utf-16-le")),
     ),
@@ -120,7 +120,7 @@ CASES = [
     _prompt("null", "null", "line 3: a JSON object is needed"),
     _prompt("no question", {"answer": "2"}, "line 3: needs 'messages' or 'question'"),
     _prompt("question is a number", {"question": 7}, "line 3: needs 'messages' or 'question'"),
-    _prompt("question is NaN", '{"question": NaN}', "line 3: needs 'messages' or 'question'"),
+    _prompt("question is NaN", '{"question": NaN}', "line 3: not JSON .NaN is not a JSON number"),
     _prompt(
         "question twice",
         '{"question": "1?", "question": "2?"}',
@@ -211,7 +211,7 @@ CASES = [
     _sample("an answer", "line 3: needs 'input_ids' and 'labels'.*process_gt_data.py", '{"messages": []}'),
     _sample("ids are text", "line 3: needs 'input_ids' and 'labels'", input_ids="5 6 7"),
     _sample("ids are true", "line 3: needs 'input_ids' and 'labels'", input_ids=[True] * 20),
-    _sample("ids are NaN", "line 3: needs 'input_ids'", '{"input_ids": [5, NaN], "labels": [-100, 6]}'),
+    _sample("ids are NaN", "line 3: not JSON .NaN is not", '{"input_ids": [5, NaN], "labels": [-100, 6]}'),
     _sample("ids are empty", points_to("data.jsonl, line 3") + "|no label counts", input_ids=[], labels=[]),
     _sample(
         "id of another model",
