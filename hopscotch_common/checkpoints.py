@@ -234,10 +234,10 @@ def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
     config = checkpoint_config(folder)
     _, model_class = hopscotch_classes(config.model_type)
     found = stored_shapes(folder)
+    values = load_scales(folder, config.num_hidden_layers)
     if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
-        weights = {key: shape for key, shape in found.items() if not key.endswith(SCALE_NAMES)}
-        check_tensors(folder, lambda: model_class(config), weights)
-    return config, load_scales(folder, config.num_hidden_layers)
+        check_tensors(folder, lambda: model_class(config), found)
+    return config, values
 
 
 def load_checkpoint(folder: Path, **options):
