@@ -98,6 +98,8 @@ def _parse_iteration(item: object, where: str, num_layers: int) -> Iteration:
 
 def _parse_scaling(content: dict, path: Path) -> ScalingRun:
     run = _run(content, path)
+    if Path(run["model"]).name != run["model"]:  # the checkpoint beside the report is named after it
+        raise ValueError(f"model is {run['model']!r}, a path")
     best = fields.get(content, "best_epoch", int)
     epochs, baselines = [], {}
     for place, item in enumerate(fields.get(content, "epochs", Sequence)):
@@ -194,12 +196,9 @@ def _parse_counts(content: dict, path: Path, what: str) -> CountsRun:
 
 
 def _run(content: dict, path: Path) -> dict:
-    model = fields.get(content, "model", str)
-    if Path(model).name != model:  # it names folders beside the report
-        raise ValueError(f"model is {model!r}, a path")
     return {
         "path": path,
-        "model": model,
+        "model": fields.get(content, "model", str),
         "arguments": fields.get(content, "arguments", Mapping, default={}),
         "versions": fields.get(content, "versions", Mapping, default={}),
     }
