@@ -98,8 +98,6 @@ def _parse_iteration(item: object, where: str, num_layers: int) -> Iteration:
 
 def _parse_scaling(content: dict, path: Path) -> ScalingRun:
     run = _run(content, path)
-    if Path(run["model"]).name != run["model"]:  # the checkpoint beside the report is named after it
-        raise ValueError(f"model is {run['model']!r}, a path")
     best = fields.get(content, "best_epoch", int)
     epochs, baselines = [], {}
     for place, item in enumerate(fields.get(content, "epochs", Sequence)):
@@ -108,7 +106,8 @@ def _parse_scaling(content: dict, path: Path) -> ScalingRun:
         baselines |= compared
     if best not in [epoch.number for epoch in epochs]:
         raise ValueError(f"best_epoch is {best}, which epochs does not hold")
-    checkpoint = path.parent / f"{run['model']}_scaled_epoch_{best}"
+    # Beside the report, whatever it says of its model.
+    checkpoint = path.parent / f"{Path(run['model']).name}_scaled_epoch_{best}"
     weights = scales = None
     if (checkpoint / "hopscotch.json").is_file() and (checkpoint / "scales.safetensors").is_file():
         weights = _read_weights(checkpoint / "hopscotch.json")
