@@ -18,6 +18,7 @@ ALIASES = {
 }
 
 HOPSCOTCH_PREFIX = "hopscotch_"
+ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def _check_config(config) -> None:
     from transformers.configuration_utils import ALLOWED_LAYER_TYPES
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    from hopscotch_common.modeling_hopscotch import FAMILIES
+
     for name in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
         value = getattr(config, name)
         if type(value) is not int or value < 1:
@@ -102,7 +105,10 @@ def _check_config(config) -> None:
     window = getattr(config, "sliding_window", None)
     if window is not None and (type(window) is not int or window < 0):
         raise ValueError(f"sliding_window is {window!r}")
-    unknown = set(getattr(config, "layer_types", None) or ()) - set(ALLOWED_LAYER_TYPES)
+    known = set(ATTENTION_LAYER_TYPES)
+    if FAMILIES[config.model_type].recurrent is not None:
+        known |= set(ALLOWED_LAYER_TYPES)
+    unknown = set(getattr(config, "layer_types", None) or ()) - known
     if unknown:
         raise ValueError(f"layer_types holds {sorted(map(str, unknown))[0]!r}")
     rope = getattr(config, "rope_parameters", None) or {}
@@ -120,8 +126,8 @@ def _unsupported(model_type: str) -> str:
     near = difflib.get_close_matches(model_type, FAMILIES, n=3, cutoff=0.4)
     others = f"nearest to it are {', '.join(near)}" if near else _supported()
     return (
-        f"architecture {model_type!r} is not supported; {others}; to add it, describe its decoder layer in "
-        "FAMILIES in hopscotch_common/modeling_hopscotch.py"
+        f"architecture {model_type!r} is not supported; {others}; give another model, or describe its decoder "
+        "layer in FAMILIES in hopscotch_common/modeling_hopscotch.py"
     )
 
 

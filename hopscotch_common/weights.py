@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.files import read_json
@@ -113,6 +112,8 @@ def check_weights(folder: Path, config, attn_implementation: str = "auto") -> No
     """
     options = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     if quantization := getattr(config, "quantization_config", None):
+        from transformers.quantizers.auto import AutoHfQuantizer  # prints what torchao says
+
         # Other tensors stand for the weights then. Of an unknown kind, transformers would make up all.
         if isinstance(quantization, dict) and "quant_method" in quantization:
             if AutoHfQuantizer.supports_quant_method(quantization):

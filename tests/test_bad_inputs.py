@@ -200,7 +200,7 @@ def test_interrupted_step_2_exits_130_at_once_and_leaves_nothing(work):
         text=True,
         start_new_session=True,
     )
-    wait_for(lambda: list(Path("new").glob(".processing-*")), process)
+    wait_for(lambda: list(Path("new").glob(".processing.*")), process)
     time.sleep(1)
     interrupted = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)

@@ -194,7 +194,7 @@ def test_what_the_chat_template_refuses_or_leaves_out_names_the_line(work, tiny_
     where = "answers.jsonl, line 2"
     with pytest.raises(process_gt_data.InputError, match=f"{where}: .* no system role"):
         process_gt_data.check_conversation(messages_of(CONVERSATIONS[1]), where, tokenizer)
-    with pytest.raises(process_gt_data.InputError, match=f"{where}: .* rewrites part of the"):
+    with pytest.raises(process_gt_data.InputError, match=f"{where}: .* rewrites part of the user message"):
         process_gt_data.check_conversation(messages_of(CONVERSATIONS[0]), where, tokenizer)
 
 

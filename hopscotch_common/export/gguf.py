@@ -41,7 +41,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     Raises InputError for a file that is not the folded export of the checkpoint, and for a model that
     llama.cpp's `deci` cannot run.
     """
-    config, _ = checkpoints.read_checkpoint(checkpoint)
+    config = checkpoints.checkpoint_config(checkpoint)
     skipped = sorted(config.skipped_attention_blocks or ())
     if not skipped:
         raise InputError(f"{checkpoint} skips no attention block: use {folded_gguf} as it is")

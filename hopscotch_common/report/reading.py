@@ -106,7 +106,8 @@ def _parse_scaling(content: dict, path: Path) -> ScalingRun:
         baselines |= compared
     if best not in [epoch.number for epoch in epochs]:
         raise ValueError(f"best_epoch is {best}, which epochs does not hold")
-    checkpoint = path.parent / f"{run['model']}_scaled_epoch_{best}"
+    # Beside the report, whatever it says of its model.
+    checkpoint = path.parent / f"{Path(run['model']).name}_scaled_epoch_{best}"
     weights = scales = None
     if (checkpoint / "hopscotch.json").is_file() and (checkpoint / "scales.safetensors").is_file():
         weights = _read_weights(checkpoint / "hopscotch.json")
@@ -194,12 +195,9 @@ def _parse_counts(content: dict, path: Path, what: str) -> CountsRun:
 
 
 def _run(content: dict, path: Path) -> dict:
-    model = fields.get(content, "model", str)
-    if Path(model).name != model:  # it names folders beside the report
-        raise ValueError(f"model is {model!r}, a path")
     return {
         "path": path,
-        "model": model,
+        "model": fields.get(content, "model", str),
         "arguments": fields.get(content, "arguments", Mapping, default={}),
         "versions": fields.get(content, "versions", Mapping, default={}),
     }
