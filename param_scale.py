@@ -4,6 +4,8 @@
         --blocks_to_skip 15 8 --num_epochs 10
     python param_scale.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --blocks_to_skip smollm_block_selection.json --validation_split 0.2 --export folded nemotron_nas
+    python param_scale.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
+        --blocks_to_skip smollm_block_selection.json --granularity channel
     accelerate launch --multi_gpu param_scale.py --model llama \\
         --data_path data/llama-processed-data/data.jsonl --blocks_to_skip llama_block_selection.json
 
@@ -30,6 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_blocks_argument(parser)
     parser.add_argument("--num_epochs", type=cli.positive_int, default=10, help="passes over the data")
     cli.add_training_arguments(parser, learning_rate=3e-3)
+    parser.add_argument(
+        "--granularity",
+        choices=["layer", "channel"],
+        default="layer",
+        help="what b_attn and b_mlp are: one number a layer, or one for each channel of the hidden state",
+    )
     parser.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
@@ -64,7 +72,7 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], weights: str,
 
     Not the learning rate: it is what to change where training diverged. Each epoch records its own.
     """
-    names = ("seed", "batch_size", "validation_split", "dtype", "quantization")
+    names = ("seed", "batch_size", "validation_split", "dtype", "quantization", "granularity")
     return {
         "model": arguments.model.source,
         "weights": weights,
@@ -125,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.device,
             arguments.attn_implementation,
             arguments.quantization,
+            arguments.granularity,
         )
         options = cli.training_options(arguments)
         prepare_model(model, options)

@@ -4,7 +4,7 @@ A checkpoint folder holds
 
     config.json, modeling_hopscotch.py     what `trust_remote_code=True` needs, nothing else
     base-0000i-of-0000n.safetensors        the base weights, bit for bit as they were read
-    scales.safetensors                     four scales a layer, float32
+    scales.safetensors                     the scales of each layer, float32
     model.safetensors.index.json           which tensor is in which file
     hopscotch.json                         the run that made it: arguments, losses, versions
     tokenizer files, generation_config.json
@@ -151,13 +151,15 @@ def read_run(folder: Path) -> dict:
     return read_json(folder / RUN_FILE)
 
 
-def load_scales(folder: Path, num_layers: int) -> torch.Tensor:
-    """The scales [layers, 4] of a checkpoint, without its weights.
+def load_scales(folder: Path, config=None) -> torch.Tensor:
+    """The scales [layers, width] of a checkpoint, without its weights.
 
-    They stand in a file of their own or (the original system) among the weights. Raises InputError
-    where one is missing, is not a number, or is not finite.
+    They stand in a file of their own or (the original system) among the weights. config: the
+    checkpoint's, where it is at hand. Raises InputError where one is missing, has another size than
+    the config says, or is not finite.
     """
-    wanted = scales.as_state_dict(torch.ones(num_layers, len(modeling_hopscotch.SCALE_NAMES)))
+    config = config or checkpoint_config(folder)
+    wanted = scales.as_state_dict(scales.ones(config))
     own = folder / SCALES_FILE
     found: dict[str, torch.Tensor] = {}
     for path in [own] if own.is_file() else weight_files(folder):
@@ -168,9 +170,12 @@ def load_scales(folder: Path, num_layers: int) -> torch.Tensor:
             f"{folder}: {missing[0]} is missing, and {len(missing) - 1} other scales; save it again"
         )
     for key, tensor in found.items():
-        if tensor.numel() != 1 or not bool(tensor.isfinite().all()):
-            raise InputError(f"{folder}: {key} is {tensor.tolist()}, not one finite number; train it again")
-    return scales.from_state_dict(found, num_layers)
+        size = wanted[key].numel()
+        if tensor.numel() != size or not bool(tensor.isfinite().all()):
+            what = "one finite number" if size == 1 else f"{size} finite numbers"
+            shown = tensor.tolist() if tensor.numel() == 1 else f"of shape {list(tensor.shape)}"
+            raise InputError(f"{folder}: {key} is {shown}, not {what}; train it again")
+    return scales.from_state_dict(found, config.num_hidden_layers)
 
 
 def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -227,7 +232,7 @@ def load_checkpoint(folder: Path, **options):
     """A checkpoint as a model in eval mode; options go to `from_pretrained` (dtype, device_map, …)."""
     config = checkpoint_config(folder)
     _, model_class = hopscotch_classes(config.model_type)
-    values = load_scales(folder, config.num_hidden_layers)
+    values = load_scales(folder, config)
     model = load_whole(model_class, folder, config=config, **options)
     scales.restore(model, values)  # a scale that is missing would have been 1
     scales.freeze_base(model)

@@ -39,7 +39,7 @@ def verify(folder: Path) -> None:
             raise InputError(f"{folder}: {key} has another shape than config.json says; make it again")
         if key in shapes and key not in expected:
             raise InputError(f"{folder}: {key} is no part of the model of its config.json; make it again")
-    load_scales(folder, model.config.num_hidden_layers)
+    load_scales(folder, model.config)
     read_run(folder)
 
 

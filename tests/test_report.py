@@ -211,7 +211,7 @@ def test_the_map_shows_the_scales_of_the_best_epoch(made):
     run = read_report(made / "scaled")
     axes = scaling_plots.scales_figure(run).axes[0]
     shown = axes.collections[0].get_array()
-    expected = checkpoints.load_scales(run.checkpoint, 4).T.numpy()
+    expected = checkpoints.load_scales(run.checkpoint).T.numpy()
     hatched = np.zeros((4, 4), dtype=bool)
     hatched[0, list(run.skipped)] = True
     assert np.array_equal(np.ma.getmaskarray(shown), hatched) and len(run.skipped) == 2

@@ -12,12 +12,15 @@ import torch
 from conftest import ROOT, check_refused
 from test_search import write_data
 from test_training import random_samples, reference_loss
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import block_selection
 import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
+from hopscotch_common.errors import InputError
+from hopscotch_common.models import model_ref
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_held_out_losses_are_those_of_the_three_models(work, tmp_path):
     _, samples = split_samples(random_samples(12), 0.25, 42)
     tokens = sum(sample.num_loss_counted_tokens for sample in samples)
     stock = AutoModelForCausalLM.from_pretrained(work, attn_implementation="eager").eval()
-    trained = checkpoints.load_scales(folder, 4)
+    trained = checkpoints.load_scales(folder)
     for which, values, skipped in (
         ("original", torch.ones(4, 4), set()),
         ("unscaled", torch.ones(4, 4), {1}),
@@ -88,18 +91,49 @@ def test_held_out_losses_are_those_of_the_three_models(work, tmp_path):
         assert math.isclose(held_out[which], expected.item(), rel_tol=1e-4), which
 
 
-def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys):
-    common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2")
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granularity):
+    common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2", "--granularity", granularity)
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "whole"]) == 0
     assert param_scale.main([*common, "--num_epochs", "1", "--output_dir", "parts", "--resume"]) == 0
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
     for epoch in range(3):
         a, b = (tmp_path / part / f"{work.name}_scaled_epoch_{epoch}" for part in ("whole", "parts"))
-        assert torch.equal(checkpoints.load_scales(a, 4), checkpoints.load_scales(b, 4))
+        assert torch.equal(checkpoints.load_scales(a), checkpoints.load_scales(b))
         assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
     capsys.readouterr()
+    (other,) = {"layer", "channel"} - {granularity}
+    finer = [*common, "--granularity", other, "--output_dir", "parts", "--resume"]
+    message = f"was made with granularity = {granularity}, now it is {other}"
+    check_refused(param_scale, finer, message, capsys)
     other = [*common, "--blocks_to_skip", "2", "--output_dir", "parts", "--resume"]
     check_refused(param_scale, other, r"was made with blocks_to_skip = \[1\], now it is \[2\]", capsys)
+
+
+def test_scales_by_channel_are_saved_verified_and_exported(work, tmp_path):
+    arguments = flags(work, "--blocks_to_skip", "1", "0", "--num_epochs", "1", "--granularity", "channel")
+    assert param_scale.main([*arguments, "--export", "folded"]) == 0
+    folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
+    assert checkpoints.main(["verify", str(folder)]) == 0
+    assert json.loads((folder / "config.json").read_text())["scale_granularity"] == "channel"
+    values = checkpoints.load_scales(folder)
+    assert values.shape == (4, 2 * 32 + 2)
+    b_attn = scales.columns(values)["b_scale_attn"]
+    assert not b_attn[:2].any() and (b_attn[2:].std(dim=1) > 0).all()
+    model = checkpoints.load_checkpoint(folder)
+    assert torch.equal(scales.snapshot(model), values)
+    folded = AutoModelForCausalLM.from_pretrained(folder.parent / f"{work.name}_scaled_folded")
+    ids = torch.arange(3, 43).view(2, 20)
+    assert_close(folded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_scales_of_another_granularity_than_the_config_says_are_refused(work, tmp_path):
+    values = torch.ones(4, 2 * 32 + 2)
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", model_ref(str(work)), [], values, {})
+    config = json.loads((tmp_path / "checkpoint/config.json").read_text())
+    (tmp_path / "checkpoint/config.json").write_text(json.dumps(config | {"scale_granularity": "layer"}))
+    with pytest.raises(InputError, match=r"b_scale_attn is of shape \[32\], not one finite number"):
+        checkpoints.load_checkpoint(tmp_path / "checkpoint")
 
 
 def test_training_resumes_after_the_last_epoch_whichever_are_left(work, tmp_path):
@@ -110,7 +144,7 @@ def test_training_resumes_after_the_last_epoch_whichever_are_left(work, tmp_path
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
     assert not (tmp_path / "parts" / f"{work.name}_scaled_epoch_0").exists()
     a, b = (tmp_path / part / f"{work.name}_scaled_epoch_2" for part in ("whole", "parts"))
-    assert torch.equal(checkpoints.load_scales(a, 4), checkpoints.load_scales(b, 4))
+    assert torch.equal(checkpoints.load_scales(a), checkpoints.load_scales(b))
     report = json.loads((tmp_path / "parts/report.json").read_text())
     assert [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
 
@@ -138,8 +172,13 @@ def test_a_journal_of_other_weights_is_refused(work, tmp_path, capsys):
         ("block_selection.py", ["--num_blocks", "2"]),
         ("block_selection.py", ["--num_blocks", "1", "--search", "race", "--screening", "0.75"]),
         ("param_scale.py", ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]),
+        (
+            "param_scale.py",
+            ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]
+            + ["--granularity", "channel"],
+        ),
     ],
-    ids=["full", "race", "param_scale"],
+    ids=["full", "race", "param_scale", "param_scale by channel"],
 )
 def test_several_processes_equal_one(work, tmp_path, script, more):
     """Three candidates race over two and three processes, and two on three: they share then."""

@@ -40,8 +40,9 @@ def make_batches(samples, batch_size: int, max_tokens: int, seed: int = 0, **mor
     return data.make_batches(samples, options, max_tokens, **more)
 
 
-def trainer_of(folder, skipped, learning_rate: float = 1e-2, **more) -> ScaleTrainer:
-    return ScaleTrainer(load_model(model_ref(str(folder)), device="cpu"), learning_rate, skipped, **more)
+def trainer_of(folder, skipped, learning_rate: float = 1e-2, granularity="layer", **more) -> ScaleTrainer:
+    model = load_model(model_ref(str(folder)), device="cpu", scale_granularity=granularity)
+    return ScaleTrainer(model, learning_rate, skipped, **more)
 
 
 def reference_loss(stock, sample: Sample, values: torch.Tensor, skipped: set[int]) -> torch.Tensor:
@@ -50,15 +51,17 @@ def reference_loss(stock, sample: Sample, values: torch.Tensor, skipped: set[int
     return cross_entropy(logits[:-1], torch.tensor(sample.labels)[1:], ignore_index=-100, reduction="sum")
 
 
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
 @pytest.mark.parametrize("family", sorted(FAMILY_SIZES))
-def test_training_equals_a_plain_loop(tiny_folder, family):
+def test_training_equals_a_plain_loop(tiny_folder, family, granularity):
     folder, skipped, samples = tiny_folder(family), [1], random_samples()
     batches = make_batches(samples, 3, 40, seed=7)
-    trainer = trainer_of(folder, skipped)
+    trainer = trainer_of(folder, skipped, granularity=granularity)
     losses = trainer.run(batches, "epoch 0")
 
     stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    values = torch.ones(4, 4, requires_grad=True)
+    b_size = {"layer": 1, "channel": 32}[granularity]
+    values = torch.ones(4, 2 * b_size + 2, requires_grad=True)
     optimizer = torch.optim.Adam([values], lr=1e-2)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(7)).tolist()
     expected = []
@@ -68,15 +71,17 @@ def test_training_equals_a_plain_loop(tiny_folder, family):
         loss = loss / sum(sample.num_loss_counted_tokens for sample in batch)
         optimizer.zero_grad()
         loss.backward()
-        values.grad[skipped, 0] = 0  # b_attn of a skipped block is no parameter
+        values.grad[skipped, :b_size] = 0  # b_attn of a skipped block is no parameter
         optimizer.step()
         expected.append(loss.item())
 
     assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     trained = scales.snapshot(trainer.model)
-    assert trained[1, 0] == 0 and not torch.allclose(trained[1, 1:], torch.ones(3))
-    values.data[skipped, 0] = 0
+    assert not trained[1, :b_size].any() and not torch.allclose(trained[1, b_size:], torch.ones(1))
+    values.data[skipped, :b_size] = 0
     assert_close(trained, values.detach(), rtol=1e-4, atol=1e-4)
+    if granularity == "channel":
+        assert trained[0, :b_size].std() > 1e-3  # each channel has its own
 
 
 @pytest.mark.parametrize("budget", [20, 45, 1000])
@@ -182,9 +187,10 @@ def test_evaluate_is_the_mean_over_tokens(tiny_folder):
     assert math.isclose(evaluate(model, batches, "held out"), expected, rel_tol=1e-5)
 
 
-def test_a_paused_run_goes_on_exactly(tiny_folder):
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_a_paused_run_goes_on_exactly(tiny_folder, granularity):
     batches = make_batches(random_samples(), 2, 60, seed=0)
-    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    model = load_model(model_ref(str(tiny_folder())), device="cpu", scale_granularity=granularity)
     whole = ScaleTrainer(model, 1e-2, [3]).run(batches, "epoch 0")
     trainer = ScaleTrainer(model, 1e-2, [3])
     first = trainer.run(batches[:2], "epoch 0")

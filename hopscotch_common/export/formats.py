@@ -80,7 +80,7 @@ def export_checkpoint(
     if getattr(config, "quantization_config", None):
         raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
     FORMATS[format].check_config(config)
-    values = checkpoints.load_scales(checkpoint, config.num_hidden_layers)
+    values = checkpoints.load_scales(checkpoint, config)
     with files.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values)

@@ -17,7 +17,7 @@ from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTra
 class Epoch:
     """What an epoch came to. losses: one a batch; held_out: None where nothing is held out.
 
-    values: the scales [layers, 4]; state: all that it takes to go on.
+    values: the scales [layers, width]; state: all that it takes to go on.
     """
 
     number: int
