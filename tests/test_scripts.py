@@ -52,6 +52,8 @@ def test_selection_then_scaling_then_unscaled(work, tmp_path, capsys):
     assert param_scale.main([*chained, "--validation_split", "0.25"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Epoch 0: loss ") and lines[2].startswith("Held-out loss: original ")
+    assert lines[3].startswith("Held-out KL: original 0.0000, unscaled ")
+    assert lines[4].startswith("Held-out agreement: original ") and len(lines) == 5
     folder = tmp_path / f"scaled_{name}_ckpts"
     assert sorted(path.name for path in folder.iterdir()) == [
         "report.json",
@@ -70,7 +72,7 @@ def test_selection_then_scaling_then_unscaled(work, tmp_path, capsys):
     assert torch.equal(values, expected)
 
 
-def test_held_out_losses_are_those_of_the_three_models(work, tmp_path):
+def test_held_out_figures_are_those_of_the_three_models(work, tmp_path):
     arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "1", "--validation_split", "0.25")
     assert param_scale.main(arguments) == 0
     folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
@@ -86,9 +88,52 @@ def test_held_out_losses_are_those_of_the_three_models(work, tmp_path):
         ("unscaled", torch.ones(4, 4), {1}),
         ("scaled", trained, {1}),
     ):
-        with torch.no_grad():
-            expected = sum(reference_loss(stock, sample, values, skipped) for sample in samples) / tokens
-        assert math.isclose(held_out[which], expected.item(), rel_tol=1e-4), which
+        for loss, measure in (("ce", "cross_entropy"), ("kl", "kl")):
+            with torch.no_grad():
+                losses = [reference_loss(stock, sample, values, skipped, loss) for sample in samples]
+            expected = sum(losses).item() / tokens
+            assert math.isclose(held_out[which][measure], expected, rel_tol=1e-4, abs_tol=1e-6), which
+        assert 0 <= held_out[which]["agreement"] <= 1
+
+
+def test_the_best_epoch_is_the_one_of_the_loss_trained_on(work):
+    held_out = [{"cross_entropy": 0.4, "kl": 0.3}, {"cross_entropy": 0.5, "kl": 0.2}]
+    runs = [
+        {
+            "epoch": n,
+            "learning_rate": 1.0,
+            "loss": 1.0,
+            "held_out": {"scaled": h},
+            "skipped_attention_blocks": [1],
+        }
+        for n, h in enumerate(held_out)
+    ]
+    for loss, best in (("ce", 0), ("kl", 1)):
+        arguments = param_scale.build_parser().parse_args(
+            flags(work, "--blocks_to_skip", "1", "--loss", loss)
+        )
+        assert param_scale.final_report(arguments, runs)["best_epoch"] == best
+
+
+def test_each_epoch_prints_the_held_out_value_of_its_loss(work, tmp_path, capsys):
+    arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25")
+    assert param_scale.main([*arguments, "--loss", "kl"]) == 0
+    report = json.loads((tmp_path / f"scaled_{work.name}_ckpts/report.json").read_text())
+    for line, epoch in zip(capsys.readouterr().out.splitlines(), report["epochs"], strict=False):
+        held_out = epoch["held_out"]["scaled"]["kl"]
+        assert line == f"Epoch {epoch['epoch']}: loss {epoch['loss']:.4f}, held-out {held_out:.4f}"
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_finer_scales_and_divergence_over_quantised_weights(work, tiny_folder, tmp_path, quantization):
+    model = tiny_folder(intermediate_size=64)  # int4 takes 32 columns at a time
+    arguments = flags(model, "--blocks_to_skip", "1", "--num_epochs", "2", "--quantization", quantization)
+    arguments += ["--granularity", "channel", "--loss", "kl", "--learning_rate", "1e-2"]
+    assert param_scale.main(arguments) == 0
+    folder = tmp_path / f"scaled_{model.name}_ckpts"
+    first, last = (epoch["loss"] for epoch in json.loads((folder / "report.json").read_text())["epochs"])
+    assert 0 < last < first
+    assert checkpoints.load_scales(folder / f"{model.name}_scaled_epoch_1").shape == (4, 2 * 32 + 2)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
@@ -175,10 +220,10 @@ def test_a_journal_of_other_weights_is_refused(work, tmp_path, capsys):
         (
             "param_scale.py",
             ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]
-            + ["--granularity", "channel"],
+            + ["--granularity", "channel", "--loss", "kl"],
         ),
     ],
-    ids=["full", "race", "param_scale", "param_scale by channel"],
+    ids=["full", "race", "param_scale", "param_scale by channel and KL"],
 )
 def test_several_processes_equal_one(work, tmp_path, script, more):
     """Three candidates race over two and three processes, and two on three: they share then."""

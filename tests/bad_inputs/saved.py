@@ -178,6 +178,7 @@ CASES = [
         "--granularity",
         "channel",
     ),
+    _resume("of another loss", "was made with loss = ce, now it is kl; repeat", nothing, "--loss", "kl"),
     _resume(
         "hopscotch.json is not JSON", points_to(LAST, "hopscotch.json"), cut(f"{LAST}/hopscotch.json", 0.5)
     ),
