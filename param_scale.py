@@ -4,16 +4,21 @@
         --blocks_to_skip 15 8 --num_epochs 10
     python param_scale.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --blocks_to_skip smollm_block_selection.json --validation_split 0.2 --export folded nemotron_nas
+    python param_scale.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
+        --blocks_to_skip smollm_block_selection.json --granularity channel --loss kl
     accelerate launch --multi_gpu param_scale.py --model llama \\
         --data_path data/llama-processed-data/data.jsonl --blocks_to_skip llama_block_selection.json
 
 Writes scaled_{model}_ckpts/{model}_scaled_epoch_{e}/ after each epoch e = 0, 1, 2, … and prints its
-loss. With --validation_split it also prints the held-out loss of the original model, of the skips
-without scales, and of the skips with them.
+loss. With --validation_split it also prints held-out figures of the original model, of the skips
+without scales, and of the skips with them: loss (cross entropy), KL (divergence from the original
+model's distributions; both in nats a token) and agreement (share of the answers' tokens that are the
+model's first choice).
 """
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,6 +26,7 @@ from hopscotch_common import cli, files
 from hopscotch_common.errors import logger
 from hopscotch_common.models import QUANTIZATIONS, load_model, read_config
 from hopscotch_common.report.runs import describe_run
+from hopscotch_common.training import MEASURES, TrainingOptions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +37,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_epochs", type=cli.positive_int, default=10, help="passes over the data")
     cli.add_training_arguments(parser, learning_rate=3e-3)
     parser.add_argument(
+        "--granularity",
+        choices=["layer", "channel"],
+        default="layer",
+        help="what b_attn and b_mlp are: one number a layer, or one for each channel of the hidden state",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=list(MEASURES),
+        default=TrainingOptions.loss,
+        help="what to train on: ce, cross entropy on the answers' tokens; kl, the divergence from the "
+        "original model's distribution at each of them, which takes a pass of it more for each batch",
+    )
+    parser.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
         help="train on top of weights quantised to 8 or 4 bits; the checkpoint keeps the original weights",
@@ -39,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--validation_split",
         type=cli.fraction,
         default=0.0,
-        help="share of the answers held out to measure loss, at least 0 and below 1",
+        help="share of the answers held out to measure loss, KL and agreement, at least 0 and below 1",
     )
     parser.add_argument(
         "--output_dir", type=Path, help="folder of the checkpoints (default: scaled_{model}_ckpts)"
@@ -50,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on after the last epoch that --output_dir holds, if it holds any",
     )
     cli.add_export_argument(
-        parser, "also export the best epoch by held-out loss, or the last one without --validation_split"
+        parser,
+        "also export the best epoch by the held-out value of --loss, or the last one without "
+        "--validation_split",
     )
     return parser
 
@@ -64,7 +85,7 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], weights: str,
 
     Not the learning rate: it is what to change where training diverged. Each epoch records its own.
     """
-    names = ("seed", "batch_size", "validation_split", "dtype", "quantization")
+    names = ("seed", "batch_size", "validation_split", "dtype", "quantization", "granularity", "loss")
     return {
         "model": arguments.model.source,
         "weights": weights,
@@ -118,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
                 runs = checkpoints.resumable_epochs(output_dir, name, settings)
             if runs:
                 last = checkpoints.epoch_folder(output_dir, name, runs[-1]["epoch"])
-                before = ScaleState(checkpoints.load_training_state(last, config.num_hidden_layers))
+                before = ScaleState(checkpoints.load_training_state(last))
         runs, before = processes.gather((runs, before))[0]  # only rank 0's disk is sure to hold the epochs
         model = load_model(
             arguments.model,
@@ -126,11 +147,15 @@ def main(argv: list[str] | None = None) -> int:
             arguments.device,
             arguments.attn_implementation,
             arguments.quantization,
+            arguments.granularity,
         )
-        options = cli.training_options(arguments)
+        options = dataclasses.replace(cli.training_options(arguments), loss=arguments.loss)
         prepare_model(model, options)
         trained = EpochTraining(model, blocks, training, held_out, options, processes.group(1), cli.progress)
-        baselines = runs[-1]["held_out"] if runs else trained.baselines()
+        if runs:
+            baselines = runs[-1]["held_out"]
+        else:
+            baselines = {name: plain(figures) for name, figures in trained.baselines().items()}
         trained.start(before)
         logger.info(
             "%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)",
@@ -147,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
                 "learning_rate": options.learning_rate,
                 "loss": epoch.loss,
                 "batch_losses": epoch.losses,
-                "held_out": baselines | {"scaled": epoch.held_out},
+                "held_out": baselines | {"scaled": plain(epoch.held_out)},
                 "settings": settings,
             } | describe_run(vars(arguments))
             if processes.rank == 0:
@@ -161,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
                     {"scale_state": epoch.state.tensors},
                     share_with=next((folder for folder in reversed(earlier) if folder.is_dir()), None),
                 )
-                tail = f", held-out {epoch.held_out:.4f}" if held_out else ""
+                scaled = run["held_out"]["scaled"]
+                tail = f", held-out {scaled[MEASURES[options.loss]]:.4f}" if scaled else ""
                 cli.result(f"Epoch {number}: loss {epoch.loss:.4f}{tail}")
             runs.append(run)
         if processes.rank == 0:
@@ -179,11 +205,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def plain(figures) -> dict[str, float] | None:
+    """Held-out figures as JSON tells them."""
+    return None if figures is None else dataclasses.asdict(figures)
+
+
 def final_report(arguments: argparse.Namespace, runs: list[dict]) -> dict:
-    """What report.json tells of all epochs, and which is the best: by held-out loss, or else the last."""
-    best = runs[-1]
+    """What report.json tells of all epochs, and which is the best.
+
+    That is the one with the lowest held-out value of the loss trained on, or else the last.
+    """
+    best, measure = runs[-1], MEASURES[arguments.loss]
     if best["held_out"]["scaled"] is not None:
-        best = min(runs, key=lambda run: run["held_out"]["scaled"])
+        best = min(runs, key=lambda run: run["held_out"]["scaled"][measure])
     keys = ("epoch", "learning_rate", "loss", "held_out")
     return {
         "model": arguments.model.name,
@@ -195,11 +229,13 @@ def final_report(arguments: argparse.Namespace, runs: list[dict]) -> dict:
 
 
 def print_held_out(report: dict) -> None:
-    """The line of held-out losses of the best epoch, where there are any."""
+    """A line for each held-out figure of the best epoch, where there are any."""
     (held_out,) = [e["held_out"] for e in report["epochs"] if e["epoch"] == report["best_epoch"]]
-    if held_out["scaled"] is not None:
-        figures = [f"{name} {held_out[name]:.4f}" for name in ("original", "unscaled", "scaled")]
-        cli.result(f"Held-out loss: {', '.join(figures)} (epoch {report['best_epoch']})")
+    if held_out["scaled"] is None:
+        return
+    for measure, title in (("cross_entropy", "loss"), ("kl", "KL"), ("agreement", "agreement")):
+        figures = [f"{name} {held_out[name][measure]:.4f}" for name in ("original", "unscaled", "scaled")]
+        cli.result(f"Held-out {title}: {', '.join(figures)} (epoch {report['best_epoch']})")
 
 
 if __name__ == "__main__":

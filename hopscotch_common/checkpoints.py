@@ -4,7 +4,7 @@ A checkpoint folder holds
 
     config.json, modeling_hopscotch.py     what `trust_remote_code=True` needs, nothing else
     base-0000i-of-0000n.safetensors        the base weights, bit for bit as they were read
-    scales.safetensors                     four scales a layer, float32
+    scales.safetensors                     the scales of each layer, float32
     model.safetensors.index.json           which tensor is in which file
     hopscotch.json                         the run that made it: arguments, losses, versions
     tokenizer files, generation_config.json
@@ -159,13 +159,15 @@ def read_run(folder: Path) -> dict:
     return read_json(folder / RUN_FILE)
 
 
-def load_scales(folder: Path, num_layers: int) -> torch.Tensor:
-    """The scales [layers, 4] of a checkpoint, without its weights.
+def load_scales(folder: Path, config=None) -> torch.Tensor:
+    """The scales [layers, width] of a checkpoint, without its weights.
 
-    They stand in a file of their own or (the original system) among the weights. Raises InputError
-    where one is missing, is not a number, or is not finite.
+    They stand in a file of their own or (the original system) among the weights. config: the
+    checkpoint's, where it is at hand. Raises InputError where one is missing, has another size than
+    the config says, or is not finite.
     """
-    wanted = scales.as_state_dict(torch.ones(num_layers, len(SCALE_NAMES)))
+    config = config or checkpoint_config(folder)
+    wanted = scales.as_state_dict(scales.ones(config))
     own = folder / SCALES_FILE
     found: dict[str, torch.Tensor] = {}
     for path in [own] if own.is_file() else weight_files(folder):
@@ -178,19 +180,22 @@ def load_scales(folder: Path, num_layers: int) -> torch.Tensor:
             f"{folder}: {missing[0]} is missing, and {len(missing) - 1} other scales; save it again"
         )
     for key, tensor in found.items():
-        if tensor.numel() != 1 or not bool(tensor.isfinite().all()):
-            raise InputError(f"{folder}: {key} is {tensor.tolist()}, not one finite number; train it again")
-    return scales.from_state_dict(found, num_layers)
+        size = wanted[key].numel()
+        if tensor.numel() != size or not bool(tensor.isfinite().all()):
+            what = "one finite number" if size == 1 else f"{size} finite numbers"
+            shown = tensor.tolist() if tensor.numel() == 1 else f"of shape {list(tensor.shape)}"
+            raise InputError(f"{folder}: {key} is {shown}, not {what}; train it again")
+    return scales.from_state_dict(found, config.num_hidden_layers)
 
 
-def load_training_state(folder: Path, num_layers: int) -> torch.Tensor:
-    """What training goes on from, [4, layers, 4] (`ScaleState`); InputError where it is none."""
+def load_training_state(folder: Path) -> torch.Tensor:
+    """What training goes on from, [4, layers, width] (`ScaleState`); InputError where it is none."""
     remedy = "so training cannot resume from it; train anew into another --output_dir"
     if not (folder / STATE_FILE).is_file():
         raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
     state = read_tensors(folder / STATE_FILE).get("scale_state", torch.empty(0))
-    if state.shape != (4, num_layers, len(SCALE_NAMES)) or not state.isfinite().all():
-        raise InputError(f"{folder / STATE_FILE}: not finite numbers for {num_layers} layers, {remedy}")
+    if state.shape != (4, *load_scales(folder).shape) or not state.isfinite().all():
+        raise InputError(f"{folder / STATE_FILE}: not finite numbers for each of the scales, {remedy}")
     return state
 
 
@@ -208,16 +213,16 @@ def checkpoint_config(folder: Path):
         raise InputError(f"{folder}: architecture {model_type!r} is not a supported one")
     if not model_type.startswith(HOPSCOTCH_PREFIX):
         stock = read_config(ModelRef(folder.name, str(folder)))
-        return hopscotch_config(stock, _skipped_by_original(folder, stock.num_hidden_layers))
+        return hopscotch_config(stock, _skipped_by_original(folder, hopscotch_config(stock)))
     try:
         return hopscotch_classes(model_type)[0].from_pretrained(folder)
     except Exception as error:  # transformers checks some fields, and stumbles over others
         raise InputError(f"{path}: describes no model ({reason_of(error)}); make it again") from error
 
 
-def _skipped_by_original(folder: Path, num_layers: int) -> list[int]:
+def _skipped_by_original(folder: Path, config) -> list[int]:
     skipped = []
-    for layer, scale in enumerate(load_scales(folder, num_layers)):
+    for layer, scale in enumerate(load_scales(folder, config)):
         b_attn, s_attn = (scale[SCALE_NAMES.index(name)] for name in ("b_scale_attn", "s_scale_attn"))
         if b_attn == 0 == s_attn:
             raise InputError(
@@ -234,7 +239,7 @@ def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
     config = checkpoint_config(folder)
     _, model_class = hopscotch_classes(config.model_type)
     found = stored_shapes(folder)
-    values = load_scales(folder, config.num_hidden_layers)
+    values = load_scales(folder, config)
     if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
         check_tensors(folder, lambda: model_class(config), found)
     return config, values

@@ -126,8 +126,8 @@ def _unsupported(model_type: str) -> str:
     near = difflib.get_close_matches(model_type, FAMILIES, n=3, cutoff=0.4)
     others = f"nearest to it are {', '.join(near)}" if near else _supported()
     return (
-        f"architecture {model_type!r} is not supported; {others}; give another model, or describe its decoder "
-        "layer in FAMILIES in hopscotch_common/modeling_hopscotch.py"
+        f"architecture {model_type!r} is not supported; {others}; give another model, or describe its "
+        "decoder layer in FAMILIES in hopscotch_common/modeling_hopscotch.py"
     )
 
 
@@ -210,17 +210,19 @@ def load_model(
     device: str = "auto",
     attn_implementation: str = "auto",
     quantization: str | None = None,
+    scale_granularity: str = "layer",
 ):
     """The model with scaled decoder layers, no block skipped, all scales 1, in eval mode.
 
     With scales of 1 its logits equal the stock class's bit for bit. Weights are frozen; only the
     scales require gradients. quantization: None, or one of QUANTIZATIONS (weight only).
+    scale_granularity: one of GRANULARITIES.
     """
     from transformers.utils import logging as transformers_logging
 
     from hopscotch_common import scales
 
-    config = hopscotch_config(read_config(ref))
+    config = hopscotch_config(read_config(ref), scale_granularity=scale_granularity)
     _, model_class = hopscotch_classes(config.model_type)
     resolved = resolve_device(device)
     options = {"config": config, "dtype": dtype, "device_map": device_map(resolved)}

@@ -8,6 +8,7 @@ after another in SCALE_NAMES order: 4 numbers where each is a scalar, and 2 * hi
 vector (`scale_granularity: channel`). `columns` takes it apart.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -73,6 +74,33 @@ def reset(model, skipped=()) -> None:
     freeze_base(model)
     for scale in trainable_scales(model):
         scale.grad = None
+
+
+@contextlib.contextmanager
+def neutral(model) -> Iterator[None]:
+    """Within it the model is the original one: all scales 1, no block skipped. Then it is as it was.
+
+    The parameters are exchanged and not written to, so that a graph through the present ones can
+    still run backward. For models whose skips are switches, not a checkpoint without the weights.
+    """
+    assert not model.config.skipped_attention_blocks, "the skipped blocks' weights are not there"
+    layers = model.model.layers
+    before = [
+        (layer.skip_attention, {name: getattr(layer, name) for name in SCALE_NAMES}) for layer in layers
+    ]
+    try:
+        for layer, (_, own) in zip(layers, before, strict=True):
+            layer.skip_attention = False
+            for name, scale in own.items():
+                setattr(layer, name, torch.nn.Parameter(torch.ones_like(scale), requires_grad=False))
+        model.model.number_cache_slots()
+        yield
+    finally:
+        for layer, (skips, own) in zip(layers, before, strict=True):
+            layer.skip_attention = skips
+            for name, scale in own.items():
+                setattr(layer, name, scale)
+        model.model.number_cache_slots()
 
 
 def columns(values: torch.Tensor) -> dict[str, torch.Tensor]:

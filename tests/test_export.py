@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hopscotch_common import checkpoints, weights
+from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
 from hopscotch_common.export import check, decilm, folders, folding, formats
@@ -17,7 +17,8 @@ from hopscotch_common.export.folding import FOLDABLE
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 from hopscotch_common.models import ModelRef
 
-LAYERS = 4
+LAYERS, HIDDEN = 4, 32
+WIDTHS = [len(SCALE_NAMES), 2 * HIDDEN + 2]  # four scalars a layer; b a channel
 IN_DECILM = [family for family in FOLDABLE if family != "qwen3"]
 VARIANTS = [
     *((family, {}) for family in FOLDABLE),
@@ -50,18 +51,20 @@ def base(tiny_folder, tmp_path_factory):
     return make
 
 
-def random_scales(seed: int, low: float, high: float, signs: bool = False) -> torch.Tensor:
-    """[layers, 4], log-uniform between low and high."""
+def random_scales(
+    seed: int, low: float, high: float, signs: bool = False, width: int = len(SCALE_NAMES)
+) -> torch.Tensor:
+    """[layers, width], log-uniform between low and high."""
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.tensor([low, high]).log()
-    values = torch.empty(LAYERS, len(SCALE_NAMES)).uniform_(low, high, generator=generator).exp()
+    values = torch.empty(LAYERS, width).uniform_(low, high, generator=generator).exp()
     if signs:
         values *= torch.randint(2, values.shape, generator=generator) * 2 - 1
     return values
 
 
 def save(tmp_path, folder, skipped, values):
-    values[skipped, 0] = 0.0
+    scales.columns(values)["b_scale_attn"][skipped] = 0.0
     checkpoint = tmp_path / "checkpoint"
     checkpoints.save_checkpoint(checkpoint, ModelRef("tiny", str(folder)), skipped, values, {})
     return checkpoint
@@ -83,14 +86,18 @@ def load_folded(folder):
     return model
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("family, changes", VARIANTS)
-def test_folding_is_exact_but_for_eps(tmp_path, base, family, changes, seed):
+def test_folding_is_exact_but_for_eps(tmp_path, base, family, changes, seed, width):
     # Negative scales and small ones. Without eps, what remains is float32 rounding.
     folder = base(family, rms_norm_eps=1e-20, **changes)
-    values = random_scales(seed, 0.05, 2.0, signs=True)
-    if (values[:, 1].prod() * values[:, 3].prod() < 0) == (seed == 0):
-        values[3, 3] *= -1  # so that the stream ends up negative with one seed, positive with the other
+    values = random_scales(seed, 0.05, 2.0, signs=True, width=width)
+    by_name = scales.columns(values)
+    if (by_name["s_scale_attn"].prod() * by_name["s_scale_mlp"].prod() < 0) == (seed == 0):
+        by_name["s_scale_mlp"][
+            3
+        ] *= -1  # so that the stream ends up negative with one seed, positive with the other
     checkpoint = save(tmp_path, folder, [[1], [0, 2]][seed], values)
     expected = logits(checkpoints.load_checkpoint(checkpoint))
     formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
@@ -146,11 +153,12 @@ def test_weights_keep_their_dtype_and_their_files(tmp_path, base):
     assert 1e-4 < report["relative_logit_error"] < 0.1
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("family, changes", [(f, c) for f, c in VARIANTS if f in IN_DECILM])
-def test_nemotron_nas(tmp_path, base, family, changes):
+def test_nemotron_nas(tmp_path, base, family, changes, width):
     skipped = [0, 2] if family == "llama" else [1, 2]
     folder = base(family, rms_norm_eps=1e-20, intermediate_size=512, **changes)
-    checkpoint = save(tmp_path, folder, skipped, random_scales(3, 0.05, 2.0, signs=True))
+    checkpoint = save(tmp_path, folder, skipped, random_scales(3, 0.05, 2.0, signs=True, width=width))
     report = formats.export_checkpoint(checkpoint, "nemotron_nas", tmp_path / "decilm")
     assert report["relative_logit_error"] < 1e-4
 
@@ -250,9 +258,17 @@ def test_scales_that_cannot_be_folded_are_refused(tmp_path, base, column, value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_product_that_the_dtype_cannot_hold_is_refused():
-    with pytest.raises(InputError, match="not finite in torch.float16"):
-        folding.fold("model.norm.weight", torch.full((2,), 1e3, dtype=torch.float16), {"model.norm": 100.0})
+@pytest.mark.parametrize("factor", [100.0, torch.tensor([-1.0, 100.0])])
+def test_a_product_that_the_dtype_cannot_hold_is_refused(factor):
+    with pytest.raises(InputError, match="times 100 is not finite in torch.float16"):
+        folding.fold("model.norm.weight", torch.full((2,), 1e3, dtype=torch.float16), {"model.norm": factor})
+
+
+def test_a_channel_that_is_not_finite_is_refused(base):
+    values = random_scales(0, 0.9, 1.1, width=2 * HIDDEN + 2)
+    values[2, 7] = float("inf")
+    with pytest.raises(InputError, match="b_scale_attn of layer 2 is inf"):
+        folding.fold_factors(values, [1])
 
 
 def test_past_the_tolerance_nothing_is_left_and_the_old_export_stays(tmp_path, base, capsys):

@@ -62,7 +62,7 @@ def test_device_map_and_dtype(checkpoint, dtype, tolerance):
     assert {scale.dtype for _, scale in scales.named_scales(model)} == {torch.float32}
     error = relative_error(logits_of(model), expected)
     assert error <= tolerance and (error > 0) == (tolerance > 0)
-    saved = checkpoints.load_scales(checkpoint, 4)
+    saved = checkpoints.load_scales(checkpoint)
     assert torch.equal(scales.snapshot(model), saved)
 
 
@@ -87,7 +87,7 @@ def check_quantised_checkpoint(checkpoint, quantization, device):
     model = quantised(checkpoint, quantization, device)
     error = relative_error(logits_of(model), expected)
     assert 0 < error < TOLERANCES[quantization]
-    assert torch.equal(scales.snapshot(model), checkpoints.load_scales(checkpoint, 4))
+    assert torch.equal(scales.snapshot(model), checkpoints.load_scales(checkpoint))
     assert {scale.dtype for _, scale in scales.named_scales(model)} == {torch.float32}
 
 

@@ -28,7 +28,11 @@ def skipping_model(folder, family: str, blocks: list[int], **changes):
 
 
 def reference_logits(stock, ids: torch.Tensor, values: torch.Tensor, skipped: set[int]) -> torch.Tensor:
-    """Logits by the method's two equations, in a plain loop over the stock model's own modules."""
+    """Logits by the method's two equations, in a plain loop over the stock model's own modules.
+
+    values: [layers, 4], or [layers, 2 * hidden + 2] with a b for each channel.
+    """
+    b_size = (values.shape[1] - 2) // 2
     inner, config = stock.model, stock.config
     x = inner.embed_tokens(ids) * getattr(config, "embedding_multiplier", 1.0)
     multiplier = getattr(config, "residual_multiplier", 1.0)
@@ -36,7 +40,7 @@ def reference_logits(stock, ids: torch.Tensor, values: torch.Tensor, skipped: se
     rotary = inner.rotary_emb(x, positions)
     causal = torch.full((ids.shape[1],) * 2, -1e30).triu(1)[None, None]
     for index, layer in enumerate(inner.layers):
-        b_attn, s_attn, b_mlp, s_mlp = values[index]
+        b_attn, s_attn, b_mlp, s_mlp = values[index].split([b_size, 1, b_size, 1])
         attention = 0
         if index not in skipped:
             attention = (
@@ -204,6 +208,17 @@ def test_a_norm_that_trains_gets_its_gradient():
     norm.requires_grad_(True)
     norm(torch.randn(2, 32, requires_grad=True)).sum().backward()
     assert norm.weight.grad is not None
+
+
+def test_scales_by_channel_save_as_much_as_scalars(tiny_folder):
+    ids = torch.arange(3, 67).view(2, 32)
+
+    def saved(granularity: str) -> int:
+        model = load_model(model_ref(str(tiny_folder())), device="cpu", scale_granularity=granularity)
+        scales.reset(model, [1])
+        return recomputation.saved_bytes(model, lambda: model.model(ids, use_cache=False))
+
+    assert saved("channel") == saved("layer")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

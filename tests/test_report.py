@@ -179,12 +179,14 @@ def test_the_picture_over_blocks_names_the_bend():
 
 def test_the_picture_of_epochs_shows_what_the_report_holds(made):
     report = json.loads((made / "scaled/report.json").read_text())
-    (axes,) = scaling_plots.epochs_figure(read_report(made / "scaled")).axes
-    assert points(axes, "training") == {epoch["epoch"]: epoch["loss"] for epoch in report["epochs"]}
-    held_out = {epoch["epoch"]: epoch["held_out"]["scaled"] for epoch in report["epochs"]}
-    assert points(axes, "held out, with scales") == held_out
-    for name, label in (("original", "original model"), ("unscaled", "skips without scales")):
-        assert set(points(axes, f"held out, {label}").values()) == {report["epochs"][0]["held_out"][name]}
+    panels = scaling_plots.epochs_figure(read_report(made / "scaled")).axes
+    assert points(panels[0], "training") == {epoch["epoch"]: epoch["loss"] for epoch in report["epochs"]}
+    for axes, measure in zip(panels, ("cross_entropy", "kl", "agreement"), strict=True):
+        held_out = {epoch["epoch"]: epoch["held_out"]["scaled"][measure] for epoch in report["epochs"]}
+        assert points(axes, "held out, with scales") == held_out
+        for name, label in (("original", "original model"), ("unscaled", "skips without scales")):
+            expected = report["epochs"][0]["held_out"][name][measure]
+            assert set(points(axes, f"held out, {label}").values()) == {expected}
 
 
 def test_a_held_out_figure_of_several_measures_gets_a_panel_each(made, tmp_path):
@@ -211,7 +213,7 @@ def test_the_map_shows_the_scales_of_the_best_epoch(made):
     run = read_report(made / "scaled")
     axes = scaling_plots.scales_figure(run).axes[0]
     shown = axes.collections[0].get_array()
-    expected = checkpoints.load_scales(run.checkpoint, 4).T.numpy()
+    expected = checkpoints.load_scales(run.checkpoint).T.numpy()
     hatched = np.zeros((4, 4), dtype=bool)
     hatched[0, list(run.skipped)] = True
     assert np.array_equal(np.ma.getmaskarray(shown), hatched) and len(run.skipped) == 2
@@ -360,13 +362,16 @@ def test_one_run_prints_its_short_table(made, tmp_path, capsys):
     report = json.loads((made / "scaled/report.json").read_text())
     best = report["epochs"][report["best_epoch"]]
     blocks = ", ".join(map(str, report["skipped_blocks"]))
-    assert lines[0] == f"attention blocks skipped  {blocks}"
-    for line, name in zip(lines[1:4], ("original", "unscaled", "scaled"), strict=True):
-        assert line == f"{f'held-out loss, {name}':<24}  {best['held_out'][name]:.4f}"
+    width = len("held-out cross entropy, original")
+    assert lines[0] == f"{'attention blocks skipped':<{width}}  {blocks}"
+    for measure in ("cross entropy", "kl", "agreement"):
+        for name in ("original", "unscaled", "scaled"):
+            figure = best["held_out"][name][measure.replace(" ", "_")]
+            assert lines.pop(1) == f"{f'held-out {measure}, {name}':<{width}}  {figure:.4f}"
     # of the tiny model: q and o are 32 x 32, k and v 16 x 32, and the norm before them 32
     removed, total = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 32), 300 * 32 * 2 + 32 + 4 * (3072 + 3 * 32 * 48 + 64)
-    assert lines[4] == f"{'parameters saved':<24}  {removed:,} of {total:,} ({removed / total:.1%})"
-    assert lines[5] == f"{'KV cache saved':<24}  2 of 4 blocks (50.0%)"
+    assert lines[1] == f"{'parameters saved':<{width}}  {removed:,} of {total:,} ({removed / total:.1%})"
+    assert lines[2] == f"{'KV cache saved':<{width}}  2 of 4 blocks (50.0%)"
     assert lines[-1] == str(tmp_path / "a.html")
 
 

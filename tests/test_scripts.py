@@ -12,12 +12,15 @@ import torch
 from conftest import ROOT, check_refused
 from test_search import write_data
 from test_training import random_samples, reference_loss
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import block_selection
 import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
+from hopscotch_common.errors import InputError
+from hopscotch_common.models import model_ref
 
 
 @pytest.fixture
@@ -49,6 +52,8 @@ def test_selection_then_scaling_then_unscaled(work, tmp_path, capsys):
     assert param_scale.main([*chained, "--validation_split", "0.25"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Epoch 0: loss ") and lines[2].startswith("Held-out loss: original ")
+    assert lines[3].startswith("Held-out KL: original 0.0000, unscaled ")
+    assert lines[4].startswith("Held-out agreement: original ") and len(lines) == 5
     folder = tmp_path / f"scaled_{name}_ckpts"
     assert sorted(path.name for path in folder.iterdir()) == [
         "report.json",
@@ -67,7 +72,7 @@ def test_selection_then_scaling_then_unscaled(work, tmp_path, capsys):
     assert torch.equal(values, expected)
 
 
-def test_held_out_losses_are_those_of_the_three_models(work, tmp_path):
+def test_held_out_figures_are_those_of_the_three_models(work, tmp_path):
     arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "1", "--validation_split", "0.25")
     assert param_scale.main(arguments) == 0
     folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
@@ -77,29 +82,103 @@ def test_held_out_losses_are_those_of_the_three_models(work, tmp_path):
     _, samples = split_samples(random_samples(12), 0.25, 42)
     tokens = sum(sample.num_loss_counted_tokens for sample in samples)
     stock = AutoModelForCausalLM.from_pretrained(work, attn_implementation="eager").eval()
-    trained = checkpoints.load_scales(folder, 4)
+    trained = checkpoints.load_scales(folder)
     for which, values, skipped in (
         ("original", torch.ones(4, 4), set()),
         ("unscaled", torch.ones(4, 4), {1}),
         ("scaled", trained, {1}),
     ):
-        with torch.no_grad():
-            expected = sum(reference_loss(stock, sample, values, skipped) for sample in samples) / tokens
-        assert math.isclose(held_out[which], expected.item(), rel_tol=1e-4), which
+        for loss, measure in (("ce", "cross_entropy"), ("kl", "kl")):
+            with torch.no_grad():
+                losses = [reference_loss(stock, sample, values, skipped, loss) for sample in samples]
+            expected = sum(losses).item() / tokens
+            assert math.isclose(held_out[which][measure], expected, rel_tol=1e-4, abs_tol=1e-6), which
+        assert 0 <= held_out[which]["agreement"] <= 1
 
 
-def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys):
-    common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2")
+def test_the_best_epoch_is_the_one_of_the_loss_trained_on(work):
+    held_out = [{"cross_entropy": 0.4, "kl": 0.3}, {"cross_entropy": 0.5, "kl": 0.2}]
+    runs = [
+        {
+            "epoch": n,
+            "learning_rate": 1.0,
+            "loss": 1.0,
+            "held_out": {"scaled": h},
+            "skipped_attention_blocks": [1],
+        }
+        for n, h in enumerate(held_out)
+    ]
+    for loss, best in (("ce", 0), ("kl", 1)):
+        arguments = param_scale.build_parser().parse_args(
+            flags(work, "--blocks_to_skip", "1", "--loss", loss)
+        )
+        assert param_scale.final_report(arguments, runs)["best_epoch"] == best
+
+
+def test_each_epoch_prints_the_held_out_value_of_its_loss(work, tmp_path, capsys):
+    arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25")
+    assert param_scale.main([*arguments, "--loss", "kl"]) == 0
+    report = json.loads((tmp_path / f"scaled_{work.name}_ckpts/report.json").read_text())
+    for line, epoch in zip(capsys.readouterr().out.splitlines(), report["epochs"], strict=False):
+        held_out = epoch["held_out"]["scaled"]["kl"]
+        assert line == f"Epoch {epoch['epoch']}: loss {epoch['loss']:.4f}, held-out {held_out:.4f}"
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_finer_scales_and_divergence_over_quantised_weights(work, tiny_folder, tmp_path, quantization):
+    model = tiny_folder(intermediate_size=64)  # int4 takes 32 columns at a time
+    arguments = flags(model, "--blocks_to_skip", "1", "--num_epochs", "2", "--quantization", quantization)
+    arguments += ["--granularity", "channel", "--loss", "kl", "--learning_rate", "1e-2"]
+    assert param_scale.main(arguments) == 0
+    folder = tmp_path / f"scaled_{model.name}_ckpts"
+    first, last = (epoch["loss"] for epoch in json.loads((folder / "report.json").read_text())["epochs"])
+    assert 0 < last < first
+    assert checkpoints.load_scales(folder / f"{model.name}_scaled_epoch_1").shape == (4, 2 * 32 + 2)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granularity):
+    common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2", "--granularity", granularity)
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "whole"]) == 0
     assert param_scale.main([*common, "--num_epochs", "1", "--output_dir", "parts", "--resume"]) == 0
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
     for epoch in range(3):
         a, b = (tmp_path / part / f"{work.name}_scaled_epoch_{epoch}" for part in ("whole", "parts"))
-        assert torch.equal(checkpoints.load_scales(a, 4), checkpoints.load_scales(b, 4))
+        assert torch.equal(checkpoints.load_scales(a), checkpoints.load_scales(b))
         assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
     capsys.readouterr()
+    (other,) = {"layer", "channel"} - {granularity}
+    finer = [*common, "--granularity", other, "--output_dir", "parts", "--resume"]
+    message = f"was made with granularity = {granularity}, now it is {other}"
+    check_refused(param_scale, finer, message, capsys)
     other = [*common, "--blocks_to_skip", "2", "--output_dir", "parts", "--resume"]
     check_refused(param_scale, other, r"was made with blocks_to_skip = \[1\], now it is \[2\]", capsys)
+
+
+def test_scales_by_channel_are_saved_verified_and_exported(work, tmp_path):
+    arguments = flags(work, "--blocks_to_skip", "1", "0", "--num_epochs", "1", "--granularity", "channel")
+    assert param_scale.main([*arguments, "--export", "folded"]) == 0
+    folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
+    assert checkpoints.main(["verify", str(folder)]) == 0
+    assert json.loads((folder / "config.json").read_text())["scale_granularity"] == "channel"
+    values = checkpoints.load_scales(folder)
+    assert values.shape == (4, 2 * 32 + 2)
+    b_attn = scales.columns(values)["b_scale_attn"]
+    assert not b_attn[:2].any() and (b_attn[2:].std(dim=1) > 0).all()
+    model = checkpoints.load_checkpoint(folder)
+    assert torch.equal(scales.snapshot(model), values)
+    folded = AutoModelForCausalLM.from_pretrained(folder.parent / f"{work.name}_scaled_folded")
+    ids = torch.arange(3, 43).view(2, 20)
+    assert_close(folded(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_scales_of_another_granularity_than_the_config_says_are_refused(work, tmp_path):
+    values = torch.ones(4, 2 * 32 + 2)
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", model_ref(str(work)), [], values, {})
+    config = json.loads((tmp_path / "checkpoint/config.json").read_text())
+    (tmp_path / "checkpoint/config.json").write_text(json.dumps(config | {"scale_granularity": "layer"}))
+    with pytest.raises(InputError, match=r"b_scale_attn is of shape \[32\], not one finite number"):
+        checkpoints.load_checkpoint(tmp_path / "checkpoint")
 
 
 def test_training_resumes_after_the_last_epoch_whichever_are_left(work, tmp_path):
@@ -110,7 +189,7 @@ def test_training_resumes_after_the_last_epoch_whichever_are_left(work, tmp_path
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
     assert not (tmp_path / "parts" / f"{work.name}_scaled_epoch_0").exists()
     a, b = (tmp_path / part / f"{work.name}_scaled_epoch_2" for part in ("whole", "parts"))
-    assert torch.equal(checkpoints.load_scales(a, 4), checkpoints.load_scales(b, 4))
+    assert torch.equal(checkpoints.load_scales(a), checkpoints.load_scales(b))
     report = json.loads((tmp_path / "parts/report.json").read_text())
     assert [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
 
@@ -138,8 +217,13 @@ def test_a_journal_of_other_weights_is_refused(work, tmp_path, capsys):
         ("block_selection.py", ["--num_blocks", "2"]),
         ("block_selection.py", ["--num_blocks", "1", "--search", "race", "--screening", "0.75"]),
         ("param_scale.py", ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]),
+        (
+            "param_scale.py",
+            ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]
+            + ["--granularity", "channel", "--loss", "kl"],
+        ),
     ],
-    ids=["full", "race", "param_scale"],
+    ids=["full", "race", "param_scale", "param_scale by channel and KL"],
 )
 def test_several_processes_equal_one(work, tmp_path, script, more):
     """Three candidates race over two and three processes, and two on three: they share then."""

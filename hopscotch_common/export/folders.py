@@ -11,7 +11,7 @@ import torch
 from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
-from hopscotch_common.export.folding import absorb_granite, fold, fold_factors
+from hopscotch_common.export.folding import Factor, absorb_granite, fold, fold_factors
 from hopscotch_common.modeling_hopscotch import HopscotchForCausalLM
 from hopscotch_common.models import HOPSCOTCH_PREFIX, hopscotch_classes, load_whole
 
@@ -20,7 +20,7 @@ from hopscotch_common.models import HOPSCOTCH_PREFIX, hopscotch_classes, load_wh
 class Target:
     """What an export's weights are: what each is multiplied by (`fold`), and all that it needs."""
 
-    factors: dict[str, float]
+    factors: dict[str, Factor]
     shapes: dict[str, torch.Size]
 
 

@@ -5,8 +5,9 @@ residual stream may be stored divided by a running factor C, which starts at 1. 
 
     C *= s;  stored = (b * branch + s * C_before * stored_before) / C = (b / C) * branch + stored_before
 
-and the branch's last matrix (o_proj, down_proj, with bias) takes the factor b / C. Where C is
-negative, the norm that reads the stream changes the sign of its weight.
+and the branch's last matrix (o_proj, down_proj, with bias) takes the factor b / C: all of it where
+b is a number, row i the factor b[i] / C where b has one a channel. Where C is negative, the norm that
+reads the stream changes the sign of its weight.
 """
 
 import math
@@ -16,10 +17,13 @@ import torch
 
 from hopscotch_common.errors import InputError
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common.scales import columns
 
 # Families whose branches end in o_proj and down_proj, with RMSNorms before both and none behind them.
 FOLDABLE = ("llama", "qwen2", "granite", "mistral", "qwen3")
 SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
+
+Factor = float | torch.Tensor  # of a weight and its bias: a number, or float64 [1], or [rows], one a row
 
 
 def check_foldable(config) -> None:
@@ -30,24 +34,25 @@ def check_foldable(config) -> None:
             f"the scales of {family} cannot be folded yet (only those of {', '.join(FOLDABLE)}); "
             "serve the checkpoint itself with transformers"
         )
-    if getattr(config, "scale_granularity", "layer") != "layer":
-        raise InputError("scales by channel cannot be folded yet; serve the checkpoint with transformers")
 
 
 def fold_factors(
     values: torch.Tensor, skipped: Iterable[int], residual_multiplier: float = 1.0
-) -> dict[str, float]:
+) -> dict[str, Factor]:
     """What every weight and bias of a module is multiplied by; modules not named keep theirs.
 
-    values: the scales [layers, 4]. skipped: blocks without attention. residual_multiplier: taken
+    values: the scales [layers, width]. skipped: blocks without attention. residual_multiplier: taken
     into the weights as well, for a target that has none of its own (Granite's). Raises InputError
     for scales that are not finite, and for an s too close to 0 to divide by.
     """
     skipped = set(skipped)
     carried, factors = 1.0, {}
-    for layer, row in enumerate(values.double().tolist()):
+    by_name = columns(values.double())
+    for layer in range(len(values)):
+        row = {name: by_name[name][layer] for name in SCALE_NAMES}
         _check_scales(layer, row)
-        b_attn, s_attn, b_mlp, s_mlp = row
+        b_attn, b_mlp = row["b_scale_attn"], row["b_scale_mlp"]
+        s_attn, s_mlp = row["s_scale_attn"].item(), row["s_scale_mlp"].item()
         prefix = f"model.layers.{layer}"
         if layer not in skipped:
             factors[f"{prefix}.input_layernorm"] = math.copysign(1.0, carried)
@@ -60,20 +65,19 @@ def fold_factors(
     return factors
 
 
-def _check_scales(layer: int, row: list[float]) -> None:
-    for name, value in zip(SCALE_NAMES, row, strict=True):
-        if not math.isfinite(value):
+def _check_scales(layer: int, row: dict[str, torch.Tensor]) -> None:
+    for name, scale in row.items():
+        if not bool(scale.isfinite().all()):
+            bad = scale[~scale.isfinite()][0].item()
+            raise InputError(f"{name} of layer {layer} is {bad}: this checkpoint cannot work; train it again")
+        if name.startswith("s") and abs(s := scale.item()) < SMALLEST_S:
             raise InputError(
-                f"{name} of layer {layer} is {value}: this checkpoint cannot work; train it again"
-            )
-        if name.startswith("s") and abs(value) < SMALLEST_S:
-            raise InputError(
-                f"{name} of layer {layer} is {value:g}, which all but wipes out the residual stream, and "
+                f"{name} of layer {layer} is {s:g}, which all but wipes out the residual stream, and "
                 f"cannot be folded (at least {SMALLEST_S:g} is needed); train with a smaller learning rate"
             )
 
 
-def absorb_granite(factors: dict[str, float], config) -> dict[str, float]:
+def absorb_granite(factors: dict[str, Factor], config) -> dict[str, Factor]:
     """Take Granite's other multipliers into the weights too, so that they are all 1 afterwards.
 
     The embeddings take theirs, the queries that of attention (over the usual 1 / sqrt(head_dim)),
@@ -94,18 +98,20 @@ def absorb_granite(factors: dict[str, float], config) -> dict[str, float]:
     return factors
 
 
-def fold(key: str, tensor: torch.Tensor, factors: dict[str, float]) -> torch.Tensor:
-    """A weight or bias times its module's factor: in float64, then back in its own dtype.
+def fold(key: str, tensor: torch.Tensor, factors: dict[str, Factor]) -> torch.Tensor:
+    """A weight [rows, columns] or bias [rows] times its module's factor: in float64, then its own dtype.
 
     Raises InputError when the dtype cannot hold the product.
     """
-    factor = factors.get(key.rpartition(".")[0], 1.0)
-    if factor == 1.0:
+    factor = torch.as_tensor(factors.get(key.rpartition(".")[0], 1.0), dtype=torch.float64)
+    if bool((factor == 1.0).all()):
         return tensor
-    folded = (tensor.double() * factor).to(tensor.dtype)
+    by_row = factor.view(-1, *[1] * (tensor.dim() - 1))
+    folded = (tensor.double() * by_row).to(tensor.dtype)
     if not bool(folded.isfinite().all()):
+        largest = factor.abs().max().item()
         raise InputError(
-            f"{key} times {factor:g} is not finite in {tensor.dtype}: the scales are too extreme to fold; "
+            f"{key} times {largest:g} is not finite in {tensor.dtype}: the scales are too extreme to fold; "
             "train with a smaller learning rate"
         )
     return folded

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+# What can be trained on, and under which name held-out figures report it: cross entropy on the answers'
+# tokens, or the divergence from the original model's distribution at the same positions.
+MEASURES = {"ce": "cross_entropy", "kl": "kl"}
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -9,7 +13,7 @@ class TrainingOptions:
 
     max_tokens_per_batch: most tokens that run at once, padding included; None: what suits the device.
     It bounds memory and does not change the result, as gradient_checkpointing and compile_layers.
-    seed: of the order of the data.
+    seed: of the order of the data. loss: one of MEASURES.
     """
 
     learning_rate: float
@@ -18,3 +22,4 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     compile_layers: bool = False
     seed: int = 42
+    loss: str = "ce"

@@ -10,19 +10,19 @@ from hopscotch_common import scales
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Sample
 from hopscotch_common.training.distributed import Group
-from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer, evaluate
+from hopscotch_common.training.trainer import EpochBatches, HeldOut, ScaleState, ScaleTrainer, evaluate
 
 
 @dataclass(frozen=True)
 class Epoch:
     """What an epoch came to. losses: one a batch; held_out: None where nothing is held out.
 
-    values: the scales [layers, 4]; state: all that it takes to go on.
+    values: the scales [layers, width]; state: all that it takes to go on.
     """
 
     number: int
     losses: list[float]
-    held_out: float | None
+    held_out: HeldOut | None
     values: torch.Tensor
     state: ScaleState
 
@@ -56,18 +56,23 @@ class EpochTraining:
             self._held_out = EpochBatches(model, held_out, options, shuffle=False).epoch(**self._share)
         self._trainer: ScaleTrainer | None = None
 
-    def baselines(self) -> dict[str, float | None]:
-        """Held-out losses without training: of the original model, and with the blocks skipped."""
-        losses = {}
+    def baselines(self) -> dict[str, HeldOut | None]:
+        """Held-out figures without training: of the original model, and with the blocks skipped."""
+        figures = {}
         for what, skipped in (("original", []), ("unscaled", self.skipped)):
             scales.reset(self.model, skipped)
-            losses[what] = self._held_out_loss(what)
-        return losses
+            figures[what] = self._held_out_figures(what)
+        return figures
 
     def start(self, state: ScaleState | None = None) -> None:
         """Begin with scales of 1, or go on from an earlier epoch's state."""
         self._trainer = ScaleTrainer(
-            self.model, self.options.learning_rate, self.skipped, state, self.group.reduce
+            self.model,
+            self.options.learning_rate,
+            self.skipped,
+            state,
+            self.group.reduce,
+            loss=self.options.loss,
         )
 
     def epoch(self, number: int) -> Epoch:
@@ -76,10 +81,10 @@ class EpochTraining:
         with self.bar(len(batches), f"epoch {number}") as bar:
             losses = self._trainer.run(batches, f"epoch {number}", on_batch=bar.update_loss)
         self._trainer.check_sound(batches, f"epoch {number}, batch {len(batches) - 1}")
-        held_out = self._held_out_loss(f"epoch {number}")
+        held_out = self._held_out_figures(f"epoch {number}")
         return Epoch(number, losses, held_out, scales.snapshot(self.model), self._trainer.state())
 
-    def _held_out_loss(self, what: str) -> float | None:
+    def _held_out_figures(self, what: str) -> HeldOut | None:
         if not self._held_out:
             return None
         name = f"held-out loss, {what}"

@@ -3,16 +3,16 @@
 import base64
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged
 from hopscotch_common.modeling_hopscotch import attention_blocks
-from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training import MEASURES, TrainingOptions
 from hopscotch_common.training.batches import Batch, Layout, Minibatch, Sample, make_batches
-from hopscotch_common.training.loss import SharedPrefix, summed_loss
+from hopscotch_common.training.loss import SharedPrefix, original_states, summed_figures, summed_loss
 from hopscotch_common.training.memory import MinibatchRunner, is_out_of_memory, token_budget
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over the processes that share a batch
@@ -81,35 +81,63 @@ def compute_prefix(model, batch: Batch) -> tuple[SharedPrefix | None, list[Minib
     return None, [minibatch.whole() for minibatch in batch.minibatches]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over the loss-counted tokens of answers that were not trained on.
+
+    cross_entropy: of the answers' tokens; kl: divergence from the original model's distributions; both
+    in nats a token. agreement: share of positions where the most likely token is the answer's.
+    """
+
+    cross_entropy: float
+    kl: float
+    agreement: float
+
+
 def evaluate(
     model,
     batches: Sequence[Batch],
     where: str,
     on_batch: Callable[[], None] = lambda: None,
     reduce: Reduce | None = None,
-) -> float:
-    """Mean loss, in nats a token, over all loss-counted tokens of the batches (of all processes).
+) -> HeldOut:
+    """Figures over all loss-counted tokens of the batches (of all processes).
 
-    Raises TrainingError when a single answer does not fit into memory, Diverged when the loss is not
+    Raises TrainingError when a single answer does not fit into memory, Diverged when a figure is not
     finite.
     """
+
+    def sums_of(minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
+        original = original_states(model, minibatch)
+        return summed_figures(model, minibatch.to(model.device), original, prefix)
+
+    return HeldOut(*_means(model, batches, where, sums_of, len(fields(HeldOut)), on_batch, reduce))
+
+
+@torch.no_grad()
+def _means(
+    model,
+    batches: Sequence[Batch],
+    where: str,
+    sums_of: Callable[[Minibatch, SharedPrefix | None], torch.Tensor],
+    count: int,
+    on_batch: Callable[[], None] = lambda: None,
+    reduce: Reduce | None = None,
+) -> list[float]:
+    """So many sums over minibatches, by the batches' loss-counted tokens; errors as `evaluate`."""
     runner = MinibatchRunner()
-    total, tokens = torch.zeros(1, device=model.device), 0
+    total, tokens = torch.zeros(count, device=model.device), 0
     for batch in batches:
         prefix, minibatches = compute_prefix(model, batch)
-
-        def loss_of(minibatch: Minibatch, prefix=prefix) -> torch.Tensor:
-            return summed_loss(model, minibatch.to(model.device), prefix).to(model.device)
-
-        for _, loss in runner.run(minibatches, loss_of, where):
-            total += loss
+        for _, sums in runner.run(minibatches, lambda part, prefix=prefix: sums_of(part, prefix), where):
+            total += sums.to(model.device)
         tokens += batch.num_loss_counted_tokens
         on_batch()
-    mean = (total if reduce is None else reduce(total)).item() / tokens
-    if not math.isfinite(mean):
-        raise Diverged(f"{where}: the loss is {mean}; use --dtype float32")
-    return mean
+    means = [value / tokens for value in (total if reduce is None else reduce(total)).tolist()]
+    for mean in means:
+        if not math.isfinite(mean):
+            raise Diverged(f"{where}: the loss is {mean}; use --dtype float32")
+    return means
 
 
 @dataclass(frozen=True)
@@ -154,13 +182,16 @@ class ScaleTrainer:
         state: ScaleState | None = None,
         reduce: Reduce | None = None,
         runner: MinibatchRunner | None = None,
+        loss: str = "ce",
     ):
         """Skip exactly `skipped`; go on from `state`, or start from scales of 1.
 
         reduce: sums a tensor over the processes that share each batch. runner: kept by the caller, so that
-        what it learnt of memory outlives this trainer.
+        what it learnt of memory outlives this trainer. loss: one of MEASURES.
         """
+        assert loss in MEASURES, loss
         self.model, self.reduce, self.runner = model, reduce, runner or MinibatchRunner()
+        self.loss = loss
         scales.reset(model, skipped)
         self.parameters = scales.trainable_scales(model)
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate)
@@ -217,7 +248,7 @@ class ScaleTrainer:
         total = torch.zeros((), device=device)
 
         def run(minibatch: Minibatch) -> tuple[torch.Tensor, tuple]:
-            loss = summed_loss(self.model, minibatch.to(device), prefix)
+            loss = self._summed_loss(minibatch, prefix)
             return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True)
 
         for _, (loss, gradients) in self.runner.run(minibatches, run, where):
@@ -236,6 +267,10 @@ class ScaleTrainer:
         if self.reduce is not None:
             total, gradients = self._reduce(total, gradients)
         return total, [gradient / batch.num_loss_counted_tokens for gradient in gradients]
+
+    def _summed_loss(self, minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
+        original = original_states(self.model, minibatch) if self.loss == "kl" else None
+        return summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
 
     def _reduce(
         self, loss: torch.Tensor, gradients: list[torch.Tensor]
@@ -288,8 +323,12 @@ class ScaleTrainer:
         for name, scale in scales.named_scales(self.model):
             if not bool(scale.isfinite().all()):
                 raise Diverged(f"{where}: {name} is not finite after it; {remedy}")
+
+        def sums_of(minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
+            return self._summed_loss(minibatch, prefix).view(1)
+
         try:
-            evaluate(self.model, batches[-1:], where, reduce=self.reduce)
+            _means(self.model, batches[-1:], where, sums_of, 1, reduce=self.reduce)
         except Diverged as error:
             raise Diverged(f"{where}: the loss is not finite after it; {remedy}") from error
 

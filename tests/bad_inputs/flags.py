@@ -133,6 +133,8 @@ CASES = [
     _flag("block_selection", "--plot", "losses", "--plot losses: .* ends in .png"),
     # step 4
     _flag("param_scale", "--num_epochs", "0", WHOLE),
+    _flag("param_scale", "--granularity", "head", "--granularity: invalid choice: 'head'"),
+    _flag("param_scale", "--loss", "mse", "--loss: invalid choice: 'mse'"),
     _flag("param_scale", "--quantization", "int3", "--quantization: invalid choice: 'int3'"),
     _flag("param_scale", "--validation_split", "1", "at least 0 and below 1"),
     _flag("param_scale", "--validation_split", "nan", "at least 0 and below 1"),

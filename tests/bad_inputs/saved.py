@@ -173,6 +173,14 @@ CASES = [
         "2",
     ),
     _resume(
+        "of another granularity",
+        "was made with granularity = layer, now it is channel; repeat",
+        nothing,
+        "--granularity",
+        "channel",
+    ),
+    _resume("of another loss", "was made with loss = ce, now it is kl; repeat", nothing, "--loss", "kl"),
+    _resume(
         "hopscotch.json is not JSON", points_to(LAST, "hopscotch.json"), cut(f"{LAST}/hopscotch.json", 0.5)
     ),
     _resume("hopscotch.json is a list", points_to(LAST), write(f"{LAST}/hopscotch.json", "[]")),
