@@ -86,8 +86,8 @@ def check_processes(commands: Commands, name: str, folder: Path, processes: int)
         for mine, theirs in zip(together, alone, strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=FLOAT32_TOLERANCE)
             assert mine["held_out"].keys() == theirs["held_out"].keys()
-            for name, figures in mine["held_out"].items():
-                assert figures == pytest.approx(theirs["held_out"][name], rel=FLOAT32_TOLERANCE)
+            for of, figures in mine["held_out"].items():
+                assert figures == pytest.approx(theirs["held_out"][of], rel=FLOAT32_TOLERANCE)
     files = {name: None for name in commands.undisturbed(name).state}
     assert state_of(folder).keys() == files.keys()
     record(f"`{name}` in {processes} processes", "the same picks and losses")
