@@ -136,6 +136,8 @@ def check_output(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
 
     flag: what names it, for the message. inputs: files that must not be replaced.
     """
+    if not path.name:  # "." and "/"
+        raise InputError(f"{flag} {path}: is a folder; name a file")
     check_name(path, flag)
     if path.is_dir():
         raise InputError(f"{flag} {path}: is a folder; name a file")
