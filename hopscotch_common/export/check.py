@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from hopscotch_common.errors import logger
 
@@ -66,8 +67,6 @@ def check_prompts(folder: Path, vocab_size: int) -> tuple[list[tuple[list[int], 
 
     Random token ids stand in where the folder has no tokenizer that fits the model.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     try:
         # With a config at hand, the folder's own config class (remote code) is not asked for.
         tokenizer = AutoTokenizer.from_pretrained(

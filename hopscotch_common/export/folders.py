@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError, logger
@@ -31,8 +32,6 @@ def skipped_blocks(config) -> list[int]:
 
 def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
     """Write the config of the stock architecture; what its weights are."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
     own += ("transformers_version",)
     kept = {key: value for key, value in config.to_dict().items() if key not in own}
@@ -112,8 +111,6 @@ def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, to
 
 def load_exported(folder: Path, format: str, **options):
     """An export as a transformers model; every tensor must be read, and none be missing."""
-    from transformers import AutoModelForCausalLM
-
     if format == "folded":
         model_class = AutoModelForCausalLM
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files
 from hopscotch_common.errors import HopscotchError, InputError, logger
@@ -97,8 +98,6 @@ def export_checkpoint(
 
 def _check(checkpoint: Path, config, folder: Path, format: str, tolerance: float | None, device: str) -> dict:
     """Compare the export with its source in float32; the figures. One model is in memory at a time."""
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.disable_progress_bar()
     place = device_map(resolve_device(device))
     prompts, real_text = check.check_prompts(folder, config.vocab_size)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from hopscotch_common import files
 from hopscotch_common.errors import InputError
@@ -153,9 +155,6 @@ def _read_weights(path: Path) -> dict[str, int]:
 
 def read_scales(path: Path) -> ScaleMap:
     """The scales of a checkpoint's scales.safetensors; InputError where it is not one."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from hopscotch_common.errors import InputError
 
@@ -78,9 +80,6 @@ def join_processes(device: str) -> Processes:
 
     device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
     check_launch(device)
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=TIMEOUT)
     if state.num_processes == 1:
