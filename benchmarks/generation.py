@@ -165,7 +165,10 @@ def run_worker(kind: str) -> dict:
     command = [sys.executable, *sys.argv, "--worker", kind]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
     measured = json.loads(result.stdout.splitlines()[-1])
-    print(f"{kind}: {measured['tokens_per_second']:.1f} tokens/s", file=sys.stderr)
+    rates = (
+        f"{measured['tokens_per_second']:.1f} tokens/s, {measured['tokens_per_cpu_second']:.1f} a CPU second"
+    )
+    print(f"{kind}: {rates}", file=sys.stderr)
     return measured
 
 

@@ -10,6 +10,10 @@ cache, the column `clock`; a row is [padding | prompt | what was generated so fa
 So a finished answer gives its slot to the next waiting prompt at once, and one long answer holds
 nobody up. Prompts wait shortest first. When the batch outgrows its token budget, the longest row
 goes back to wait with what it has, and goes on later among its likes.
+
+transformers has continuous batching of its own (`generate_batch`), over a paged cache. On 2 CPU cores
+this gives 2.3 times its tokens/s in float32 and 2.6 times in bfloat16 (`benchmarks/generation.py`,
+SmolLM2, 48 prompts): there it has no other attention to offer than one dense mask over all requests.
 """
 
 import bisect
