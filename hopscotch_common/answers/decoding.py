@@ -11,9 +11,10 @@ So a finished answer gives its slot to the next waiting prompt at once, and one 
 nobody up. Prompts wait shortest first. When the batch outgrows its token budget, the longest row
 goes back to wait with what it has, and goes on later among its likes.
 
-transformers has continuous batching of its own (`generate_batch`), over a paged cache. On 2 CPU cores
-this gives 2.3 times its tokens/s in float32 and 2.6 times in bfloat16 (`benchmarks/generation.py`,
-SmolLM2, 48 prompts): there it has no other attention to offer than one dense mask over all requests.
+transformers has continuous batching of its own (`generate_batch`), over a paged cache. On 2 idle CPU
+cores this gives 2.7 times its tokens/s in float32, 2.1 times a CPU second (`benchmarks/generation.py`,
+SmolLM2, 48 prompts, 3 rounds): there it has no other attention to offer than one dense mask over all
+requests.
 """
 
 import bisect
