@@ -17,8 +17,9 @@ import math
 import sys
 from pathlib import Path
 
-from hopscotch_common import cli, files
+from hopscotch_common import cli, files, writing
 from hopscotch_common.errors import InputError, logger
+from hopscotch_common.log import Log
 from hopscotch_common.models import load_model, read_config
 from hopscotch_common.report.runs import describe_run
 
@@ -172,13 +173,7 @@ def main(argv: list[str] | None = None) -> int:
 
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
-    samples = batches.load_samples(
-        arguments.data_path,
-        config.vocab_size,
-        config.max_position_embeddings,
-        arguments.max_tokens_per_batch,
-        arguments.max_samples,
-    )
+    samples = cli.load_samples(arguments, config)
     data = {
         "path": str(arguments.data_path),
         "sha256": batches.fingerprint(samples),
@@ -194,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         if processes.rank == 0:
             fingerprint = weights.fingerprint(arguments.model.folder())
             settings = journal_settings(arguments, fingerprint, data["sha256"])
-            log = files.Log(journal_path(output), settings, journal.KIND, journal.REMEDY)
+            log = Log(journal_path(output), settings, journal.KIND, journal.REMEDY)
             resources.enter_context(log)
             records, append = [(f"{log.path}, line {n}", record) for n, record in log.records], log.append
         records = processes.gather(records)[0]  # only rank 0's disk is sure
@@ -248,7 +243,7 @@ def write_results(
         "iterations": [dataclasses.asdict(iteration) for iteration in iterations],
         "data": data,
     } | describe_run(vars(arguments))
-    files.write_json(output, content)
+    writing.write_json(output, content)
     if arguments.plot:
         from hopscotch_common.report.search_plots import plot_search  # matplotlib takes a second
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hopscotch_common import cli, files
+from hopscotch_common import cli, files, writing
 from hopscotch_common.answers.engines import (
     BACKENDS,
     Answer,
@@ -179,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"no answer is left of {len(prompts)}: {figures['truncated_dropped']} were cut off at "
                 f"--max_tokens {args.max_tokens} (see --keep_truncated), {figures['empty_dropped']} are empty"
             )
-        files.write_json(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
-        files.write_atomic(final, files.lines_of(kept))
+        writing.write_json(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
+        writing.write_atomic(final, files.lines_of(kept))
     finally:
         partial.close()
     cli.result(

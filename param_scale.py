@@ -22,7 +22,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from hopscotch_common import cli, files
+from hopscotch_common import cli, files, writing
 from hopscotch_common.errors import logger
 from hopscotch_common.models import QUANTIZATIONS, load_model, read_config
 from hopscotch_common.report.runs import describe_run
@@ -115,13 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
-    samples = batches.load_samples(
-        arguments.data_path,
-        config.vocab_size,
-        config.max_position_embeddings,
-        arguments.max_tokens_per_batch,
-        arguments.max_samples,
-    )
+    samples = cli.load_samples(arguments, config)
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
     check_exports(arguments.export, config, export_target(output_dir, name))
     for epoch in range(arguments.num_epochs):
@@ -134,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as resources:
         runs, before = [], None
         if processes.rank == 0:
-            resources.enter_context(files.locked(output_dir / "report.json"))
+            resources.enter_context(writing.locked(output_dir / "report.json"))
             if arguments.resume:
                 runs = checkpoints.resumable_epochs(output_dir, name, settings)
             if runs:
@@ -192,14 +186,14 @@ def main(argv: list[str] | None = None) -> int:
             runs.append(run)
         if processes.rank == 0:
             report = final_report(arguments, runs)
-            files.write_json(output_dir / "report.json", report)  # before an export, which may be refused
+            writing.write_json(output_dir / "report.json", report)  # before an export, which may be refused
             print_held_out(report)
             if arguments.export:
                 folder = checkpoints.epoch_folder(output_dir, name, report["best_epoch"])
                 report["exports"] = run_exports(
                     arguments.export, folder, export_target(output_dir, name), arguments.device
                 )
-                files.write_json(output_dir / "report.json", report)
+                writing.write_json(output_dir / "report.json", report)
                 for kind, exported in report["exports"].items():
                     cli.result(f"Exported {kind}: {exported['folder']}")
     return 0

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hopscotch_common import cli, files
+from hopscotch_common import cli, files, writing
 from hopscotch_common.answers.prompts import check_messages, check_vocabulary, render
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.models import load_tokenizer, read_config
@@ -252,9 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     config = read_config(args.model)
     tokenizer = load_tokenizer(args.model)
     conversations = read_conversations(input_file, tokenizer)
-    with files.locked(data_file), files.scratch_folder(output_dir, "processing") as workspace:
+    with writing.locked(data_file), writing.scratch_folder(output_dir, "processing") as workspace:
         processed = process(conversations, args.model.folder(weights=False), workspace, args.num_cpu_procs)
-        with files.atomic_file(data_file) as file:
+        with writing.atomic_file(data_file) as file:
             figures = write_kept_samples(
                 processed, file, len(conversations), args.max_seq_len, config.vocab_size
             )
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"--max_seq_len {args.max_seq_len} tokens or more, "
                     f"{figures['dropped_too_short']} fewer than {MIN_SEQ_LEN}"
                 )
-        files.write_json(report_file, describe_run(vars(args)) | {"input_file": str(input_file)} | figures)
+        writing.write_json(report_file, describe_run(vars(args)) | {"input_file": str(input_file)} | figures)
     logger.info("longest sample: %d tokens", figures["longest"])
     cli.result(
         f"{data_file}: {figures['kept']} of {figures['samples']} samples kept "

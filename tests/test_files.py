@@ -9,15 +9,15 @@ import sys
 import pytest
 from conftest import ROOT
 
-from hopscotch_common import files
+from hopscotch_common import files, writing
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import Log
+from hopscotch_common.log import Log
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from hopscotch_common import files
-with files.locked(Path(sys.argv[1])):
+from hopscotch_common import writing
+with writing.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -34,28 +34,28 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
     )
     assert process.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=rf"out.json: .*process {process.pid} on .* is writing there"):
-        with files.locked(target):
+        with writing.locked(target):
             pass
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    with files.locked(target):  # its file is still there, its lock is not
+    with writing.locked(target):  # its file is still there, its lock is not
         assert names(tmp_path) == [".out.json.lock"]
     assert names(tmp_path) == []
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
-    files.write_atomic(path, "first")
+    writing.write_atomic(path, "first")
     (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")
-    with pytest.raises(RuntimeError), files.atomic_file(path) as file:
+    with pytest.raises(RuntimeError), writing.atomic_file(path) as file:
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "first" and names(tmp_path) == ["report.json"]
     (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")
-    files.write_atomic(path, "second")
+    writing.write_atomic(path, "second")
     assert path.read_text() == "second" and names(tmp_path) == ["report.json"]
-    with files.atomic_file(path), pytest.raises(InputError, match="is writing there"):
-        files.write_atomic(path, "at once")
+    with writing.atomic_file(path), pytest.raises(InputError, match="is writing there"):
+        writing.write_atomic(path, "at once")
 
 
 def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
@@ -63,13 +63,13 @@ def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
         (tmp_path / ".ckpt.old").mkdir()
         (tmp_path / ".ckpt.old/whole").write_text("first")
         if successor_is_there:
-            files.recover_folder(tmp_path / "ckpt")
+            writing.recover_folder(tmp_path / "ckpt")
             assert (tmp_path / "ckpt/whole").read_text() == "first"
-        with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "ckpt") as folder:
+        with pytest.raises(RuntimeError), writing.atomic_folder(tmp_path / "ckpt") as folder:
             (folder / "whole").write_text("half")
             raise RuntimeError
         assert (tmp_path / "ckpt/whole").read_text() == "first" and names(tmp_path) == ["ckpt"]
-        with files.atomic_folder(tmp_path / "ckpt") as folder:
+        with writing.atomic_folder(tmp_path / "ckpt") as folder:
             (folder / "whole").write_text("first")
 
 

@@ -184,16 +184,15 @@ def check_loss(model: Model, batches, samples) -> None:
 
 
 PROPERTIES = {
-    "folding": given(model=models(), samples=sample_lists())(folding_changes_no_loss),
-    "splits": given(model=models(), samples=sample_lists(), data=st.data())(splitting_changes_no_loss),
-    "prefix": given(model=models(), samples=sample_lists(20), data=st.data())(
-        sharing_a_prefix_changes_no_loss
-    ),
-    "packed": given(model=models(), samples=sample_lists(), data=st.data())(packing_changes_no_loss),
+    "folding": (folding_changes_no_loss, dict(samples=sample_lists())),
+    "splits": (splitting_changes_no_loss, dict(samples=sample_lists(), data=st.data())),
+    "prefix": (sharing_a_prefix_changes_no_loss, dict(samples=sample_lists(20), data=st.data())),
+    "packed": (packing_changes_no_loss, dict(samples=sample_lists(), data=st.data())),
 }
 
 
 @pytest.mark.parametrize("name", PROPERTIES)
 @pytest.mark.parametrize("examples", [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_property(name, examples):
-    check_property(examples)(PROPERTIES[name])()
+    holds, strategies = PROPERTIES[name]
+    check_property(examples)(given(model=models(), **strategies)(holds))()

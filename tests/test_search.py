@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from hopscotch_common import scales
 from hopscotch_common.errors import InputError, TrainingError
-from hopscotch_common.files import Log
+from hopscotch_common.log import Log
 from hopscotch_common.models import load_model, model_ref
 from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule

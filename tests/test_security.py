@@ -27,7 +27,7 @@ from bad_inputs.makers import (
     write,
 )
 from bad_inputs.models import ALL, KEY, WITH_WEIGHTS
-from bad_inputs.running import MODULES, Outcome, check_refused, check_untouched, run, snapshot
+from bad_inputs.running import Outcome, check_refused, check_untouched, run, snapshot
 from bad_inputs.workplace import CHECKPOINT, GOOD
 from conftest import ROOT
 
@@ -443,7 +443,7 @@ def test_verify_names_what_is_wrong_with_its_arguments(arguments, work, capsys):
 
 def test_verify_is_a_command(work):
     result = subprocess.run(
-        [sys.executable, "-m", MODULES["checkpoints"], "verify", CHECKPOINT],
+        [sys.executable, "-m", "hopscotch_common.checkpoints", "verify", CHECKPOINT],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -430,6 +430,21 @@ def test_a_single_answer_that_does_not_fit_is_named(tiny_folder):
         trainer.run(make_batches(samples, 2, 1000), "epoch 0")
 
 
+def test_out_of_memory_behind_a_shared_prefix_is_one_line(tiny_folder, monkeypatch):
+    (batch,) = make_batches(with_prefix(random_samples(4), 30), 4, 400, share_prefix=True)
+    trainer = trainer_of(tiny_folder(), [0])
+    real = torch.autograd.grad
+
+    def crowded(outputs, *args, **kwargs):
+        if isinstance(outputs, list):  # the prefix's keys and values
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", crowded)
+    with pytest.raises(TrainingError, match="batch 0: out of memory in the 3. tokens that all answers"):
+        trainer.run([batch], "epoch 0")
+
+
 def test_out_of_memory_for_real_is_split(tiny_folder, tmp_path):
     """On a CPU with a limit on the address space, as large as needed for one row and not for all."""
     code = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hopscotch_common.answers.prompts import Prompt
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import Log
+from hopscotch_common.log import Log
 
 REMEDY = "remove it to start anew, or name another --output_file"
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from hopscotch_common.errors import InputError
-from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common.modeling_hopscotch import PREFIX, SCALE_NAMES
 from hopscotch_common.scales import columns
 
 # Families whose branches end in o_proj and down_proj, with RMSNorms before both and none behind them.
@@ -28,7 +28,7 @@ Factor = float | torch.Tensor  # of a weight and its bias: a number, or float64 
 
 def check_foldable(config) -> None:
     """Raise InputError unless the scales of a (stock or Hopscotch) config's model fold into its weights."""
-    family = config.model_type.removeprefix("hopscotch_")
+    family = config.model_type.removeprefix(PREFIX)
     if family not in FOLDABLE:
         raise InputError(
             f"the scales of {family} cannot be folded yet (only those of {', '.join(FOLDABLE)}); "

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import checkpoints, files
+from hopscotch_common import checkpoints, files, writing
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.export import check, decilm, folders, folding
 from hopscotch_common.models import device_map, resolve_device
@@ -81,7 +81,7 @@ def export_checkpoint(
     if getattr(config, "quantization_config", None):
         raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
     FORMATS[format].check_config(config)
-    with files.atomic_folder(output) as folder:
+    with writing.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values)
         folders.write_weights(checkpoint, folder, config, target)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged
+from hopscotch_common.errors import Diverged, TrainingError
 from hopscotch_common.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import MEASURES, TrainingOptions
 from hopscotch_common.training.batches import Batch, Layout, Minibatch, Sample, make_batches
@@ -259,14 +259,23 @@ class ScaleTrainer:
                 gathered.to(leaf.dtype)
                 for gathered, leaf in zip(sums[len(self.parameters) :], leaves, strict=True)
             ]
-            _add(
-                sums,
-                torch.autograd.grad(prefix.computed, self.parameters, arrived, allow_unused=True),
-            )
+            _add(sums, self._through_prefix(prefix, arrived, where))
         gradients = sums[: len(self.parameters)]
         if self.reduce is not None:
             total, gradients = self._reduce(total, gradients)
         return total, [gradient / batch.num_loss_counted_tokens for gradient in gradients]
+
+    def _through_prefix(self, prefix: SharedPrefix, arrived: list[torch.Tensor], where: str) -> tuple:
+        """The parameters' gradients by way of the shared prefix, given those that arrived at its leaves."""
+        try:
+            return torch.autograd.grad(prefix.computed, self.parameters, arrived, allow_unused=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"{where}: out of memory in the {prefix.length} tokens that all answers share; "
+                "use --gradient_checkpointing"
+            ) from error
 
     def _summed_loss(self, minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
         original = original_states(self.model, minibatch) if self.loss == "kl" else None

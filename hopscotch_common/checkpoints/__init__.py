@@ -16,7 +16,6 @@ epoch costs little more than a tokenizer, and deleting or editing one never chan
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -24,9 +23,9 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hopscotch_common import modeling_hopscotch, scales
-from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError, reason_of
-from hopscotch_common.files import atomic_folder, check_settings, link_or_copy, read_json, recover_folder
+from hopscotch_common.files import read_json
+from hopscotch_common.log import check_settings
 from hopscotch_common.modeling_hopscotch import FAMILIES, SCALE_NAMES
 from hopscotch_common.models import (
     HOPSCOTCH_PREFIX,
@@ -45,6 +44,7 @@ from hopscotch_common.weights import (
     stored_shapes,
     weight_files,
 )
+from hopscotch_common.writing import atomic_folder, link_or_copy, recover_folder
 
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
@@ -235,7 +235,7 @@ def _skipped_by_original(folder: Path, config) -> list[int]:
 
 
 def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
-    """Config and scales [layers, 4] of a checkpoint; InputError unless its weights are what they say."""
+    """Config and scales [layers, width] of a checkpoint; InputError unless its weights are what they say."""
     config = checkpoint_config(folder)
     _, model_class = hopscotch_classes(config.model_type)
     found = stored_shapes(folder)
@@ -292,21 +292,3 @@ def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
         check_settings(run["settings"], settings, f"--resume: {folder}", "name another --output_dir")
         runs.append(run)
     return runs
-
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser("Verify that a checkpoint is whole, and that the code in it is this project's.")
-    parser.add_argument("action", choices=["verify"])
-    parser.add_argument("folder", type=Path, help="of a checkpoint")
-    folder = parser.parse_args(argv).folder
-
-    from hopscotch_common.verify import verify
-
-    verify(folder)
-    result(f"{folder}: whole, with this project's code and finite scales")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,5 +1,7 @@
 """Whether a checkpoint is what it says: its code this project's, its files whole, its scales finite.
 
+    python -m hopscotch_common.checkpoints verify scaled_smollm_ckpts/smollm_scaled_epoch_9
+
 Nothing of the checkpoint runs: its code is compared byte by byte, never imported.
 """
 
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from hopscotch_common import modeling_hopscotch
 from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, read_checkpoint, read_run
+from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
 from hopscotch_common.models import HOPSCOTCH_PREFIX
@@ -57,3 +60,14 @@ def _check_code(folder: Path, config: dict) -> None:
     for other in ("tokenizer_config.json", "generation_config.json", "processor_config.json"):
         if (folder / other).is_file() and "auto_map" in read_json(folder / other):
             raise InputError(f"{folder / other}: has an auto_map, so it names code to run; do not trust it")
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser("Verify that a checkpoint is whole, and that the code in it is this project's.")
+    parser.add_argument("action", choices=["verify"])
+    parser.add_argument("folder", type=Path, help="of a checkpoint")
+    folder = parser.parse_args(argv).folder
+    verify(folder)
+    result(f"{folder}: whole, with this project's code and finite scales")
+    return 0

@@ -1,0 +1,101 @@
+"""Logs that an interrupted run goes on with, headed by the settings that their records depend on."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import IO
+
+from hopscotch_common.errors import InputError
+from hopscotch_common.files import check_input, parse_record
+from hopscotch_common.writing import locked
+
+_HEADER = b'{"settings": {'
+
+
+def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None:
+    """Raise InputError, naming the setting, unless what was made earlier was made as it is wanted now."""
+    for name, value in wanted.items():
+        if written.get(name) != value:
+            raise InputError(
+                f"{where}: was made with {name} = {written.get(name)}, now it is {value}; "
+                f"repeat that setting, or {remedy}"
+            )
+
+
+class Log:
+    """A JSONL file that an interrupted run goes on with.
+
+    Its first line holds the settings that the records depend on; then comes a record a line, each
+    flushed to disk before `append` returns. The file is locked until `close`, made with its first
+    record, and cut only where a killed writer left half a line.
+    """
+
+    def __init__(self, path: Path, settings: dict, kind: str, remedy: str):
+        """kind: what it holds, for example "a search journal". remedy: what helps where it does not fit.
+
+        Raises InputError for a file that is none of this kind, is torn elsewhere than at its end, or
+        has other settings, and where another run holds it.
+        """
+        self.path, self.settings, self.kind, self.remedy = path, settings, kind, remedy
+        self.records: list[tuple[int, dict]] = []  # line number, record
+        self._file: IO | None = None
+        self._resources = contextlib.ExitStack()
+        self._resources.enter_context(locked(path))
+        try:
+            self._whole = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> int:
+        """Read what is there; the length in bytes of its whole lines."""
+        if not self.path.exists():
+            return 0
+        check_input(self.path, self.remedy)
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        lines = content[:whole].splitlines()
+        foreign = InputError(f"{self.path}: is not {self.kind}; move it away, or {self.remedy}")
+        if not lines:
+            if content and not content.startswith(_HEADER[: len(content)]):
+                raise foreign
+            return 0
+        header = _parse_header(lines[0])
+        if header is None or header.get("kind") != self.kind:
+            raise foreign
+        check_settings(header["settings"], self.settings, str(self.path), self.remedy)
+        for number, line in enumerate(lines[1:], 2):
+            self.records.append((number, parse_record(line, f"{self.path}, line {number}")))
+        return whole
+
+    def append(self, record: dict) -> None:
+        """Add a record, and flush it to disk."""
+        if self._file is None:
+            self._file = self._resources.enter_context(open(self.path, "ab"))
+            self._file.truncate(self._whole)  # what a killed writer left of a line
+            if self._whole == 0:
+                self._write({"settings": self.settings, "kind": self.kind})
+        self._write(record)
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _parse_header(line: bytes) -> dict | None:
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return header if isinstance(header, dict) and isinstance(header.get("settings"), dict) else None
