@@ -19,6 +19,7 @@ import block_selection
 import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
+from hopscotch_common.checkpoints import verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.models import model_ref
 
@@ -159,7 +160,7 @@ def test_scales_by_channel_are_saved_verified_and_exported(work, tmp_path):
     arguments = flags(work, "--blocks_to_skip", "1", "0", "--num_epochs", "1", "--granularity", "channel")
     assert param_scale.main([*arguments, "--export", "folded"]) == 0
     folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
-    assert checkpoints.main(["verify", str(folder)]) == 0
+    assert verify.main(["verify", str(folder)]) == 0
     assert json.loads((folder / "config.json").read_text())["scale_granularity"] == "channel"
     values = checkpoints.load_scales(folder)
     assert values.shape == (4, 2 * 32 + 2)
