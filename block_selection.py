@@ -20,7 +20,6 @@ from pathlib import Path
 from hopscotch_common import cli, files, writing
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.log import Log
-from hopscotch_common.models import load_model, read_config
 from hopscotch_common.report.runs import describe_run
 
 PLOT_FORMATS = (".png", ".pdf", ".svg")
@@ -145,6 +144,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     output = arguments.output or Path(f"{arguments.model.name}_block_selection.json")
+
+    from hopscotch_common import weights
+    from hopscotch_common.loading import load_model, read_config
+    from hopscotch_common.search import journal, schedule
+    from hopscotch_common.search.candidates import CandidateTrainer
+    from hopscotch_common.search.progress import SearchBar
+    from hopscotch_common.search.search import Search
+    from hopscotch_common.training import batches
+    from hopscotch_common.training.distributed import check_launch, join_processes
+    from hopscotch_common.training.trainer import prepare_model
+
     config = read_config(arguments.model)
     num_layers = config.num_hidden_layers
     skipped = cli.blocks_from(
@@ -161,15 +171,6 @@ def main(argv: list[str] | None = None) -> int:
                 logger.warning("--%s has no effect without --search race", flag)
     known = known_losses(arguments.prev, skipped, num_layers)
     check_outputs(arguments, output)
-
-    from hopscotch_common import weights
-    from hopscotch_common.search import journal, schedule
-    from hopscotch_common.search.candidates import CandidateTrainer
-    from hopscotch_common.search.progress import SearchBar
-    from hopscotch_common.search.search import Search
-    from hopscotch_common.training import batches
-    from hopscotch_common.training.distributed import check_launch, join_processes
-    from hopscotch_common.training.trainer import prepare_model
 
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)

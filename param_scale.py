@@ -24,7 +24,7 @@ from pathlib import Path
 
 from hopscotch_common import cli, files, writing
 from hopscotch_common.errors import logger
-from hopscotch_common.models import QUANTIZATIONS, load_model, read_config
+from hopscotch_common.models import QUANTIZATIONS
 from hopscotch_common.report.runs import describe_run
 from hopscotch_common.training import MEASURES, TrainingOptions
 
@@ -100,18 +100,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     name = arguments.model.name
     output_dir = arguments.output_dir or Path(f"scaled_{name}_ckpts")
+
+    from hopscotch_common import checkpoints, scales, weights
+    from hopscotch_common.export.formats import check_exports, run_exports
+    from hopscotch_common.loading import load_model, read_config
+    from hopscotch_common.training import batches
+    from hopscotch_common.training.distributed import check_launch, join_processes
+    from hopscotch_common.training.epochs import EpochTraining
+    from hopscotch_common.training.trainer import ScaleState, prepare_model
+
     config = read_config(arguments.model)
     blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
     files.check_writable(output_dir)
     inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
     files.check_output(output_dir / "report.json", "--output_dir", inputs)
-
-    from hopscotch_common import checkpoints, scales, weights
-    from hopscotch_common.export.formats import check_exports, run_exports
-    from hopscotch_common.training import batches
-    from hopscotch_common.training.distributed import check_launch, join_processes
-    from hopscotch_common.training.epochs import EpochTraining
-    from hopscotch_common.training.trainer import ScaleState, prepare_model
 
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)

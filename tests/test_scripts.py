@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import block_selection
 import param_scale
 import unscaled_ckpt
-from hopscotch_common import checkpoints, scales
+from hopscotch_common import checkpoints, loading, scales
 from hopscotch_common.checkpoints import verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.models import model_ref
@@ -357,8 +357,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     def no_model(*args, **kwargs):
         pytest.fail("a model was loaded before the input was checked")
 
-    for module in (block_selection, param_scale):
-        monkeypatch.setattr(module, "load_model", no_model)
+    monkeypatch.setattr(loading, "load_model", no_model)
     base = flags(work) if script is not unscaled_ckpt else ["--model", str(work)]
     if "cuda:9" in arguments:
         monkeypatch.undo()
@@ -415,7 +414,7 @@ def test_interrupted_exits_130(work, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(block_selection, "load_model", interrupt)
+    monkeypatch.setattr(loading, "load_model", interrupt)
     assert block_selection.main(flags(work)) == 130
 
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Llam
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, InputError, TrainingError
-from hopscotch_common.models import load_model, model_ref
+from hopscotch_common.loading import load_model
+from hopscotch_common.models import model_ref
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training import batches as data
 from hopscotch_common.training.batches import Batch, Layout, Sample

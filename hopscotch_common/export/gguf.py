@@ -17,7 +17,7 @@ import numpy as np
 from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.files import check_input, check_output
-from hopscotch_common.models import HOPSCOTCH_PREFIX
+from hopscotch_common.loading import HOPSCOTCH_PREFIX
 from hopscotch_common.writing import atomic_path
 
 ARCHITECTURE = "deci"
