@@ -1,6 +1,5 @@
 """Configs, tokenizers and weights of the models that `models.py` names: checked, then loaded."""
 
-import difflib
 import importlib.util
 import os
 from pathlib import Path
@@ -12,9 +11,9 @@ from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import files, scales
+from hopscotch_common import families, files, scales
 from hopscotch_common.errors import InputError, reason_of
-from hopscotch_common.modeling_hopscotch import FAMILIES, REFUSED, family_classes
+from hopscotch_common.modeling_hopscotch import FAMILIES, family_classes
 from hopscotch_common.models import ModelRef
 
 HOPSCOTCH_PREFIX = "hopscotch_"
@@ -28,8 +27,7 @@ def read_config(ref: ModelRef):
     kind = values.get("model_type")
     if isinstance(kind, str) and kind.startswith(HOPSCOTCH_PREFIX):
         raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
-    if kind not in FAMILIES:
-        raise InputError(f"{ref.source}: {_unsupported(str(kind))}")
+    families.check_supported(str(kind), ref.source)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_config(config)
@@ -62,21 +60,6 @@ def _check_config(config) -> None:
         kind = part.get("rope_type", "default")
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             raise ValueError(f"rope_type is {kind!r}")
-
-
-def _unsupported(model_type: str) -> str:
-    if model_type in REFUSED:
-        return f"architecture {model_type!r} is not supported: {REFUSED[model_type]}; give another model"
-    near = difflib.get_close_matches(model_type, FAMILIES, n=3, cutoff=0.4)
-    others = f"nearest to it are {', '.join(near)}" if near else _supported()
-    return (
-        f"architecture {model_type!r} is not supported; {others}; give another model, or describe its "
-        "decoder layer in FAMILIES in hopscotch_common/modeling_hopscotch.py"
-    )
-
-
-def _supported() -> str:
-    return f"supported are {', '.join(FAMILIES)}"
 
 
 def hopscotch_classes(model_type: str) -> tuple[type, type]:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopscotch_common import embedded
+from hopscotch_common import embedded, files
 from hopscotch_common.errors import InputError
 
 ALIASES = {
@@ -14,12 +14,13 @@ ALIASES = {
     embedded.NAME: "SmolLM2-135M-Instruct, embedded",
 }
 
+GGUF_SUFFIX = ".gguf"
 QUANTIZATIONS = ("int8", "int4")  # weight only
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What `--model` names. `name` goes into file names, `source` is a hub id or a folder."""
+    """What `--model` names. `name` goes into file names; `source` is a hub id, a folder or a GGUF file."""
 
     name: str
     source: str
@@ -31,18 +32,23 @@ class ModelRef:
     def folder(self, weights: bool = True) -> Path:
         """The local folder with config, tokenizer and (unless told otherwise) weights.
 
-        A hub id is downloaded into the Hugging Face cache; the embedded model is unpacked once
-        into the user's cache. Raises InputError when neither can be had.
+        A hub id is downloaded into the Hugging Face cache; the embedded model and a GGUF file are
+        unpacked once into the user's cache. Raises InputError when none can be had.
         """
         if self.embedded:
             return embedded.folder()
-        if Path(self.source).is_dir():
-            return Path(self.source)
+        path = Path(self.source)
+        if path.is_dir():
+            return path
+        if path.is_file():
+            from hopscotch_common import gguf_files
+
+            return gguf_files.unpacked_folder(path)
         return _download(self.source, weights)
 
 
 def model_ref(word: str) -> ModelRef:
-    """What an alias, a local folder or a Hugging Face id names; InputError for any other word."""
+    """What an alias, a folder, a GGUF file or a Hugging Face id names; InputError for any other word."""
     if word in ALIASES:
         return ModelRef(word, ALIASES[word])
     try:
@@ -54,11 +60,14 @@ def model_ref(word: str) -> ModelRef:
         if not (path / "config.json").is_file():
             raise InputError(f"folder {word} holds no config.json, so no model; give another folder")
         return ModelRef(path.resolve().name, str(path))
+    if path.suffix.lower() == GGUF_SUFFIX:
+        files.check_input(path, "give a GGUF file, a folder, an alias or a Hugging Face id")
+        return ModelRef(path.stem, str(path))
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", word) and not word.endswith((".git", ".")):
         return ModelRef(word.split("/")[-1], word)
     raise InputError(
         f"unknown model {word!r}: give one of {', '.join(ALIASES)}, "
-        "a Hugging Face id (owner/name) or a local folder"
+        f"a Hugging Face id (owner/name), a local folder or a GGUF file (name{GGUF_SUFFIX})"
     )
 
 
