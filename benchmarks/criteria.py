@@ -259,9 +259,9 @@ def settings_of(arguments: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     result = arguments.result or measuring.RESULTS / f"criteria_{arguments.model.name}.json"
     if arguments.table:
         print("\n".join(table(json.loads(result.read_text())["figures"])))

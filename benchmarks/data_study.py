@@ -14,6 +14,7 @@ it. `--table` prints it as Markdown.
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -49,19 +50,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def baselines(model, blocks: Sequence[int], held_out: Sequence[Sample], options: TrainingOptions) -> dict:
+    """Held-out figures without training: of the original model, and with the blocks skipped."""
+    found = EpochTraining(model, blocks, held_out, held_out, options, bar=cli.progress).baselines()
+    return {name: dataclasses.asdict(figures) for name, figures in found.items()}
+
+
 def train(
     model, blocks: Sequence[int], training: Sequence[Sample], held_out: Sequence[Sample], epochs: int, options
 ) -> dict:
-    """Held-out figures before training (unscaled) and after each epoch."""
+    """The loss of each epoch, and the held-out figures after it."""
     start = time.perf_counter()
     trained = EpochTraining(model, blocks, training, held_out, options, bar=cli.progress)
-    baselines = {name: dataclasses.asdict(figures) for name, figures in trained.baselines().items()}
     trained.start()
     runs = []
     for number in range(epochs):
         epoch = trained.epoch(number)
         runs.append({"loss": epoch.loss, "held_out": dataclasses.asdict(epoch.held_out)})
-    return baselines | {"epochs": runs, "seconds": time.perf_counter() - start}
+    return {"epochs": runs, "seconds": time.perf_counter() - start}
 
 
 def table(content: dict) -> list[str]:
@@ -77,11 +83,12 @@ def table(content: dict) -> list[str]:
             f"{100 * figures['agreement']:.1f} %",
         )
 
-    figures = content["figures"]
+    trained = [figure for figure in content["figures"] if "epochs" in figure]
+    (untrained,) = [figure for figure in content["figures"] if "epochs" not in figure]
     lines = [row("scales", "loss", "answers", "held-out cross entropy", "KL", "agreement"), "|---" * 6 + "|"]
     for name in ("original", "unscaled"):
-        lines.append(row(name, "-", "-", *cells(figures[0][name])))
-    for figure in sorted(figures, key=lambda f: (VARIANTS.index(f["of"]["variant"]), f["of"]["answers"])):
+        lines.append(row(name, "-", "-", *cells(untrained[name])))
+    for figure in sorted(trained, key=lambda f: (VARIANTS.index(f["of"]["variant"]), f["of"]["answers"])):
         granularity, loss = figure["of"]["variant"].split("-")
         lines.append(
             row(granularity, loss, figure["of"]["answers"], *cells(figure["epochs"][-1]["held_out"]))
@@ -89,9 +96,9 @@ def table(content: dict) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     path = arguments.result or measuring.RESULTS / f"data_study_{arguments.model.name}.json"
     if arguments.table:
         print("\n".join(table(json.loads(path.read_text()))))
@@ -106,21 +113,21 @@ def main() -> None:
     for name in ("held_out", "epochs", "learning_rate", "batch_size", "dtype"):
         settings[name] = getattr(arguments, name)
     results = GrowingResults(path, settings)
-    for answers in arguments.answers:
-        for variant in arguments.variants:
-            granularity, loss = variant.split("-")
+    samples, model, loaded = [], None, None
+    for answers, variant in itertools.product(arguments.answers, arguments.variants):
+        granularity, loss = variant.split("-")
+        if granularity != loaded:
             model = load_model(arguments.model, arguments.dtype, "cpu", scale_granularity=granularity)
-            samples = load_samples(arguments.data_path, model.config.vocab_size)
-            if answers + arguments.held_out > len(samples):
-                raise SystemExit(f"{arguments.data_path}: {len(samples)} answers, too few for {answers}")
-            training, held_out = samples[:answers], samples[len(samples) - arguments.held_out :]
-            options = TrainingOptions(arguments.learning_rate, arguments.batch_size, loss=loss)
-
-            def work(model=model, training=training, held_out=held_out, options=options) -> dict:
-                return train(model, arguments.blocks, training, held_out, arguments.epochs, options)
-
-            figure = results.measure(work, variant=variant, answers=answers)
-            print(variant, answers, figure["epochs"][-1], file=sys.stderr, flush=True)
+            samples, loaded = load_samples(arguments.data_path, model.config.vocab_size), granularity
+        if answers + arguments.held_out > len(samples):
+            raise SystemExit(f"{arguments.data_path}: {len(samples)} answers, too few for {answers}")
+        held_out = samples[len(samples) - arguments.held_out :]
+        options = TrainingOptions(arguments.learning_rate, arguments.batch_size, loss=loss)
+        untrained = (model, arguments.blocks, held_out, options)
+        results.measure(lambda work=untrained: baselines(*work), variant="none")
+        work = (model, arguments.blocks, samples[:answers], held_out, arguments.epochs, options)
+        figure = results.measure(lambda work=work: train(*work), variant=variant, answers=answers)
+        print(variant, answers, figure["epochs"][-1], file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ class GrowingResults:
     """
 
     def __init__(self, path: Path, settings: dict):
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as they read back
         self.path, self.settings, self.figures = path, settings, []
         if path.exists():
             content = json.loads(path.read_text())

@@ -44,6 +44,7 @@ from hopscotch_common.writing import write_json
 VARIANTS = ("unscaled", "layer-ce", "layer-kl", "channel-ce", "channel-kl")
 TASKS = ("gsm8k", "puzzles")
 CACHED_TOKENS = 49152  # of KV cache in vLLM
+STDERR = 2  # the descriptor: where what is run here shall print
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,7 +78,7 @@ def run_script(*words: object) -> None:
     """Run one of the project's scripts as a user would; SystemExit with its complaint where it fails."""
     command = [sys.executable, str(measuring.ROOT / str(words[0])), *map(str, words[1:])]
     print("+", *command[1:], file=sys.stderr, flush=True)
-    if subprocess.run(command, stdout=sys.stderr).returncode:
+    if subprocess.run(command, stdout=STDERR).returncode:
         raise SystemExit(f"{words[0]} failed, see above")
 
 
@@ -144,7 +145,7 @@ def ask(arguments: argparse.Namespace, served: Path, problems: dict[str, list[Pr
     job_path = path.with_suffix(".job.json")
     job_path.write_text(json.dumps(job))
     command = [sys.executable, __file__, "--model", arguments.model.source, "--worker", str(job_path)]
-    subprocess.run(command, check=True, stdout=sys.stderr)  # vLLM binds the process that it runs in
+    subprocess.run(command, check=True, stdout=STDERR)  # vLLM binds the process that it runs in
     job_path.unlink()
 
 
@@ -311,9 +312,9 @@ def settings_of(arguments: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.worker:
         run_worker(json.loads(arguments.worker.read_text()))
         return

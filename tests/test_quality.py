@@ -1,5 +1,6 @@
 """benchmarks/quality.py: how answers are read and scored, and what the other figures' scripts compute."""
 
+import importlib.util
 import json
 import math
 import random
@@ -14,6 +15,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import criteria  # noqa: E402
+import data_study  # noqa: E402
 import problems  # noqa: E402
 import quality  # noqa: E402
 from growing import GrowingResults  # noqa: E402
@@ -120,13 +122,13 @@ def test_results_survive_an_interruption(tmp_path):
         calls.append(1)
         return {"figure": len(calls)}
 
-    first = GrowingResults(path, {"dtype": "float32"})
+    first = GrowingResults(path, {"dtype": "float32", "tasks": ("gsm8k",)})
     assert first.measure(work, count=1)["figure"] == 1
     assert first.measure(work, count=2)["figure"] == 2
-    again = GrowingResults(path, {"dtype": "float32"})
+    again = GrowingResults(path, {"dtype": "float32", "tasks": ("gsm8k",)})
     assert again.measure(work, count=1)["figure"] == 1 and len(calls) == 2
     with pytest.raises(SystemExit, match="another dtype"):
-        GrowingResults(path, {"dtype": "bfloat16"})
+        GrowingResults(path, {"dtype": "bfloat16", "tasks": ("gsm8k",)})
 
 
 def random_samples(count: int, vocab_size: int) -> list[Sample]:
@@ -190,3 +192,132 @@ def test_greedy_picks_follow_their_scores(tiny):
         return {b: 0.0 if 1 in skipped and b == 3 else scores[b] for b in blocks}
 
     assert criteria.greedily(tiny, 3, score) == {"blocks": [1, 3, 2], "candidates": 4 + 3 + 2}
+
+
+def write_data(folder, count: int) -> str:
+    """Processed data of random answers, in a file."""
+    lines = [json.dumps({"input_ids": s.input_ids, "labels": s.labels}) for s in random_samples(count, 259)]
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def selection(folder, blocks: list[int]) -> str:
+    """What the benchmarks read of a selection report."""
+    report = {
+        "skipped_blocks": blocks,
+        "iterations": [{"candidate_epochs": 2.5} for _ in blocks],
+        "data": {"samples": 8},
+    }
+    path = folder / "selection.json"
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
+def test_quality_without_answers(tiny_folder, tmp_path, capsys):
+    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 12)]
+    words += ["--selection", selection(tmp_path, [2, 1]), "--tasks", "--counts", "0", "1"]
+    words += ["--variants", "unscaled", "channel-kl", "--num_epochs", "1", "--validation_split", "0.25"]
+    words += ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json")]
+    quality.main(words)
+    content = json.loads((tmp_path / "result.json").read_text())
+    done = [(len(figure["of"]["blocks"]), figure["of"]["variant"]) for figure in content["figures"]]
+    assert done == [(0, "original"), (1, "unscaled"), (1, "channel-kl")]
+    report = json.loads((tmp_path / "work" / "channel-kl_1" / "report.json").read_text())
+    assert report["arguments"]["granularity"] == "channel" and report["arguments"]["loss"] == "kl"
+    assert report["skipped_blocks"] == [2]
+    measured = content["figures"][-1]["held_out"]
+    for which, figures in report["epochs"][0]["held_out"].items():
+        assert measured[which]["kl"] == figures["kl"]
+        assert math.isclose(math.log(measured[which]["perplexity"]), figures["cross_entropy"])
+    modified = (tmp_path / "work" / "channel-kl_1" / "report.json").stat().st_mtime_ns
+    quality.main(words)  # nothing is measured twice
+    assert (tmp_path / "work" / "channel-kl_1" / "report.json").stat().st_mtime_ns == modified
+    capsys.readouterr()
+    quality.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| 0", "original"],
+        ["| 1", "unscaled"],
+        ["| 1", "channel, kl"],
+    ]
+    assert f"{measured['unscaled']['kl']:.4f}" in lines[3] and f"{measured['scaled']['kl']:.4f}" in lines[4]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("block", [0, 2])
+def test_quality_with_answers(tiny_folder, tmp_path, block):
+    wide = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)  # vLLM: heads of 32 at least
+    test_file = tmp_path / "test.jsonl"
+    test_file.write_text(
+        "\n".join(json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) for i in range(3))
+    )
+    words = ["--model", str(tiny_folder("llama", **wide)), "--data_path", write_data(tmp_path, 12)]
+    words += ["--selection", selection(tmp_path, [block]), "--test_file", str(test_file), "--puzzles", "2"]
+    words += ["--counts", "1", "--variants", "unscaled", "--max_tokens", "5"]
+    words += ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json")]
+    quality.main(words)
+    (figure,) = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert figure["served"] == ("folded" if block == 0 else "nemotron_nas")
+    assert len(figure["gsm8k"]["right"]) == 3 and len(figure["puzzles"]["right"]) == 2
+    answers = json.loads((tmp_path / "work" / "unscaled_1" / "answers.json").read_text())
+    assert all(1 <= reply["tokens"] <= 5 for replies in answers.values() for reply in replies)
+
+
+def test_criteria(tiny_folder, tmp_path, capsys):
+    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 24)]
+    words += ["--selection", selection(tmp_path, [2, 1]), "--counts", "1", "2", "--calibration", "4"]
+    words += ["--look", "4", "--skip", "4", "--answers", "8", "--held_out", "4"]
+    words += ["--result", str(tmp_path / "result.json")]
+    criteria.main(words)
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    chosen = {f["of"]["choose"]: f for f in figures if "choose" in f["of"]}
+    assert set(chosen) == {
+        "search",
+        "cosine",
+        "weights",
+        "untrained",
+        "output",
+        *(f"random-{i}" for i in range(5)),
+    }
+    assert chosen["search"]["blocks"] == [2, 1] and chosen["search"]["candidate_epochs"] == 5.0
+    for name in ("cosine", "weights"):
+        ranked = sorted(range(4), key=chosen[name]["scores"].__getitem__)
+        assert chosen[name]["blocks"] == ranked[:2]
+    for figure in figures:
+        if "judge" in figure["of"] and figure["of"]["count"]:
+            assert figure["unscaled"]["kl"] > 0 and figure["scaled"] != figure["unscaled"]
+    criteria.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * 6 and "random, 5 seeds" in lines[7]
+
+
+def test_data_study(tiny_folder, tmp_path, capsys):
+    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 12), "--blocks", "2"]
+    words += [
+        "--answers",
+        "4",
+        "8",
+        "--held_out",
+        "4",
+        "--epochs",
+        "1",
+        "--variants",
+        "layer-ce",
+        "channel-kl",
+    ]
+    words += ["--result", str(tmp_path / "result.json")]
+    data_study.main(words)
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert [figure["of"]["variant"] for figure in figures] == ["none"] + 2 * ["layer-ce", "channel-kl"]
+    assert figures[0]["original"]["kl"] == 0 < figures[0]["unscaled"]["kl"]
+    data_study.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:3] for line in lines[4:]] == [
+        ["| layer", "ce", "4"],
+        ["| layer", "ce", "8"],
+        ["| channel", "kl", "4"],
+        ["| channel", "kl", "8"],
+    ]
