@@ -17,8 +17,7 @@ these below --skip, so that they are neither trained on nor held out. Each choic
   (arXiv 2512.20636). Its exact definition was not at hand; see `query_key_coupling` for what is computed.
 
 Costs are in candidate-epochs: training steps of one candidate over the answers that the search saw. Results
-go to benchmarks/results/criteria_{model}.json after each figure. The models are Llama-shaped: the input of
-`post_attention_layernorm` is the residual stream after the block.
+go to benchmarks/results/criteria_{model}.json after each figure.
 """
 
 import argparse
@@ -37,12 +36,15 @@ import torch
 from growing import GrowingResults
 
 from hopscotch_common import cli, scales
-from hopscotch_common.models import load_model
+from hopscotch_common.loading import load_model
+from hopscotch_common.search.distances import stream_distances
 from hopscotch_common.search.schedule import SCREENING_COST
 from hopscotch_common.search.screening import untrained_losses
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Sample, load_samples
-from hopscotch_common.training.loss import original_states, summed_loss
+from hopscotch_common.training.loss import summed_loss
+from hopscotch_common.training.memory import MinibatchRunner
+from hopscotch_common.training.originals import Originals
 from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, evaluate
 
 RANDOM_SEEDS = range(5)
@@ -74,35 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @torch.no_grad()
-def cosine_change(model, samples: Sequence[Sample]) -> list[float]:
-    """1 - cosine of the residual stream before and after each attention block, the mean over all tokens."""
-    scales.reset(model)
-    layers = model.model.layers
-    before, totals = {}, [0.0] * len(layers)
-
-    def keep(index: int, hidden: torch.Tensor) -> None:
-        before[index] = hidden
-
-    def compare(index: int, hidden: torch.Tensor) -> None:
-        similarity = torch.cosine_similarity(before.pop(index).float(), hidden.float(), dim=-1)
-        totals[index] += (1 - similarity).sum().item()
-
-    hooks = []
-    for index, layer in enumerate(layers):
-        for module, act in ((layer, keep), (layer.post_attention_layernorm, compare)):
-            hooks.append(
-                module.register_forward_pre_hook(lambda _, inputs, act=act, i=index: act(i, inputs[0]))
-            )
-    try:
-        for sample in samples:
-            model.model(torch.tensor([sample.input_ids], device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [total / sum(map(len, samples)) for total in totals]
-
-
-@torch.no_grad()
 def query_key_coupling(model) -> list[float]:
     """Of each layer, the root of the sum over heads of |W_q^T W_k|², Frobenius norms, float32.
 
@@ -129,7 +102,7 @@ def output_changes(
     changes = dict.fromkeys(blocks, 0.0)
     for batch in batches:
         for minibatch in (part.whole() for part in batch.minibatches):
-            original = original_states(model, minibatch)
+            original = Originals(model)(minibatch)
             for block in blocks:
                 scales.reset(model, [*skipped, block])
                 changes[block] += summed_loss(model, minibatch.to(model.device), original=original).item()
@@ -175,12 +148,16 @@ def choose(arguments: argparse.Namespace, model, samples: Sequence[Sample], crit
         draw = random.Random(int(criterion.removeprefix("random-")))
         return {"blocks": draw.sample(possible, most)} | cost
     if criterion in ONE_SHOT:
-        scores = cosine_change(model, calibration) if criterion == "cosine" else query_key_coupling(model)
-        chosen = {"blocks": sorted(possible, key=scores.__getitem__)[:most], "scores": scores}
+        if criterion == "cosine":
+            batches = EpochBatches(model, calibration, options).in_order()
+            scores = stream_distances(model, batches, [], possible, MinibatchRunner())
+        else:
+            scores = dict(enumerate(query_key_coupling(model)))
+        chosen = {"blocks": sorted(possible, key=scores.get)[:most], "scores": scores}
         if criterion == "cosine":
             cost["candidate_epochs"] = 2 * SCREENING_COST * len(calibration) / seen  # one forward pass
     else:
-        batches = EpochBatches(model, look, options, shuffle=False).epoch()
+        batches = EpochBatches(model, look, options).in_order()
         score = mean_untrained_losses if criterion == "untrained" else output_changes
         chosen = greedily(model, most, lambda skipped, blocks: score(model, batches, skipped, blocks))
         # untrained shares the layers below a candidate's, half of a pass; output takes whole passes
@@ -192,16 +169,15 @@ def choose(arguments: argparse.Namespace, model, samples: Sequence[Sample], crit
 def judge(arguments: argparse.Namespace, model, samples: Sequence[Sample], blocks: Sequence[int]) -> dict:
     """Held-out figures with some blocks skipped, without scales and with trained ones."""
     options = TrainingOptions(arguments.learning_rate, arguments.batch_size, loss=arguments.loss)
-    held_out = EpochBatches(
-        model, samples[len(samples) - arguments.held_out :], options, shuffle=False
-    ).epoch()
+    held_out = EpochBatches(model, samples[len(samples) - arguments.held_out :], options).in_order()
     scales.reset(model, blocks)
     figures = {"unscaled": dataclasses.asdict(evaluate(model, held_out, "unscaled"))}
     if not blocks:
         return figures
     start = time.perf_counter()
     training = EpochBatches(model, samples[arguments.skip :][: arguments.answers], options)
-    trainer = ScaleTrainer(model, options.learning_rate, blocks, loss=options.loss)
+    originals = Originals(model) if options.loss == "kl" else None
+    trainer = ScaleTrainer(model, options.learning_rate, blocks, originals=originals)
     for epoch in range(arguments.epochs):
         trainer.run(training.epoch(epoch), f"epoch {epoch}")
     seconds = time.perf_counter() - start

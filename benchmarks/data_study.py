@@ -25,7 +25,7 @@ import measuring
 from growing import GrowingResults
 
 from hopscotch_common import cli
-from hopscotch_common.models import load_model
+from hopscotch_common.loading import load_model
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Sample, load_samples
 from hopscotch_common.training.epochs import EpochTraining

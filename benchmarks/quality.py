@@ -38,7 +38,7 @@ from problems import Problem, gsm8k, parse_answer, puzzles
 from hopscotch_common import cli
 from hopscotch_common.answers.engines import kv_bytes_per_token, stop_token_ids
 from hopscotch_common.answers.prompts import Prompt, tokenize
-from hopscotch_common.models import load_tokenizer, read_config
+from hopscotch_common.loading import load_tokenizer, read_config
 from hopscotch_common.writing import write_json
 
 VARIANTS = ("unscaled", "layer-ce", "layer-kl", "channel-ce", "channel-kl")
