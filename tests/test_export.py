@@ -1,10 +1,12 @@
 """Folding against the unfolded model, the two folder formats, refusals, the original's checkpoints."""
 
+import dataclasses
 import json
 import pickle
 
 import pytest
 import torch
+from conftest import FAMILY_SIZES, MORE_FAMILIES, stock_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -13,15 +15,14 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
 from hopscotch_common.export import check, decilm, folders, folding, formats
 from hopscotch_common.export.configuration_decilm import DeciLMConfig
-from hopscotch_common.export.folding import FOLDABLE
-from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+from hopscotch_common.modeling_hopscotch import SCALE_NAMES, attention_blocks
 from hopscotch_common.models import ModelRef
 
 LAYERS, HIDDEN = 4, 32
 WIDTHS = [len(SCALE_NAMES), 2 * HIDDEN + 2]  # four scalars a layer; b a channel
-IN_DECILM = [family for family in FOLDABLE if family != "qwen3"]
+IN_DECILM = [family for family in FAMILY_SIZES if family != "qwen3"]
 VARIANTS = [
-    *((family, {}) for family in FOLDABLE),
+    *((family, {}) for family in FAMILY_SIZES),
     ("llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     ("granite", dict(attention_bias=True, tie_word_embeddings=True)),
     ("mistral", dict(head_dim=16, num_key_value_heads=4)),
@@ -52,12 +53,17 @@ def base(tiny_folder, tmp_path_factory):
 
 
 def random_scales(
-    seed: int, low: float, high: float, signs: bool = False, width: int = len(SCALE_NAMES)
+    seed: int,
+    low: float,
+    high: float,
+    signs: bool = False,
+    width: int = len(SCALE_NAMES),
+    layers: int = LAYERS,
 ) -> torch.Tensor:
     """[layers, width], log-uniform between low and high."""
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.tensor([low, high]).log()
-    values = torch.empty(LAYERS, width).uniform_(low, high, generator=generator).exp()
+    values = torch.empty(layers, width).uniform_(low, high, generator=generator).exp()
     if signs:
         values *= torch.randint(2, values.shape, generator=generator) * 2 - 1
     return values
@@ -108,7 +114,27 @@ def test_folding_is_exact_but_for_eps(tmp_path, base, family, changes, seed, wid
     assert relative_error(logits(unfolded), expected) > 0.1  # so the scales do matter here
 
 
-@pytest.mark.parametrize("family", FOLDABLE)
+NO_EPS = {"starcoder2": "norm_epsilon"}  # what others call rms_norm_eps
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_every_family_folds(tmp_path, base, family, width):
+    """Negative C, first and last block skipped, b a number or a vector: equal logits in the stock class."""
+    folder = base(family, **{NO_EPS.get(family, "rms_norm_eps"): 1e-20})
+    config = stock_config(family)
+    blocks = attention_blocks(config)
+    values = random_scales(7, 0.3, 2.0, signs=True, width=width, layers=config.num_hidden_layers)
+    checkpoint = save(tmp_path, folder, [blocks[0], blocks[-1]], values)
+    expected = logits(checkpoints.load_checkpoint(checkpoint))
+    formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
+    model = load_folded(tmp_path / "folded")
+    assert type(model) is type(AutoModelForCausalLM.from_config(config))
+    assert relative_error(logits(model), expected) < 2e-4
+    assert relative_error(logits(AutoModelForCausalLM.from_pretrained(folder)), expected) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILY_SIZES)
 def test_folding_near_one_with_a_real_eps(tmp_path, base, family):
     checkpoint = save(tmp_path, base(family), [2], random_scales(0, 0.9, 1.1))
     report = formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
@@ -261,7 +287,7 @@ def test_scales_that_cannot_be_folded_are_refused(tmp_path, base, column, value)
 @pytest.mark.parametrize("factor", [100.0, torch.tensor([-1.0, 100.0])])
 def test_a_product_that_the_dtype_cannot_hold_is_refused(factor):
     with pytest.raises(InputError, match="times 100 is not finite in torch.float16"):
-        folding.fold("model.norm.weight", torch.full((2,), 1e3, dtype=torch.float16), {"model.norm": factor})
+        folding.multiplied("model.norm.weight", torch.full((2,), 1e3).half(), folding.Product(factor))
 
 
 def test_a_channel_that_is_not_finite_is_refused(base):
@@ -319,8 +345,9 @@ def test_an_export_of_16_bit_weights_with_a_scale_left_out_is_refused(tmp_path, 
 
     def wrong(*args):
         factors = folding.fold_factors(*args)
-        key = "model.layers.3.mlp.down_proj"
-        return factors | {key: 1.3 * factors[key]}
+        layers = list(factors.layers)
+        layers[3] = dataclasses.replace(layers[3], mlp_adds=1.3 * layers[3].mlp_adds)
+        return dataclasses.replace(factors, layers=tuple(layers))
 
     monkeypatch.setattr(folders, "fold_factors", wrong)
     with pytest.raises(InputError, match="not exact enough"):

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from hopscotch_common import scales
-from hopscotch_common.export.folding import fold, fold_factors
+from hopscotch_common.export.folding import Folding, fold_factors
 from hopscotch_common.loading import hopscotch_classes, hopscotch_config
 from hopscotch_common.training.batches import IGNORE_INDEX, Layout, Sample
 from hopscotch_common.training.trainer import evaluate
@@ -134,8 +134,8 @@ def one_by_one(model, samples: list[Sample]) -> float:
 
 def folded_copy(model: Model):
     """The stock class, with the scales in its weights and no attention in skipped blocks."""
-    factors = fold_factors(model.values, model.skipped)
-    state = {key: fold(key, tensor, factors) for key, tensor in model.stock.state_dict().items()}
+    folding = Folding(model.stock.config, fold_factors(model.values, model.skipped))
+    state = {key: folding.fold(key, tensor) for key, tensor in model.stock.state_dict().items()}
     for block in model.skipped:
         for key in state:
             if key.startswith(f"model.layers.{block}.self_attn.o_proj"):

@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from hopscotch_common.answers.slot_cache import SlotLayer
+from hopscotch_common.answers.slot_cache import SlotLayer, SlotStates, empty_cache, slot_layer
 
 HEADROOM = 128  # columns that a rebuilt cache has left to grow into
 PREFILL_TOKENS = 4096  # padded prompt tokens that are prefilled at once; bounds activation memory
@@ -75,7 +75,7 @@ class GreedyDecoder:
         ]
         self.waiting = sorted(rows, key=_longest_first)  # the next one is the last, the shortest
         self.slots: list[Row | None] = []
-        self.layers: list[SlotLayer] = []
+        self.layers: list[SlotLayer | SlotStates] = []
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self.clock = 0
         self.ended, self.generated = 0, 0
@@ -159,17 +159,20 @@ class GreedyDecoder:
         columns = self._width(keep) if columns is None else columns
         used = min(columns, self.clock)
 
-        def moved(old: torch.Tensor, column_axis: int) -> torch.Tensor:
-            shape = list(old.shape)
-            shape[0], shape[column_axis] = len(keep) + extra, columns + HEADROOM
+        def moved(old: torch.Tensor, column_axis: int | None) -> torch.Tensor:
+            shape = [len(keep) + extra, *old.shape[1:]]
+            if column_axis is not None:
+                shape[column_axis] = columns + HEADROOM
             new = old.new_zeros(shape)  # zeros, not empty: a masked NaN would still be a NaN
-            target = new.narrow(column_axis, columns - used, used)[: len(keep)]
-            target.copy_(old.narrow(column_axis, self.clock - used, used)[keep])
+            target = new
+            if column_axis is not None:
+                target = new.narrow(column_axis, columns - used, used)
+                old = old.narrow(column_axis, self.clock - used, used)
+            target[: len(keep)] = old[keep]
             return new
 
         for layer in self.layers:
-            layer.keys, layer.values = moved(layer.keys, 2), moved(layer.values, 2)
-            layer.clock = columns
+            layer.move(moved, columns)
         self.mask = moved(self.mask, 1)
         self.slots = [self.slots[slot] for slot in keep] + [None] * extra
         self.clock = columns
@@ -180,14 +183,13 @@ class GreedyDecoder:
         padded = [[0] * (length - len(row.tokens)) + row.tokens for row in rows]
         mask = [[0] * (length - len(row.tokens)) + [1] * len(row.tokens) for row in rows]
         mask = torch.tensor(mask, device=self.model.device)
-        cache = DynamicCache()  # without the config: keeps all columns, sliding window or not
+        cache = empty_cache(self.model.config)
         tokens = self._forward(padded, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         if not self.layers:
-            self.layers = [SlotLayer.like(layer, *self.mask.shape, self.clock) for layer in cache.layers]
+            self.layers = [slot_layer(layer, *self.mask.shape, self.clock) for layer in cache.layers]
         start = self.clock - length
         for layer, filled in zip(self.layers, cache.layers, strict=True):
-            layer.keys[slots, :, start : self.clock] = filled.keys
-            layer.values[slots, :, start : self.clock] = filled.values
+            layer.fill(slots, filled, self.clock)
         self.mask[slots] = 0
         self.mask[slots, start : self.clock] = mask
         for slot, row, token in zip(slots, rows, tokens, strict=True):

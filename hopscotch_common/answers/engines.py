@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common.answers import EngineOptions
@@ -137,14 +137,16 @@ class TransformersEngine:
     """The model in transformers. longest: tokens of prompt and answer, at most (here: not needed)."""
 
     def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
-        attention = options.attn_implementation
+        attention = None if options.attn_implementation == "auto" else options.attn_implementation
+        if attention is None and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+            attention = GROUPED_SDPA  # not for attention sinks, for example
         transformers_logging.disable_progress_bar()
         self.model = load_whole(
             AutoModelForCausalLM,
             ref.folder(),
             dtype=options.dtype,
             device_map=device_map(resolve_device(options.device)),
-            attn_implementation=GROUPED_SDPA if attention == "auto" else attention,
+            attn_implementation=attention,
         )
         self.stop_ids = stop_token_ids(ref.folder(), load_tokenizer(ref))
         self.max_tokens_per_batch = options.max_tokens_per_batch

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import configuration_decilm
-from hopscotch_common.export.folding import check_foldable
-from hopscotch_common.loading import hopscotch_classes
+from hopscotch_common.loading import HOPSCOTCH_PREFIX, hopscotch_classes
 
+LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
 WIDTH_STEP = 256  # the format rounds the MLP's width up to a multiple of this
 # What the format says of a block beyond what a Llama layer needs; some runtimes read them all.
 ATTENTION_DEFAULTS = {
@@ -34,9 +34,12 @@ SAME_IN_BOTH = (
 
 def check_representable(config) -> None:
     """Raise InputError for a Hopscotch config that the format cannot hold."""
-    check_foldable(config)
     remedy = "export it as folded, or serve the checkpoint itself with transformers"
     family = config.model_type
+    if family.removeprefix(HOPSCOTCH_PREFIX) not in LLAMA_SHAPED:
+        raise InputError(
+            f"nemotron_nas holds layers of Llama's shape, and those of {family} are not; {remedy}"
+        )
     if family.endswith("qwen3"):
         raise InputError(f"nemotron_nas has no place for the q and k norms of qwen3; {remedy}")
     window = getattr(config, "sliding_window", None)

@@ -8,21 +8,26 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
-from hopscotch_common.export.folding import Factor, absorb_granite, fold, fold_factors
+from hopscotch_common.export.folding import Folding, fold_factors, granite_multipliers
 from hopscotch_common.loading import HOPSCOTCH_PREFIX, hopscotch_classes, load_whole
-from hopscotch_common.modeling_hopscotch import HopscotchForCausalLM
+from hopscotch_common.modeling_hopscotch import SCALE_KEYS, HopscotchForCausalLM
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an export's weights are: what each is multiplied by (`fold`), and all that it needs."""
+    """What an export's weights are: what becomes of each, and all that it needs.
 
-    factors: dict[str, Factor]
+    renamed: whether weight files name some tensors otherwise than the model does (experts).
+    """
+
+    folding: Folding
     shapes: dict[str, torch.Size]
+    renamed: bool = False
 
 
 def skipped_blocks(config) -> list[int]:
@@ -41,7 +46,9 @@ def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
         model = AutoModelForCausalLM.from_config(stock)
     stock.architectures = [type(model).__name__]
     stock.save_pretrained(folder)
-    return Target(fold_factors(values, skipped_blocks(config)), _shapes(model))
+    folding = Folding(stock, fold_factors(values, skipped_blocks(config)))
+    renamed = get_checkpoint_conversion_mapping(stock.model_type) is not None
+    return Target(folding, _shapes(model), renamed)
 
 
 def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor) -> Target:
@@ -58,7 +65,7 @@ def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor) -> Target:
     _, model_class = hopscotch_classes(shaped.model_type)
     with torch.device("meta"):
         model = model_class(shaped)
-    return Target(absorb_granite(factors, config), _shapes(model))
+    return Target(Folding(config, factors, granite_multipliers(config)), _shapes(model))
 
 
 def _shapes(model) -> dict[str, torch.Size]:
@@ -74,24 +81,28 @@ def _scales_of(model) -> Iterator[tuple[str, torch.Tensor]]:
 def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> None:
     """Fold the weights, file by file: one file of the checkpoint is in memory at a time."""
     sources = [p for p in weights.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
+    family = target.folding.family
+    beside = f".{family.norm_before_mlp or family.norm_after_mlp}.weight"  # every layer has one
     weight_map, total_bytes = {}, 0
     for number, path in enumerate(sources, 1):
         name = f"model-{number:05}-of-{len(sources):05}.safetensors"
         name = "model.safetensors" if len(sources) == 1 else name
         tensors = {}
         for key, tensor in weights.read_tensors(path).items():
-            if key not in target.shapes or checkpoints.is_skipped_weight(key, config):
+            known = key in target.shapes or (target.renamed and not re.search(SCALE_KEYS, key))
+            if not known or checkpoints.is_skipped_weight(key, config):
                 continue
-            tensors[key] = fold(key, tensor, target.factors)
-            if key.endswith(".mlp.down_proj.weight"):
+            tensors[key] = target.folding.fold(key, tensor)
+            if key.endswith(beside):
                 tensors |= _unused_attention(int(key.split(".")[2]), target, config, tensor.dtype)
         if tensors:
             weights.save_tensors(tensors, folder / name)
             weight_map |= dict.fromkeys(tensors, name)
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
     missing = sorted(set(target.shapes) - set(weight_map))
-    if missing:
+    if missing and not target.renamed:  # of those, loading finds out
         raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other weights")
+    target.folding.check_complete(weight_map, skipped_blocks(config))
     if len(sources) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / weights.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

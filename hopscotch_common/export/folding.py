@@ -1,68 +1,103 @@
 """Fold the scales into the weights: the same function, computed by a model without scales.
 
-RMSNorm does not change when its input is multiplied by a positive constant (up to its eps). So the
+A norm's output does not change when its input is multiplied by a positive constant (up to its eps). So the
 residual stream may be stored divided by a running factor C, which starts at 1. At each residual
 
     C *= s;  stored = (b * branch + s * C_before * stored_before) / C = (b / C) * branch + stored_before
 
-and the branch's last matrix (o_proj, down_proj, with bias) takes the factor b / C: all of it where
-b is a number, row i the factor b[i] / C where b has one a channel. Where C is negative, the norm that
-reads the stream changes the sign of its weight.
+and what a branch adds takes the factor b / C: in the weight of the norm behind the branch, where there is
+one (Gemma's norms multiply by 1 + weight), or else in its last matrix with bias (o_proj, down_proj, those
+of all experts): all of it where b is a number, row i the factor b[i] / C where b has one a channel. Where
+C is negative, the norm that reads the stream changes the sign of its weight. Where no norm does
+(OLMo 2), the first matrices of the branch take the factor C, and read what they always did.
 """
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from hopscotch_common.errors import InputError
-from hopscotch_common.modeling_hopscotch import PREFIX, SCALE_NAMES
+from hopscotch_common.families import check_supported
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, SCALE_NAMES, Family
 from hopscotch_common.scales import columns
 
-# Families whose branches end in o_proj and down_proj, with RMSNorms before both and none behind them.
-FOLDABLE = ("llama", "qwen2", "granite", "mistral", "qwen3")
 SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
 
-Factor = float | torch.Tensor  # of a weight and its bias: a number, or float64 [1], or [rows], one a row
+Factor = float | torch.Tensor  # a number, or float64 [1], or [hidden], one a channel
+
+# Tensors of a layer as weight files name them, and the axis along which they hold the hidden channels.
+# Experts are stored one by one, or all in one tensor [experts, hidden, width].
+ATTENTION_INPUTS = r"self_attn\.(q|k|v|qkv)_proj\.weight"
+MLP_INPUTS = r"mlp\.(gate|up|gate_up)_proj\.weight"
+ATTENTION_OUTPUTS = {r"(self_attn\.o_proj|mamba\.out_proj|linear_attn\.out_proj)\.(weight|bias)": 0}
+MLP_OUTPUTS = {
+    r"mlp\.(down_proj|c_proj)\.(weight|bias)": 0,
+    r"(mlp\.shared_expert\.down_proj|shared_mlp\.output_linear)\.weight": 0,
+    r"(mlp|block_sparse_moe)\.experts\.\d+\.(w2|down_proj)\.weight": 0,
+    r"((mlp|block_sparse_moe)\.experts\.down_proj|block_sparse_moe\.output_linear\.weight)": 1,
+}
+TRANSPOSED_EXPERTS = {r"mlp\.experts\.down_proj": 2, r"mlp\.experts\.down_proj_bias": 1}
+TRANSPOSING = ("gpt_oss",)  # [experts, width, hidden]
+ONE_PLUS = ("gemma", "gemma2", "gemma3_text", "qwen3_next", "qwen3_5_text")  # norms times 1 + weight
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """A layer's scales, folded: C where a branch reads the stream, and what multiplies what it adds."""
+
+    attention_reads: float
+    attention_adds: Factor
+    mlp_reads: float
+    mlp_adds: Factor
+
+
+@dataclass(frozen=True)
+class StreamFactors:
+    """The factors of all layers, and C where the last norm reads."""
+
+    layers: tuple[LayerFactors, ...]
+    last_reads: float
+
+
+@dataclass(frozen=True)
+class Product:
+    """What becomes of a tensor w: (added + w) * factor - added, a factor a channel going along `axis`."""
+
+    factor: Factor
+    axis: int = 0
+    added: float = 0.0
 
 
 def check_foldable(config) -> None:
     """Raise InputError unless the scales of a (stock or Hopscotch) config's model fold into its weights."""
-    family = config.model_type.removeprefix(PREFIX)
-    if family not in FOLDABLE:
-        raise InputError(
-            f"the scales of {family} cannot be folded yet (only those of {', '.join(FOLDABLE)}); "
-            "serve the checkpoint itself with transformers"
-        )
+    check_supported(config.model_type.removeprefix(PREFIX), "export")
 
 
 def fold_factors(
     values: torch.Tensor, skipped: Iterable[int], residual_multiplier: float = 1.0
-) -> dict[str, Factor]:
-    """What every weight and bias of a module is multiplied by; modules not named keep theirs.
+) -> StreamFactors:
+    """What the scales become.
 
     values: the scales [layers, width]. skipped: blocks without attention. residual_multiplier: taken
     into the weights as well, for a target that has none of its own (Granite's). Raises InputError
     for scales that are not finite, and for an s too close to 0 to divide by.
     """
     skipped = set(skipped)
-    carried, factors = 1.0, {}
+    carried, layers = 1.0, []
     by_name = columns(values.double())
     for layer in range(len(values)):
         row = {name: by_name[name][layer] for name in SCALE_NAMES}
         _check_scales(layer, row)
         b_attn, b_mlp = row["b_scale_attn"], row["b_scale_mlp"]
-        s_attn, s_mlp = row["s_scale_attn"].item(), row["s_scale_mlp"].item()
-        prefix = f"model.layers.{layer}"
-        if layer not in skipped:
-            factors[f"{prefix}.input_layernorm"] = math.copysign(1.0, carried)
-            factors[f"{prefix}.self_attn.o_proj"] = residual_multiplier * b_attn / (carried * s_attn)
-        carried *= s_attn
-        factors[f"{prefix}.post_attention_layernorm"] = math.copysign(1.0, carried)
-        carried *= s_mlp
-        factors[f"{prefix}.mlp.down_proj"] = residual_multiplier * b_mlp / carried
-    factors["model.norm"] = math.copysign(1.0, carried)
-    return factors
+        before = carried
+        between = before * row["s_scale_attn"].item()
+        carried = between * row["s_scale_mlp"].item()
+        attention_adds = 0.0 if layer in skipped else residual_multiplier * b_attn / between
+        layers.append(LayerFactors(before, attention_adds, between, residual_multiplier * b_mlp / carried))
+    return StreamFactors(tuple(layers), carried)
 
 
 def _check_scales(layer: int, row: dict[str, torch.Tensor]) -> None:
@@ -77,37 +112,111 @@ def _check_scales(layer: int, row: dict[str, torch.Tensor]) -> None:
             )
 
 
-def absorb_granite(factors: dict[str, Factor], config) -> dict[str, Factor]:
-    """Take Granite's other multipliers into the weights too, so that they are all 1 afterwards.
+def granite_multipliers(config) -> dict[str, float]:
+    """Factors, by tensor, that take Granite's other multipliers into the weights: all are 1 afterwards.
 
     The embeddings take theirs, the queries that of attention (over the usual 1 / sqrt(head_dim)),
     and the final norm takes the logits' scaling: lm_head may be tied to the embeddings, and a tied
     one is undone what the embeddings took. config: any family's; those without multipliers change
     nothing.
     """
-    factors = dict(factors)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     embedding = getattr(config, "embedding_multiplier", 1.0)
-    factors["model.embed_tokens"] = embedding
-    factors["model.norm"] /= getattr(config, "logits_scaling", 1.0)
-    if config.tie_word_embeddings:
-        factors["model.norm"] /= embedding
+    norm = 1 / getattr(config, "logits_scaling", 1.0)
+    factors = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": norm / embedding if config.tie_word_embeddings else norm,
+    }
     if hasattr(config, "attention_multiplier"):
         for layer in range(config.num_hidden_layers):
-            factors[f"model.layers.{layer}.self_attn.q_proj"] = config.attention_multiplier * head_dim**0.5
+            for part in ("weight", "bias"):
+                name = f"model.layers.{layer}.self_attn.q_proj.{part}"
+                factors[name] = config.attention_multiplier * head_dim**0.5
     return factors
 
 
-def fold(key: str, tensor: torch.Tensor, factors: dict[str, Factor]) -> torch.Tensor:
-    """A weight [rows, columns] or bias [rows] times its module's factor: in float64, then its own dtype.
+class Folding:
+    """What every tensor of a model is multiplied by; those that it does not know stay as they are.
 
-    Raises InputError when the dtype cannot hold the product.
+    config: the model's, stock or Hopscotch. more: further factors by a tensor's name, for norms and
+    matrices that are stored as they multiply.
     """
-    factor = torch.as_tensor(factors.get(key.rpartition(".")[0], 1.0), dtype=torch.float64)
+
+    def __init__(self, config, factors: StreamFactors, more: dict[str, float] | None = None):
+        model_type = config.model_type.removeprefix(PREFIX)
+        self.family, added = FAMILIES[model_type], 1.0 if model_type in ONE_PLUS else 0.0
+        experts = TRANSPOSED_EXPERTS if model_type in TRANSPOSING else {}
+        self.layers = [_layer_products(self.family, layer, added, experts) for layer in factors.layers]
+        self.last = Product(math.copysign(1.0, factors.last_reads), added=added)
+        self.more = more or {}
+
+    def product(self, key: str) -> Product:
+        """What becomes of a tensor of this name (in a weight file, or a state dict)."""
+        product = Product(1.0)
+        if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", key):
+            products = self.layers[int(layer[1])]
+            product = next(
+                (found for pattern, found in products.items() if re.fullmatch(pattern, layer[2])), product
+            )
+        elif key == "model.norm.weight":
+            product = self.last
+        return Product(product.factor * self.more.get(key, 1.0), product.axis, product.added)
+
+    def fold(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor with the scales in it, in its own dtype; InputError where that cannot hold it."""
+        return multiplied(key, tensor, self.product(key))
+
+    def check_complete(self, keys: Collection[str], skipped: Iterable[int]) -> None:
+        """Raise InputError unless among `keys`, the names of all tensors, some take b of every branch."""
+        skipped = set(skipped)
+        names = [key.split(".", 3) for key in keys if key.startswith("model.layers.")]
+        for norm, outputs, what in (
+            (self.family.norm_after_attention, ATTENTION_OUTPUTS, "attention"),
+            (self.family.norm_after_mlp, MLP_OUTPUTS | TRANSPOSED_EXPERTS, "MLP"),
+        ):
+            pattern = rf"{norm}\.weight" if norm else "|".join(outputs)
+            found = {int(name[2]) for name in names if re.fullmatch(pattern, name[3])}
+            needed = set(range(len(self.layers))) - (skipped if what == "attention" else set())
+            if missing := sorted(needed - found):
+                raise InputError(
+                    f"layer {missing[0]}: none of its tensors is known to be the last of its {what}, so that "
+                    "its scales cannot be folded; name it in hopscotch_common/export/folding.py"
+                )
+
+
+def _layer_products(
+    family: Family, factors: LayerFactors, added: float, experts: dict[str, int]
+) -> dict[str, Product]:
+    """Pattern of a tensor's name in its layer -> what becomes of it."""
+    found = {}
+    for norm, inputs, reads in (
+        (family.norm_before_attention, ATTENTION_INPUTS, factors.attention_reads),
+        (family.norm_before_mlp, MLP_INPUTS, factors.mlp_reads),
+    ):
+        if norm is None:
+            found[inputs] = Product(reads)
+        else:
+            found[rf"{norm}\.weight"] = Product(math.copysign(1.0, reads), added=added)
+    for norm, outputs, adds in (
+        (family.norm_after_attention, ATTENTION_OUTPUTS, factors.attention_adds),
+        (family.norm_after_mlp, experts | MLP_OUTPUTS, factors.mlp_adds),
+    ):
+        if norm is None:
+            found |= {pattern: Product(adds, axis) for pattern, axis in outputs.items()}
+        else:
+            found[rf"{norm}\.weight"] = Product(adds, added=added)
+    return found
+
+
+def multiplied(key: str, tensor: torch.Tensor, product: Product) -> torch.Tensor:
+    """A tensor's product: taken in float64, then its own dtype. InputError where that cannot hold it."""
+    factor = torch.as_tensor(product.factor, dtype=torch.float64)
     if bool((factor == 1.0).all()):
         return tensor
-    by_row = factor.view(-1, *[1] * (tensor.dim() - 1))
-    folded = (tensor.double() * by_row).to(tensor.dtype)
+    along = [1] * tensor.dim()
+    along[product.axis] = -1
+    folded = (tensor.double() + product.added) * factor.view(along) - product.added
+    folded = folded.to(tensor.dtype)
     if not bool(folded.isfinite().all()):
         largest = factor.abs().max().item()
         raise InputError(

@@ -152,7 +152,7 @@ def _check_model(reader, path: Path, config) -> None:
             f"{path}: llama.cpp's `deci` has none of Granite's multipliers, so this GGUF cannot skip blocks; "
             "convert an export in Llama form, with the multipliers in the weights, and give that"
         )
-    if architecture not in SOURCES[family]:
+    if architecture not in SOURCES.get(family, ()):
         raise InputError(
             f"{path} has architecture {architecture!r}, which no GGUF of a {family} checkpoint has; "
             "give the one made of this checkpoint's folded export"
