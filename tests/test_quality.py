@@ -265,7 +265,7 @@ def test_criteria(tiny_folder, tmp_path, capsys):
     }
     assert chosen["search"]["blocks"] == [2, 1] and chosen["search"]["candidate_epochs"] == 5.0
     for name in ("cosine", "weights"):
-        ranked = sorted(range(4), key=chosen[name]["scores"].__getitem__)
+        ranked = sorted(range(4), key=lambda block, name=name: chosen[name]["scores"][str(block)])
         assert chosen[name]["blocks"] == ranked[:2]
     for figure in figures:
         if "judge" in figure["of"] and figure["of"]["count"]:
