@@ -6,6 +6,7 @@ skipped one has neither attention nor KV cache. Methods that vLLM may change in 
 overridden, so `vllm_plugin` admits only versions that were tested.
 """
 
+from torch import nn
 from transformers import AutoModel
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -41,7 +42,17 @@ class AttentionWhereItIs:
             self.logits_processor.scale /= getattr(config, "logits_scaling", None) or 1.0
 
     def recursive_replace(self) -> None:
-        """Number attention blocks by their layers again, not by slots of transformers' cache."""
+        """Number attention blocks by their layers again, not by slots of transformers' cache.
+
+        Raises ValueError for a model with a linear layer that does more than multiply (PhiMoE's
+        router), which the backend would take for a plain one.
+        """
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+                raise ValueError(
+                    f"{type(module).__name__} is more than the linear layer that vLLM's Transformers backend "
+                    "would make of it; run the checkpoint with transformers"
+                )
         for index, layer in enumerate(self.model.layers):
             if isinstance(layer, ScaledDecoderLayer) and not layer.skip_attention:  # else on another rank
                 getattr(layer, layer.family.attention).layer_idx = index
