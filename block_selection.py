@@ -20,9 +20,10 @@ from pathlib import Path
 from hopscotch_common import cli, files, writing
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.log import Log
-from hopscotch_common.models import load_model, read_config
-from hopscotch_common.report.runs import describe_run
+from hopscotch_common.report.bend import find_bend
+from hopscotch_common.report.runs import describe_run, plain
 
+SEARCHES = ("full", "race", "untrained", "cosine")
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -46,14 +47,36 @@ def build_parser() -> argparse.ArgumentParser:
         help="losses of layers 0, 1, 2, … of this iteration that are known already; "
         "a number in the place of a skipped layer is ignored",
     )
-    parser.add_argument("--num_blocks", type=cli.positive_int, default=1, help="blocks to pick in this run")
+    group = parser.add_argument_group("how many blocks")
+    number = group.add_mutually_exclusive_group()
+    number.add_argument(
+        "--num_blocks",
+        type=cli.positive_int,
+        help="blocks to pick in this run, at most (default: 1; with --max_loss_increase, all that can be)",
+    )
+    number.add_argument(
+        "--kv_budget",
+        type=cli.part,
+        metavar="SHARE",
+        help="pick as many as leave the KV cache at most this share of the whole model's, at most",
+    )
+    group.add_argument(
+        "--max_loss_increase",
+        type=cli.positive_float,
+        metavar="SHARE",
+        help="stop before the pick that would bring the loss this share above the original model's (0.02: "
+        "2 %%); of --loss kl, which is 0 for the original, the KL itself in nats a token. Of the held-out "
+        "answers with --validation_split, else of the training's",
+    )
+    cli.add_validation_argument(group, "each pick's loss, KL and agreement")
     group = parser.add_argument_group("search")
     group.add_argument(
         "--search",
-        choices=["full", "race"],
+        choices=list(SEARCHES),
         default="full",
         help="full: an epoch for each candidate; race: the worse ones drop out early, and the pick can be "
-        "another one that is about as good",
+        "another one that is about as good. Without training, in seconds: untrained, by the loss that a skip "
+        "costs with scales of 1; cosine, by how little a block turns the residual stream",
     )
     group.add_argument(
         "--screening",
@@ -137,7 +160,26 @@ def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> 
         "batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,
         "dtype": arguments.dtype,
+        "loss": arguments.loss,
     }
+
+
+def most_blocks(arguments: argparse.Namespace, config, skipped: list[int]) -> int:
+    """How many blocks this run picks at most; InputError where so many are not there."""
+    from hopscotch_common.search.limits import most_picks, picks_for_kv_budget
+
+    left = most_picks(config, skipped)
+    if arguments.kv_budget is not None:
+        flag, wanted = "kv_budget", picks_for_kv_budget(arguments.kv_budget, config, skipped)
+    else:
+        unless_told = left if arguments.max_loss_increase is not None else 1
+        flag, wanted = "num_blocks", arguments.num_blocks or max(unless_told, 1)
+    if wanted > left:
+        raise InputError(
+            f"--{flag} {getattr(arguments, flag) or wanted}: {len(skipped)} of {config.num_hidden_layers} "
+            f"are skipped already, so at most {left} more can be"
+        )
+    return wanted
 
 
 @cli.command
@@ -145,42 +187,37 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     output = arguments.output or Path(f"{arguments.model.name}_block_selection.json")
-    config = read_config(arguments.model)
-    num_layers = config.num_hidden_layers
-    skipped = cli.blocks_from(
-        arguments.starting_skipped_blocks, arguments.model, config, "--starting_skipped_blocks"
-    )
-    if len(skipped) + arguments.num_blocks >= num_layers:
-        raise InputError(
-            f"--num_blocks {arguments.num_blocks}: {len(skipped)} of {num_layers} are skipped already, "
-            f"so at most {num_layers - 1 - len(skipped)} more can be"
-        )
-    if arguments.search == "full":
-        for flag in ("screening", "first_look", "confidence"):
-            if getattr(arguments, flag) != parser.get_default(flag):
-                logger.warning("--%s has no effect without --search race", flag)
-    known = known_losses(arguments.prev, skipped, num_layers)
-    check_outputs(arguments, output)
 
     from hopscotch_common import weights
-    from hopscotch_common.search import journal, schedule
+    from hopscotch_common.loading import load_model, read_config
+    from hopscotch_common.search import journal
     from hopscotch_common.search.candidates import CandidateTrainer
+    from hopscotch_common.search.picks import Picks
     from hopscotch_common.search.progress import SearchBar
     from hopscotch_common.search.search import Search
     from hopscotch_common.training import batches
     from hopscotch_common.training.distributed import check_launch, join_processes
     from hopscotch_common.training.trainer import prepare_model
 
+    config = read_config(arguments.model)
+    skipped = cli.blocks_from(
+        arguments.starting_skipped_blocks, arguments.model, config, "--starting_skipped_blocks"
+    )
+    num_blocks = most_blocks(arguments, config, skipped)
+    if arguments.search != "race":
+        for flag in ("screening", "first_look", "confidence"):
+            if getattr(arguments, flag) != parser.get_default(flag):
+                logger.warning("--%s has no effect without --search race", flag)
+    if arguments.prev and (arguments.search in ("untrained", "cosine") or arguments.validation_split):
+        raise InputError("--prev: the scales behind its losses are not known, which this search needs")
+    known = known_losses(arguments.prev, skipped, config.num_hidden_layers)
+    check_outputs(arguments, output)
+
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     samples = cli.load_samples(arguments, config)
-    data = {
-        "path": str(arguments.data_path),
-        "sha256": batches.fingerprint(samples),
-        "samples": len(samples),
-        "tokens": sum(len(sample) for sample in samples),
-        "loss_counted_tokens": sum(sample.num_loss_counted_tokens for sample in samples),
-    }
+    training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
+    data = batches.describe(training, arguments.data_path)
     cli.seed_everything(arguments.seed)
     processes = join_processes(arguments.device)
     options = cli.training_options(arguments)
@@ -193,61 +230,99 @@ def main(argv: list[str] | None = None) -> int:
             resources.enter_context(log)
             records, append = [(f"{log.path}, line {n}", record) for n, record in log.records], log.append
         records = processes.gather(records)[0]  # only rank 0's disk is sure
-        known_before = journal.Journal(records, append, math.ceil(len(samples) / arguments.batch_size))
+        known_before = journal.Journal(records, append, math.ceil(len(training) / arguments.batch_size))
         model = load_model(arguments.model, arguments.dtype, arguments.device, arguments.attn_implementation)
         prepare_model(model, options)
-        trainer = CandidateTrainer(model, samples, options)
+        trainer = CandidateTrainer(model, training, options, held_out)
         logger.info(
             "%d answers in %d batches, %d loss-counted tokens; %d layers, skipped already: %s; "
             "%d process(es)",
-            len(samples),
+            len(training),
             trainer.num_batches,
             data["loss_counted_tokens"],
-            num_layers,
+            config.num_hidden_layers,
             skipped or "none",
             processes.count,
         )
-        rule = schedule.FULL
-        if arguments.search == "race":
-            first_look = arguments.first_look or schedule.default_first_look(trainer.num_batches)
-            rule = schedule.Schedule(first_look, arguments.confidence, arguments.screening)
-        bar = SearchBar(arguments.num_blocks, rule, processes)
+        rule = schedule_of(arguments, trainer.num_batches)
+        bar = SearchBar(num_blocks, rule, processes)
         resources.callback(bar.close)
-        search = Search(trainer, rule, known_before, processes, bar)
-        iterations = []
-        for _ in range(arguments.num_blocks):
-            found = search.next_block(skipped, known)
-            skipped, known = [*skipped, found.block], {}
-            iterations.append(found)
+        picks = Picks(Search(trainer, rule, known_before, processes, bar), arguments.max_loss_increase)
+        report = {
+            "model": arguments.model.name,
+            "num_layers": config.num_hidden_layers,
+            "skipped_blocks": skipped,
+            "iterations": [],
+            "original_held_out": plain(picks.original),
+            "data": data,
+        } | describe_run(vars(arguments))
+        for _ in range(num_blocks):
+            pick = picks.next(report["skipped_blocks"], known)
+            known = {}
+            stops = picks.costs_too_much(pick)
+            add_pick(report, pick, stops)
             if processes.rank == 0:
-                write_results(output, arguments, data, num_layers, skipped, iterations)
+                write_results(output, report, arguments.plot)
                 with bar.out_of_the_way():
-                    cli.result(f"Best block to remove: {found.block} (loss: {found.loss:.4f})")
+                    cli.result(line_of(pick, stops, arguments.max_loss_increase))
+            if stops:
+                break
         bar.finish()
     return 0
 
 
-def write_results(
-    output: Path,
-    arguments: argparse.Namespace,
-    data: dict,
-    num_layers: int,
-    skipped: list[int],
-    iterations: list,
-) -> None:
-    """The JSON report, and the plot if one is asked for."""
-    content = {
-        "model": arguments.model.name,
-        "num_layers": num_layers,
-        "skipped_blocks": skipped,
-        "iterations": [dataclasses.asdict(iteration) for iteration in iterations],
-        "data": data,
-    } | describe_run(vars(arguments))
-    writing.write_json(output, content)
-    if arguments.plot:
+def schedule_of(arguments: argparse.Namespace, num_batches: int):
+    """The `Schedule` of `--search`."""
+    from hopscotch_common.search import schedule
+
+    if arguments.search != "race":
+        return {"full": schedule.FULL, "untrained": schedule.UNTRAINED, "cosine": schedule.COSINE}[
+            arguments.search
+        ]
+    first_look = arguments.first_look or schedule.default_first_look(num_batches)
+    return schedule.Schedule(first_look, arguments.confidence, arguments.screening)
+
+
+def add_pick(report: dict, pick, stops: bool) -> None:
+    """Add an iteration to the report, or what it would have been where it stops the search."""
+    iteration = dataclasses.asdict(dataclasses.replace(pick.iteration, state=None))
+    del iteration["state"]  # of a search, not of a checkpoint
+    iteration |= {"held_out": plain(pick.held_out), "loss_increase": pick.increase}
+    if stops:
+        report["stopped_before"] = iteration
+        return
+    report["skipped_blocks"] = [*report["skipped_blocks"], pick.iteration.block]
+    report["iterations"].append(iteration)
+    losses = {len(found["skipped_before"]) + 1: found["loss"] for found in report["iterations"]}
+    report["bend"] = find_bend(losses)
+
+
+def line_of(pick, stops: bool, most_increase: float | None) -> str:
+    """What stdout says of a pick."""
+    found = pick.iteration
+    held_out = ""
+    if pick.held_out is not None:
+        figures = pick.held_out
+        held_out = (
+            f", held-out loss: {figures.cross_entropy:.4f}, KL: {figures.kl:.4f}, "
+            f"agreement: {figures.agreement:.4f}"
+        )
+    increase = "" if pick.increase is None else f", increase: {pick.increase:.4f}"
+    if stops:
+        return (
+            f"Stopped: without block {found.block} as well, the loss would be above --max_loss_increase "
+            f"{most_increase:g} (loss: {found.loss:.4f}{held_out}{increase})"
+        )
+    return f"Best block to remove: {found.block} (loss: {found.loss:.4f}{held_out}{increase})"
+
+
+def write_results(output: Path, report: dict, plot: Path | None) -> None:
+    """The JSON report, and the plot if one is asked for, once there is a pick to draw."""
+    writing.write_json(output, report)
+    if plot and report["iterations"]:
         from hopscotch_common.report.search_plots import plot_search  # matplotlib takes a second
 
-        plot_search(arguments.plot, content)
+        plot_search(plot, report)
 
 
 if __name__ == "__main__":

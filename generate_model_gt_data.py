@@ -18,19 +18,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hopscotch_common import cli, files, writing
-from hopscotch_common.answers.engines import (
-    BACKENDS,
-    Answer,
-    EngineOptions,
-    generate,
-    resolve_backend,
-    stop_token_ids,
-    tensor_parallel_size,
-)
+from hopscotch_common.answers import BACKENDS, EngineOptions
 from hopscotch_common.answers.partial import PartialAnswers
 from hopscotch_common.answers.prompts import HUB_PROMPTS, LOCAL_PROMPTS, find_prompts, tokenize
 from hopscotch_common.errors import InputError, logger
-from hopscotch_common.models import ModelRef, load_tokenizer, read_config
+from hopscotch_common.models import ModelRef
 from hopscotch_common.report.runs import describe_run
 
 
@@ -51,7 +43,7 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
         raise InputError(f"--output_file {final}: exists and is not of this script; name another file")
 
 
-def answer_missing(partial: PartialAnswers, tokenizer, stop_ids: set[int], answers: Iterable[Answer]) -> None:
+def answer_missing(partial: PartialAnswers, tokenizer, stop_ids: set[int], answers: Iterable) -> None:
     """Run the engine's `answers` iterator to its end, keeping each answer as it comes."""
     missing = partial.missing()
     tokens = 0
@@ -143,15 +135,17 @@ def main(argv: list[str] | None = None) -> int:
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineOptions)}
     )
     prompts = find_prompts(args.input_file, args.model)[: args.num_samples]
-    backend = resolve_backend(options)
+
+    from hopscotch_common import weights
+    from hopscotch_common.answers import engines
+    from hopscotch_common.loading import load_tokenizer, read_config
+
+    backend = engines.resolve_backend(options)
     config = read_config(args.model)
     if backend == "vllm":
-        tensor_parallel_size(args.tensor_parallel_size, config)
+        engines.tensor_parallel_size(args.tensor_parallel_size, config)
     tokenizer = load_tokenizer(args.model)
     prompt_ids = tokenize(prompts, tokenizer, config)
-
-    from hopscotch_common import weights  # imports torch, so after all that
-
     weights.check_weights(args.model.folder(), config, args.attn_implementation)
     settings = {
         "model": args.model.source,
@@ -170,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         if missing:
             cli.seed_everything(args.seed)
-            answers = generate(args.model, [prompt_ids[i] for i in missing], args.max_tokens, options)
-            stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
+            answers = engines.generate(args.model, [prompt_ids[i] for i in missing], args.max_tokens, options)
+            stop_ids = engines.stop_token_ids(args.model.folder(weights=False), tokenizer)
             answer_missing(partial, tokenizer, stop_ids, answers)
         kept, figures = select_answers(partial.records, args.keep_truncated)
         if not kept:

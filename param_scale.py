@@ -18,15 +18,14 @@ model's first choice).
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from pathlib import Path
 
 from hopscotch_common import cli, files, writing
 from hopscotch_common.errors import logger
-from hopscotch_common.models import QUANTIZATIONS, load_model, read_config
-from hopscotch_common.report.runs import describe_run
-from hopscotch_common.training import MEASURES, TrainingOptions
+from hopscotch_common.models import QUANTIZATIONS
+from hopscotch_common.report.runs import describe_run, plain
+from hopscotch_common.training import MEASURES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,23 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="what b_attn and b_mlp are: one number a layer, or one for each channel of the hidden state",
     )
     parser.add_argument(
-        "--loss",
-        choices=list(MEASURES),
-        default=TrainingOptions.loss,
-        help="what to train on: ce, cross entropy on the answers' tokens; kl, the divergence from the "
-        "original model's distribution at each of them, which takes a pass of it more for each batch",
-    )
-    parser.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
         help="train on top of weights quantised to 8 or 4 bits; the checkpoint keeps the original weights",
     )
-    parser.add_argument(
-        "--validation_split",
-        type=cli.fraction,
-        default=0.0,
-        help="share of the answers held out to measure loss, KL and agreement, at least 0 and below 1",
-    )
+    cli.add_validation_argument(parser, "loss, KL and agreement")
     parser.add_argument(
         "--output_dir", type=Path, help="folder of the checkpoints (default: scaled_{model}_ckpts)"
     )
@@ -100,18 +87,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     name = arguments.model.name
     output_dir = arguments.output_dir or Path(f"scaled_{name}_ckpts")
+
+    from hopscotch_common import checkpoints, scales, weights
+    from hopscotch_common.export.formats import check_exports, run_exports
+    from hopscotch_common.loading import load_model, read_config
+    from hopscotch_common.training import batches
+    from hopscotch_common.training.distributed import check_launch, join_processes
+    from hopscotch_common.training.epochs import EpochTraining
+    from hopscotch_common.training.trainer import ScaleState, prepare_model
+
     config = read_config(arguments.model)
     blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
     files.check_writable(output_dir)
     inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
     files.check_output(output_dir / "report.json", "--output_dir", inputs)
-
-    from hopscotch_common import checkpoints, scales, weights
-    from hopscotch_common.export.formats import check_exports, run_exports
-    from hopscotch_common.training import batches
-    from hopscotch_common.training.distributed import check_launch, join_processes
-    from hopscotch_common.training.epochs import EpochTraining
-    from hopscotch_common.training.trainer import ScaleState, prepare_model
 
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
@@ -143,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.quantization,
             arguments.granularity,
         )
-        options = dataclasses.replace(cli.training_options(arguments), loss=arguments.loss)
+        options = cli.training_options(arguments)
         prepare_model(model, options)
         trained = EpochTraining(model, blocks, training, held_out, options, processes.group(1), cli.progress)
         if runs:
@@ -197,11 +186,6 @@ def main(argv: list[str] | None = None) -> int:
                 for kind, exported in report["exports"].items():
                     cli.result(f"Exported {kind}: {exported['folder']}")
     return 0
-
-
-def plain(figures) -> dict[str, float] | None:
-    """Held-out figures as JSON tells them."""
-    return None if figures is None else dataclasses.asdict(figures)
 
 
 def final_report(arguments: argparse.Namespace, runs: list[dict]) -> dict:

@@ -22,6 +22,8 @@ batch_size=${BATCH_SIZE:-32}
 search=${SEARCH:-race}                # or full, the paper's schedule
 num_blocks=${NUM_BLOCKS:-4}
 num_epochs=${NUM_EPOCHS:-10}
+granularities=${GRANULARITIES:-layer} # of the scales: layer, channel, or "layer channel" for both
+loss=${LOSS:-ce}                      # what the scales are trained on: ce or kl
 export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
 
 say() { printf '\n== %s\n' "$*" >&2; }
@@ -38,14 +40,21 @@ $launch "$here/block_selection.py" --model="$model" --data_path "data/$name-proc
     --search "$search" --num_blocks "$num_blocks" --batch_size "$batch_size" \
     ${max_samples:+--max_samples "$max_samples"}
 
-say "4a. train the scales"
-$launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
-    --blocks_to_skip "./${name}_block_selection.json" --num_epochs "$num_epochs" --batch_size "$batch_size" \
-    --validation_split 0.2 --resume ${export_formats:+--export $export_formats}
+scaled=() # folders of checkpoints
+for granularity in $granularities; do
+    say "4a. train the scales, by $granularity"
+    folder=scaled_${name}_ckpts
+    if [ "$granularity" != layer ]; then folder=scaled_${name}_${granularity}_ckpts; fi
+    scaled+=("$folder")
+    $launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
+        --blocks_to_skip "./${name}_block_selection.json" --granularity "$granularity" --loss "$loss" \
+        --num_epochs "$num_epochs" --batch_size "$batch_size" --validation_split 0.2 \
+        --output_dir "$folder" --resume ${export_formats:+--export $export_formats}
+done
 
 say "4b. the same skips without training"
 python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_block_selection.json"
 
 say "what came of it"
 PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_report.json" \
-    "data/$name-processed-data" "./${name}_block_selection.json" "scaled_${name}_ckpts"
+    "data/$name-processed-data" "./${name}_block_selection.json" "${scaled[@]}"

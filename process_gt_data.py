@@ -24,7 +24,6 @@ from pathlib import Path
 from hopscotch_common import cli, files, writing
 from hopscotch_common.answers.prompts import check_messages, check_vocabulary, render
 from hopscotch_common.errors import HopscotchError, InputError, logger
-from hopscotch_common.models import load_tokenizer, read_config
 from hopscotch_common.report.runs import describe_run
 
 MIN_SEQ_LEN = 20  # instructlab-training drops what is shorter
@@ -249,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     data_file, report_file = output_dir / "data.jsonl", output_dir / "data_report.json"
     for path in (data_file, report_file):
         files.check_output(path, "--output_dir", [input_file])
+
+    from hopscotch_common.loading import load_tokenizer, read_config
+
     config = read_config(args.model)
     tokenizer = load_tokenizer(args.model)
     conversations = read_conversations(input_file, tokenizer)

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from hopscotch_common import cli, files
-from hopscotch_common.models import read_config, resolve_device
 from hopscotch_common.report.runs import describe_run
 
 
@@ -33,17 +32,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     output_dir = arguments.output_dir or Path(f"unscaled_{arguments.model.name}_ckpts")
-    config = read_config(arguments.model)
-    blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
-    files.check_writable(output_dir)
-    folder = output_dir / f"{arguments.model.name}_unscaled"
 
     import torch
 
     from hopscotch_common import checkpoints
     from hopscotch_common.export.formats import check_exports, run_exports
+    from hopscotch_common.loading import read_config, resolve_device
     from hopscotch_common.modeling_hopscotch import SCALE_NAMES
 
+    config = read_config(arguments.model)
+    blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
+    files.check_writable(output_dir)
+    folder = output_dir / f"{arguments.model.name}_unscaled"
     resolve_device(arguments.device)
     checkpoints.check_replaceable(folder)
     check_exports(arguments.export, config, folder)

@@ -33,6 +33,7 @@ from hopscotch_common.cli import ArgumentParser, command, number, positive_int
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.export.gguf import rewrite_gguf
+from hopscotch_common.loading import read_config
 from hopscotch_common.writing import write_json
 
 COMMAND = "python benchmarks/gguf_llama_cpp.py --llama_cpp LLAMA_CPP --bin LLAMA_CPP/build/bin"  # no paths
@@ -47,7 +48,7 @@ PROMPTS = (
 def make_checkpoint(folder: Path, skipped: list[int], seed: int) -> None:
     """A checkpoint of the embedded model with random scales near 1."""
     base = models.model_ref(embedded.NAME)
-    layers = models.read_config(base).num_hidden_layers
+    layers = read_config(base).num_hidden_layers
     values = 1 + 0.05 * torch.randn(layers, 4, generator=torch.Generator().manual_seed(seed))
     values[skipped, 0] = 0
     checkpoints.save_checkpoint(folder, base, skipped, values, {"seed": seed})

@@ -28,7 +28,7 @@ from sections import Section
 from transformers import DynamicCache, LlamaConfig
 from transformers.utils import is_flash_attn_2_available
 
-from hopscotch_common.models import hopscotch_classes, hopscotch_config, resolve_device
+from hopscotch_common.loading import hopscotch_classes, hopscotch_config, resolve_device
 from hopscotch_common.scales import freeze_base
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.search import Search

@@ -25,7 +25,8 @@ import torch
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.export.formats import export_checkpoint
-from hopscotch_common.models import ModelRef, load_model, model_ref, read_config
+from hopscotch_common.loading import load_model, read_config
+from hopscotch_common.models import ModelRef, model_ref
 
 SKIPPED_COUNTS = (0, 2, 4, 8)
 PHASES = ("prefill", "decode")

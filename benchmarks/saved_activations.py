@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from hopscotch_common import scales
-from hopscotch_common.models import hopscotch_classes, hopscotch_config
+from hopscotch_common.loading import hopscotch_classes, hopscotch_config
 from hopscotch_common.recomputation import saved_bytes
 
 SHAPES = {

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import measuring
 
-from hopscotch_common.models import load_model, model_ref
+from hopscotch_common.loading import load_model
+from hopscotch_common.models import model_ref
 from hopscotch_common.training import TrainingOptions
 
 

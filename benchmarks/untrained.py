@@ -13,7 +13,8 @@ from pathlib import Path
 import measuring  # noqa: F401 (puts the project on the path)
 from tqdm import tqdm
 
-from hopscotch_common.models import load_model, model_ref
+from hopscotch_common.loading import load_model
+from hopscotch_common.models import model_ref
 from hopscotch_common.search.screening import untrained_losses
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import fingerprint, load_samples

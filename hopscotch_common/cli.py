@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from hopscotch_common import files, models
 from hopscotch_common.errors import HopscotchError, InputError, logger
-from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training import MEASURES, TrainingOptions
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -155,6 +155,7 @@ def number(kind: type, condition: Callable[[float], bool], needed: str) -> Calla
 positive_int = number(int, lambda value: 0 < value < 2**31, "a whole number above 0 and below 2^31")
 positive_float = number(float, lambda value: 0 < value < 1e30, "a finite number above 0")
 share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+part = number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 fraction = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 
@@ -204,6 +205,13 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     """Add the flags that search and scale training share; `training_options` reads them."""
     group = parser.add_argument_group("training of the scales")
     group.add_argument(
+        "--loss",
+        choices=list(MEASURES),
+        default=TrainingOptions.loss,
+        help="what to train on: ce, cross entropy on the answers' tokens; kl, the divergence from the "
+        "original model's distribution at each of them",
+    )
+    group.add_argument(
         "--learning_rate", type=positive_float, default=learning_rate, help="Adam's learning rate"
     )
     group.add_argument(
@@ -232,8 +240,18 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     )
 
 
+def add_validation_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add `--validation_split`."""
+    parser.add_argument(
+        "--validation_split",
+        type=fraction,
+        default=0.0,
+        help=f"share of the answers held out to measure {purpose}, at least 0 and below 1",
+    )
+
+
 def training_options(arguments: argparse.Namespace) -> TrainingOptions:
-    """The options of `add_training_arguments`, and `--seed`."""
+    """The options of `add_training_arguments`, with `--seed`."""
     return TrainingOptions(
         learning_rate=arguments.learning_rate,
         batch_size=arguments.batch_size,
@@ -241,6 +259,7 @@ def training_options(arguments: argparse.Namespace) -> TrainingOptions:
         gradient_checkpointing=arguments.gradient_checkpointing,
         compile_layers=arguments.compile,
         seed=arguments.seed,
+        loss=arguments.loss,
     )
 
 

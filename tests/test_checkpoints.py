@@ -10,7 +10,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from hopscotch_common import checkpoints, scales, writing
-from hopscotch_common.models import load_model, model_ref
+from hopscotch_common.loading import load_model
+from hopscotch_common.models import model_ref
 
 VALUES = 1 + 0.1 * torch.arange(16.0).view(4, 4)
 SKIPPED = [0, 2]

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import generate_model_gt_data
-from hopscotch_common.answers import decoding, engines, slot_cache
-from hopscotch_common.answers.engines import EngineOptions
+from hopscotch_common.answers import EngineOptions, decoding, engines, slot_cache
 from hopscotch_common.errors import InputError
 
 STOP = set(range(40, 45))  # a random model rarely says <|im_end|>, so that more tokens end an answer
@@ -260,7 +259,7 @@ def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch, capsys):
     Path("a.jsonl").unlink()
     Path("a_final.jsonl").unlink()
 
-    real = generate_model_gt_data.generate
+    real = engines.generate
 
     def interrupted(*args):
         for count, answer in enumerate(real(*args)):
@@ -268,7 +267,7 @@ def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch, capsys):
                 raise KeyboardInterrupt
             yield answer
 
-    monkeypatch.setattr(generate_model_gt_data, "generate", interrupted)
+    monkeypatch.setattr(engines, "generate", interrupted)
     assert generate_model_gt_data.main(work) == 130
     assert not Path("a_final.jsonl").exists()
     kept = Path("a.jsonl").read_bytes()
@@ -281,7 +280,7 @@ def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch, capsys):
         asked.append(len(prompts))
         return real(ref, prompts, *rest)
 
-    monkeypatch.setattr(generate_model_gt_data, "generate", counting)
+    monkeypatch.setattr(engines, "generate", counting)
     assert generate_model_gt_data.main(work) == 0
     assert asked == [len(QUESTIONS) - 3]
     assert Path("a.jsonl").read_bytes().startswith(kept)

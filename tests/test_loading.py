@@ -12,7 +12,8 @@ from conftest import ROOT
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
-from hopscotch_common.models import QUANTIZATIONS, load_model, model_ref, quantization_config
+from hopscotch_common.loading import load_model, quantization_config
+from hopscotch_common.models import QUANTIZATIONS, model_ref
 
 SKIPPED = [0, 2]
 TASKS = ROOT / "tests" / "lm_eval"

@@ -9,8 +9,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hopscotch_common import modeling_hopscotch, recomputation, scales
+from hopscotch_common.loading import hopscotch_classes, hopscotch_config, load_model
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES, scaled
-from hopscotch_common.models import hopscotch_classes, hopscotch_config, load_model, model_ref
+from hopscotch_common.models import model_ref
 
 FAMILIES = sorted(FAMILY_SIZES)
 PROMPTS = torch.tensor([[0, 0, 5, 6, 7, 8], [0, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19]])

@@ -27,7 +27,7 @@ from hopscotch_common.report.bend import find_bend
 from hopscotch_common.report.reading import parse_search, read_report
 from hopscotch_common.report.records import SearchRun, join_searches
 from hopscotch_common.report.runs import describe_run
-from hopscotch_common.report.tables import Table, plain_text, summary
+from hopscotch_common.report.tables import Table, picks, plain_text, summary
 
 ODD_NAME = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \x1b[31m\n " + "long" * 30
 
@@ -364,6 +364,8 @@ def test_one_run_prints_its_short_table(made, tmp_path, capsys):
     blocks = ", ".join(map(str, report["skipped_blocks"]))
     width = len("held-out cross entropy, original")
     assert lines[0] == f"{'attention blocks skipped':<{width}}  {blocks}"
+    assert [line.split() for line in lines[1:3]] == [["granularity", "layer"], ["loss", "ce"]]
+    del lines[1:3]
     for measure in ("cross entropy", "kl", "agreement"):
         for name in ("original", "unscaled", "scaled"):
             figure = best["held_out"][name][measure.replace(" ", "_")]
@@ -373,6 +375,25 @@ def test_one_run_prints_its_short_table(made, tmp_path, capsys):
     assert lines[1] == f"{'parameters saved':<{width}}  {removed:,} of {total:,} ({removed / total:.1%})"
     assert lines[2] == f"{'KV cache saved':<{width}}  2 of 4 blocks (50.0%)"
     assert lines[-1] == str(tmp_path / "a.html")
+
+
+def test_a_search_tells_held_out_figures_and_why_it_stopped():
+    report = synthetic_search(
+        original_held_out={"cross_entropy": 0.5, "kl": 0.0, "agreement": 0.99},
+        stopped_before=synthetic_search()["iterations"][0]
+        | {"block": 5, "loss": 9.5, "skipped_before": [2, 4]},
+    )
+    report["iterations"][0]["held_out"] = {"cross_entropy": 0.625, "kl": 0.25, "agreement": 0.875}
+    run = parse_search(report)
+    rows = dict(summary(run).rows)
+    assert rows["stopped before"] == "block 5, loss 9.5000"
+    assert rows["held-out kl"] == "0.2500 (original 0.0000)"
+    table = picks(run)
+    assert table.header[-3:] == ("held-out cross entropy", "held-out kl", "held-out agreement")
+    assert table.rows[0][-3:] == ("0.6250", "0.2500", "0.8750")
+    report["stopped_before"] = {"block": 5}
+    with pytest.raises(ValueError, match="stopped_before"):
+        parse_search(report)
 
 
 def test_names_are_text_wherever_they_stand(made, tmp_path):
@@ -399,7 +420,12 @@ def test_a_run_without_held_out_figures_and_without_its_checkpoint(made, tmp_pat
     (tmp_path / "report.json").write_text(json.dumps(report))
     run = read_report(tmp_path)
     assert run.scales is None and list(page.pictures(run)) == ["epochs"]
-    assert [name for name, _ in summary(run).rows] == ["attention blocks skipped", "checkpoint"]
+    assert [name for name, _ in summary(run).rows] == [
+        "attention blocks skipped",
+        "granularity",
+        "loss",
+        "checkpoint",
+    ]
     assert "checkpoint is not there" in check_page(page.build_page([run]))
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, check_refused
-from test_search import write_data
+from test_search import reference_losses, write_data
 from test_training import random_samples, reference_loss
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 import block_selection
 import param_scale
 import unscaled_ckpt
-from hopscotch_common import checkpoints, scales
+from hopscotch_common import checkpoints, loading, scales
 from hopscotch_common.checkpoints import verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.models import model_ref
+from hopscotch_common.training.batches import split_samples
 
 
 @pytest.fixture
@@ -78,8 +79,6 @@ def test_held_out_figures_are_those_of_the_three_models(work, tmp_path):
     assert param_scale.main(arguments) == 0
     folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
     held_out = checkpoints.read_run(folder)["held_out"]
-    from hopscotch_common.training.batches import split_samples
-
     _, samples = split_samples(random_samples(12), 0.25, 42)
     tokens = sum(sample.num_loss_counted_tokens for sample in samples)
     stock = AutoModelForCausalLM.from_pretrained(work, attn_implementation="eager").eval()
@@ -95,6 +94,87 @@ def test_held_out_figures_are_those_of_the_three_models(work, tmp_path):
             expected = sum(losses).item() / tokens
             assert math.isclose(held_out[which][measure], expected, rel_tol=1e-4, abs_tol=1e-6), which
         assert 0 <= held_out[which]["agreement"] <= 1
+
+
+def held_out_loss(work, loss, values, skipped, split=0.25) -> float:
+    """The held-out loss of 12 random samples, in a plain loop over the stock class."""
+    _, samples = split_samples(random_samples(12), split, 42)
+    stock = AutoModelForCausalLM.from_pretrained(work, attn_implementation="eager").eval()
+    with torch.no_grad():
+        losses = [reference_loss(stock, sample, values, set(skipped), loss) for sample in samples]
+    return sum(losses).item() / sum(sample.num_loss_counted_tokens for sample in samples)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_search_stops_where_the_held_out_loss_would_rise_too_much(work, tmp_path, capsys, loss):
+    """Without training, as then the scales are known here, too."""
+    arguments = flags(work, "--search", "untrained", "--loss", loss, "--validation_split", "0.25")
+    assert block_selection.main([*arguments, "--num_blocks", "3", "--output", "all.json"]) == 0
+    everything = json.loads((tmp_path / "all.json").read_text())["iterations"]
+    original = held_out_loss(work, loss, torch.ones(4, 4), [])
+    increases = []
+    for picked in everything:
+        skipped = [*picked["skipped_before"], picked["block"]]
+        expected = held_out_loss(work, loss, torch.ones(4, 4), skipped)
+        measure = {"ce": "cross_entropy", "kl": "kl"}[loss]
+        assert math.isclose(picked["held_out"][measure], expected, rel_tol=1e-4, abs_tol=1e-6)
+        assert picked["loss_increase"] is None
+        increases.append(expected if loss == "kl" else (expected - original) / original)
+    most = max(increases) * 0.999
+    if loss == "ce" and most <= 0:
+        pytest.skip("no skip makes this random model worse")
+    first_above = next(i for i, increase in enumerate(increases) if increase > most)
+    capsys.readouterr()
+    assert block_selection.main([*arguments, "--max_loss_increase", str(most), "--output", "some.json"]) == 0
+    report = json.loads((tmp_path / "some.json").read_text())
+    assert report["skipped_blocks"] == [picked["block"] for picked in everything[:first_above]]
+    assert report["stopped_before"]["block"] == everything[first_above]["block"]
+    assert math.isclose(
+        report["stopped_before"]["loss_increase"], increases[first_above], rel_tol=1e-3, abs_tol=1e-6
+    )
+    *picks, last = capsys.readouterr().out.splitlines()
+    assert len(picks) == first_above and last.startswith(
+        f"Stopped: without block {everything[first_above]['block']} as"
+    )
+
+
+def test_a_search_stops_by_its_training_loss_where_nothing_is_held_out(work, tmp_path, capsys):
+    arguments = flags(work, "--search", "untrained")
+    assert block_selection.main([*arguments, "--max_loss_increase", "100", "--output", "all.json"]) == 0
+    everything = json.loads((tmp_path / "all.json").read_text())["iterations"]
+    assert len(everything) == 3  # all that can be skipped
+    samples = random_samples(12)
+    original = reference_losses(work, samples, 4, 42, [], learning_rate=0, blocks=[None])[None]
+    for picked in everything:
+        assert math.isclose(
+            picked["loss_increase"], (picked["loss"] - original) / original, rel_tol=1e-3, abs_tol=1e-5
+        )
+    journal = (tmp_path / "all.journal.jsonl").read_bytes()
+    assert block_selection.main([*arguments, "--max_loss_increase", "100", "--output", "all.json"]) == 0
+    assert (tmp_path / "all.journal.jsonl").read_bytes() == journal
+
+
+@pytest.mark.parametrize(("budget", "picks"), [("0.75", 1), ("0.74", 2), ("0.5", 2), ("0.25", 3)])
+def test_a_kv_budget_picks_as_many_as_it_needs(work, tmp_path, budget, picks):
+    assert block_selection.main(flags(work, "--search", "cosine", "--kv_budget", budget)) == 0
+    report = json.loads((tmp_path / f"{work.name}_block_selection.json").read_text())
+    assert len(report["skipped_blocks"]) == picks
+
+
+def test_held_out_figures_of_a_trained_pick_are_those_of_its_scales(work, tmp_path):
+    """Also where the journal has all that was trained."""
+    arguments = flags(work, "--search", "race", "--validation_split", "0.25", "--num_blocks", "2")
+    assert block_selection.main(arguments) == 0
+    path = tmp_path / f"{work.name}_block_selection.json"
+    first = json.loads(path.read_text())
+    assert block_selection.main(arguments) == 0
+    assert json.loads(path.read_text())["iterations"] == first["iterations"]
+    picked = first["iterations"][0]
+    skips = flags(work, "--blocks_to_skip", str(picked["block"]), "--num_epochs", "1")
+    assert param_scale.main([*skips, "--validation_split", "0.25", "--learning_rate", "1e-2"]) == 0
+    epoch = json.loads((tmp_path / f"scaled_{work.name}_ckpts" / "report.json").read_text())["epochs"][0]
+    assert picked["held_out"] == pytest.approx(epoch["held_out"]["scaled"], rel=1e-5)
+    assert first["original_held_out"] == pytest.approx(epoch["held_out"]["original"], rel=1e-5, abs=1e-7)
 
 
 def test_the_best_epoch_is_the_one_of_the_loss_trained_on(work):
@@ -357,8 +437,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     def no_model(*args, **kwargs):
         pytest.fail("a model was loaded before the input was checked")
 
-    for module in (block_selection, param_scale):
-        monkeypatch.setattr(module, "load_model", no_model)
+    monkeypatch.setattr(loading, "load_model", no_model)
     base = flags(work) if script is not unscaled_ckpt else ["--model", str(work)]
     if "cuda:9" in arguments:
         monkeypatch.undo()
@@ -415,7 +494,7 @@ def test_interrupted_exits_130(work, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(block_selection, "load_model", interrupt)
+    monkeypatch.setattr(loading, "load_model", interrupt)
     assert block_selection.main(flags(work)) == 130
 
 

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from hopscotch_common import scales
 from hopscotch_common.errors import InputError, TrainingError
+from hopscotch_common.loading import load_model
 from hopscotch_common.log import Log
-from hopscotch_common.models import load_model, model_ref
+from hopscotch_common.models import model_ref
 from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule
 from hopscotch_common.search.candidates import CandidateTrainer
@@ -54,48 +55,92 @@ def journal_at(path, settings=None):
         yield Journal(((f"line {n}", record) for n, record in log.records), log.append)
 
 
-def iterate(folder, data: Epoch, skipped=(), rule=schedule.FULL, known=None, journal=None):
+def iterate(folder, data: Epoch, skipped=(), rule=schedule.FULL, known=None, journal=None, loss="ce"):
     """One iteration of the search. journal: its file."""
     model = load_model(model_ref(str(folder)), device="cpu")
-    options = TrainingOptions(1e-2, data.batch_size, max_tokens_per_batch=60, seed=5)
+    options = TrainingOptions(1e-2, data.batch_size, max_tokens_per_batch=60, seed=5, loss=loss)
     with journal_at(journal) as opened:
         search = Search(CandidateTrainer(model, data.samples, options), rule, opened)
         return search.next_block(list(skipped), known)
 
 
-def reference_losses(folder, samples, batch_size, seed, skipped) -> dict[int, float]:
-    """Every candidate's mean epoch loss, in a plain loop over the stock class."""
+def reference_losses(
+    folder, samples, batch_size, seed, skipped, loss="ce", learning_rate=1e-2, blocks=range(4)
+) -> dict[int | None, float]:
+    """Every candidate's mean epoch loss, in a plain loop over the stock class; None: nothing more skipped."""
     stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     results = {}
-    for block in range(4):
+    for block in blocks:
         if block in skipped:
             continue
-        blocks = {*skipped, block}
+        without = {*skipped, block} - {None}
         values = torch.ones(4, 4, requires_grad=True)
-        optimizer = torch.optim.Adam([values], lr=1e-2)
+        optimizer = torch.optim.Adam([values], lr=learning_rate)
         losses = []
         for start in range(0, len(order), batch_size):
             batch = [samples[i] for i in order[start : start + batch_size]]
-            total = sum(reference_loss(stock, sample, values, blocks) for sample in batch)
-            loss = total / sum(sample.num_loss_counted_tokens for sample in batch)
+            total = sum(reference_loss(stock, sample, values, without, loss) for sample in batch)
+            mean = total / sum(sample.num_loss_counted_tokens for sample in batch)
             optimizer.zero_grad()
-            loss.backward()
-            values.grad[list(blocks), 0] = 0
+            mean.backward()
+            values.grad[list(without), 0] = 0
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(mean.item())
         results[block] = sum(losses) / len(losses)
     return results
 
 
-@pytest.mark.parametrize("skipped", [[], [2], [0, 3]])
-def test_full_search_equals_a_plain_loop(tiny_folder, skipped):
-    found = iterate(tiny_folder(), epoch(8, 3), skipped)
-    expected = reference_losses(tiny_folder(), random_samples(8), 3, 5, skipped)
+@pytest.mark.parametrize(("skipped", "loss"), [([], "ce"), ([2], "ce"), ([0, 3], "ce"), ([2], "kl")])
+def test_full_search_equals_a_plain_loop(tiny_folder, skipped, loss):
+    found = iterate(tiny_folder(), epoch(8, 3), skipped, loss=loss)
+    expected = reference_losses(tiny_folder(), random_samples(8), 3, 5, skipped, loss)
     assert found.losses.keys() == expected.keys()
     assert_close(list(found.losses.values()), list(expected.values()), rtol=1e-4, atol=1e-5)
     assert found.block == min(expected, key=expected.get) and found.loss == found.losses[found.block]
     assert found.candidate_epochs == len(expected)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_search_without_training_equals_a_plain_loop(tiny_folder, loss, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    found = iterate(tiny_folder(), epoch(8, 3), [2], schedule.UNTRAINED, journal=journal, loss=loss)
+    expected = reference_losses(tiny_folder(), random_samples(8), 3, 5, [2], loss, learning_rate=0)
+    assert found.losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found.block == min(expected, key=expected.get) and found.loss == found.losses[found.block]
+    assert found.candidate_epochs == pytest.approx(3 * schedule.SCREENING_COST) and found.state is None
+    written = journal.read_bytes()
+    again = iterate(tiny_folder(), epoch(8, 3), [2], schedule.UNTRAINED, journal=journal, loss=loss)
+    assert again == found and journal.read_bytes() == written
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_cosine_picks_what_turns_the_stream_least(tiny_folder, family):
+    folder, samples = tiny_folder(family), random_samples(8)
+    found = iterate(folder, epoch(8, 3), [2], schedule.COSINE)
+
+    stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    layers, attention = stock.model.layers, {}
+    torch.nn.init.zeros_(layers[2].self_attn.o_proj.weight)  # so that it is skipped
+    for block, layer in enumerate(layers):
+        layer.self_attn.register_forward_hook(
+            lambda module, inputs, output, block=block: attention.update({block: output[0]})
+        )
+    sums = dict.fromkeys((0, 1, 3), 0.0)
+    for sample in samples:
+        with torch.no_grad():
+            states = stock.model(torch.tensor([sample.input_ids]), output_hidden_states=True).hidden_states
+        for block in sums:
+            after = states[block] + attention[block] * getattr(stock.config, "residual_multiplier", 1.0)
+            cosine = (states[block] * after).sum(-1) / states[block].norm(dim=-1) / after.norm(dim=-1)
+            sums[block] += (1 - cosine).sum().item()
+    tokens = sum(map(len, samples))
+    assert found.distances == pytest.approx({b: total / tokens for b, total in sums.items()}, rel=1e-3)
+    assert found.block == min(sums, key=sums.get)
+    before_training = reference_losses(folder, samples, 3, 5, [2], learning_rate=0)[found.block]
+    assert (
+        found.losses == {found.block: pytest.approx(before_training, rel=1e-4)} == {found.block: found.loss}
+    )
 
 
 def test_race_finds_the_same_block_with_the_same_loss_for_less(tiny_folder):
@@ -150,7 +195,7 @@ def test_a_candidate_that_diverges_loses(tiny_folder, tmp_path, monkeypatch, cap
     written = journal.read_bytes()
     assert iterate(tiny_folder(), data, rule=rule, journal=journal) == found
     assert journal.read_bytes() == written
-    json.loads(json.dumps(dataclasses.asdict(found), allow_nan=False))
+    json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(found, state=None)), allow_nan=False))
 
 
 def test_it_is_an_error_only_when_all_diverge(tiny_folder, monkeypatch):

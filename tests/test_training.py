@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Llam
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, InputError, TrainingError
-from hopscotch_common.models import load_model, model_ref
-from hopscotch_common.training import TrainingOptions
+from hopscotch_common.loading import load_model
+from hopscotch_common.models import model_ref
+from hopscotch_common.training import TrainingOptions, originals
 from hopscotch_common.training import batches as data
 from hopscotch_common.training.batches import Batch, Layout, Sample
-from hopscotch_common.training.loss import LOGIT_ROWS, HeadLoss, original_states, summed_loss
+from hopscotch_common.training.loss import LOGIT_ROWS, HeadLoss, summed_loss
+from hopscotch_common.training.originals import Originals
 from hopscotch_common.training.trainer import ScaleState, ScaleTrainer, evaluate, prepare_model
 
 
@@ -41,9 +43,13 @@ def make_batches(samples, batch_size: int, max_tokens: int, seed: int = 0, **mor
     return data.make_batches(samples, options, max_tokens, **more)
 
 
-def trainer_of(folder, skipped, learning_rate: float = 1e-2, granularity="layer", **more) -> ScaleTrainer:
+def trainer_of(folder, skipped, learning_rate=1e-2, granularity="layer", loss="ce", **more) -> ScaleTrainer:
     model = load_model(model_ref(str(folder)), device="cpu", scale_granularity=granularity)
-    return ScaleTrainer(model, learning_rate, skipped, **more)
+    return ScaleTrainer(model, learning_rate, skipped, originals=originals_for(loss, model), **more)
+
+
+def originals_for(loss: str, model) -> Originals | None:
+    return Originals(model) if loss == "kl" else None
 
 
 def reference_loss(
@@ -123,7 +129,7 @@ def test_checkpointed_and_compiled_layers_train_alike(tiny_folder, loss):
     for options in ({}, {"gradient_checkpointing": True}, {"compile_layers": True}):
         model = load_model(model_ref(str(tiny_folder())), device="cpu")
         prepare_model(model, TrainingOptions(1e-2, **options))
-        trainer = ScaleTrainer(model, 1e-2, [0], loss=loss)
+        trainer = ScaleTrainer(model, 1e-2, [0], originals=originals_for(loss, model))
         results.append(trainer.run(batches, "epoch 0"))
     assert_close(results[1], results[0])
     assert_close(results[2], results[0], rtol=1e-4, atol=1e-5)
@@ -222,7 +228,7 @@ def test_the_divergence_is_that_of_full_logits(tiny_folder, dtype, layout):
         )
     model = load_model(model_ref(str(folder)), dtype, device="cpu")
     (batch,) = make_batches(samples, 5, 1000, layout=layout)
-    total, _ = ScaleTrainer(model, 1e-2, [2], loss="kl").gradients(batch, "epoch 0")
+    total, _ = ScaleTrainer(model, 1e-2, [2], originals=Originals(model)).gradients(batch, "epoch 0")
     assert math.isclose(total.item(), expected, rel_tol={"float32": 1e-4, "bfloat16": 0.01}[dtype])
 
 
@@ -283,6 +289,8 @@ def test_original_states_are_in_the_order_of_the_targets(tiny_folder):
     model = load_model(model_ref(str(tiny_folder())), device="cpu")
     scales.reset(model, [3])
     (batch,) = make_batches(with_prefix(random_samples(8), 12), 8, 2000, share_prefix=True)
+    kept = Originals(model)
+    kept.keep([batch])
     for minibatch in batch.minibatches:
         expected = []
         with scales.neutral(model), torch.no_grad():
@@ -290,8 +298,30 @@ def test_original_states_are_in_the_order_of_the_targets(tiny_folder):
                 hidden = model.model(torch.tensor([sample.input_ids])).last_hidden_state[0]
                 expected.append(hidden[[i - 1 for i, label in enumerate(sample.labels) if label != -100]])
         assert minibatch.prefix_length > 0
-        assert_close(original_states(model, minibatch), torch.cat(expected), rtol=1e-4, atol=1e-4)
+        assert_close(Originals(model)(minibatch), torch.cat(expected), rtol=1e-4, atol=1e-4)
+        assert_close(kept(minibatch), torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert max(len(minibatch.samples) for minibatch in batch.minibatches) > 1
+
+
+def test_original_states_that_are_kept_are_not_computed_again(tiny_folder, monkeypatch):
+    samples = random_samples(8)
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    trainer = ScaleTrainer(model, 1e-2, [1], originals=Originals(model))
+    losses = [trainer.run(make_batches(samples, 4, 100, epoch=e), "epoch") for e in range(2)]
+
+    runs = []
+    hook = model.model.register_forward_hook(lambda *_: runs.append(1))
+    for kept_bytes, runs_a_minibatch in ((2**30, 1), (10, 2)):
+        monkeypatch.setattr(originals, "KEPT_BYTES", kept_bytes)
+        kept = Originals(model)
+        kept.keep(make_batches(samples, 4, 100, shuffle=False))
+        trainer = ScaleTrainer(model, 1e-2, [1], originals=kept)
+        for epoch in range(2):
+            batches = make_batches(samples, 4, 100, epoch=epoch)
+            runs.clear()
+            assert_close(trainer.run(batches, "epoch"), losses[epoch], rtol=1e-4, atol=1e-5)
+            assert len(runs) == runs_a_minibatch * sum(len(batch.minibatches) for batch in batches)
+    hook.remove()
 
 
 def test_float16_gradients_of_a_large_batch_do_not_underflow(tiny_folder):

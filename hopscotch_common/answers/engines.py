@@ -6,30 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from hopscotch_common.answers import EngineOptions
+from hopscotch_common.answers.decoding import GreedyDecoder
+from hopscotch_common.answers.slot_cache import GROUPED_SDPA
 from hopscotch_common.errors import InputError
-from hopscotch_common.models import (
-    ModelRef,
-    device_map,
-    load_tokenizer,
-    load_whole,
-    read_config,
-    resolve_device,
-)
-
-BACKENDS = ("auto", "vllm", "transformers")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How answers are generated; the fields are the flags of generate_model_gt_data.py."""
-
-    backend: str = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
-    attn_implementation: str = "auto"
-    tensor_parallel_size: int | None = None
-    max_tokens_per_batch: int = 32768
-    seed: int = 42
+from hopscotch_common.loading import device_map, load_tokenizer, load_whole, read_config, resolve_device
+from hopscotch_common.models import ModelRef
 
 
 @dataclass(frozen=True)
@@ -103,8 +89,6 @@ def vllm_obstacle() -> str | None:
 
 def visible_gpus() -> int:
     """CUDA (or ROCm) devices that this process may use."""
-    import torch
-
     return torch.cuda.device_count()
 
 
@@ -142,8 +126,6 @@ def tensor_parallel_obstacle(size: int, config) -> str | None:
 
 def stop_token_ids(folder: Path, tokenizer) -> set[int]:
     """Tokens that end an answer: the tokenizer's end of sequence and the generation config's."""
-    from transformers import GenerationConfig
-
     stop = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     if (folder / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(folder).eos_token_id
@@ -155,11 +137,6 @@ class TransformersEngine:
     """The model in transformers. longest: tokens of prompt and answer, at most (here: not needed)."""
 
     def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging as transformers_logging
-
-        from hopscotch_common.answers.slot_cache import GROUPED_SDPA
-
         attention = options.attn_implementation
         transformers_logging.disable_progress_bar()
         self.model = load_whole(
@@ -174,10 +151,6 @@ class TransformersEngine:
 
     def answers(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[Answer]:
         """Answer each prompt with at most its limit of tokens; yields answers as they end."""
-        import torch
-
-        from hopscotch_common.answers.decoding import GreedyDecoder
-
         decoder = GreedyDecoder(self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch)
         try:
             for row in decoder.run():
@@ -255,8 +228,6 @@ def _cpu_settings(config, dtype: str, options: EngineOptions, longest: int) -> d
 
 def kv_bytes_per_token(config, dtype: str) -> int:
     """Bytes of KV cache a token takes, over all layers."""
-    import torch
-
     heads = config.num_key_value_heads or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * dim * getattr(torch, dtype).itemsize

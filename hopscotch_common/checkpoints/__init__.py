@@ -25,16 +25,16 @@ from transformers import PretrainedConfig
 from hopscotch_common import modeling_hopscotch, scales
 from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.files import read_json
-from hopscotch_common.log import check_settings
-from hopscotch_common.modeling_hopscotch import FAMILIES, SCALE_NAMES
-from hopscotch_common.models import (
+from hopscotch_common.loading import (
     HOPSCOTCH_PREFIX,
-    ModelRef,
     hopscotch_classes,
     hopscotch_config,
     load_whole,
     read_config,
 )
+from hopscotch_common.log import check_settings
+from hopscotch_common.modeling_hopscotch import FAMILIES, SCALE_NAMES
+from hopscotch_common.models import ModelRef
 from hopscotch_common.weights import (
     INDEX_FILE,
     check_tensors,

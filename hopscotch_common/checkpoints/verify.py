@@ -13,7 +13,7 @@ from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, read_checkpoin
 from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
-from hopscotch_common.models import HOPSCOTCH_PREFIX
+from hopscotch_common.loading import HOPSCOTCH_PREFIX
 from hopscotch_common.weights import INDEX_FILE, weight_map
 
 CODE = Path(modeling_hopscotch.__file__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import configuration_decilm
 from hopscotch_common.export.folding import check_foldable
-from hopscotch_common.models import hopscotch_classes
+from hopscotch_common.loading import hopscotch_classes
 
 WIDTH_STEP = 256  # the format rounds the MLP's width up to a multiple of this
 # What the format says of a block beyond what a Llama layer needs; some runtimes read them all.

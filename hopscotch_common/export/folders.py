@@ -13,8 +13,8 @@ from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
 from hopscotch_common.export.folding import Factor, absorb_granite, fold, fold_factors
+from hopscotch_common.loading import HOPSCOTCH_PREFIX, hopscotch_classes, load_whole
 from hopscotch_common.modeling_hopscotch import HopscotchForCausalLM
-from hopscotch_common.models import HOPSCOTCH_PREFIX, hopscotch_classes, load_whole
 
 
 @dataclass(frozen=True)

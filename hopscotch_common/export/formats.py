@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from hopscotch_common import checkpoints, files, writing
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.export import check, decilm, folders, folding
-from hopscotch_common.models import device_map, resolve_device
+from hopscotch_common.loading import device_map, resolve_device
 from hopscotch_common.training.memory import is_out_of_memory
 
 REPORT_FILE = "hopscotch_export.json"

@@ -9,15 +9,15 @@ no attention and takes no KV cache. So the metadata is rewritten, the skipped bl
 tensors are left out, and every other tensor passes through as it is, quantised or not.
 """
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 
 from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError, logger
-from hopscotch_common.files import check_input, check_output
-from hopscotch_common.models import HOPSCOTCH_PREFIX
+from hopscotch_common.files import check_output
+from hopscotch_common.gguf_files import open_gguf, value_of
+from hopscotch_common.loading import HOPSCOTCH_PREFIX
 from hopscotch_common.writing import atomic_path
 
 ARCHITECTURE = "deci"
@@ -47,7 +47,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     if not skipped:
         raise InputError(f"{checkpoint} skips no attention block: use {folded_gguf} as it is")
     check_gguf_output(output, checkpoint, folded_gguf)
-    reader = _open(folded_gguf)
+    reader = open_gguf(folded_gguf, "make it with llama.cpp's convert_hf_to_gguf.py")
     _check_model(reader, folded_gguf, config)
     _check_skipped_add_zero(reader, folded_gguf, config.num_hidden_layers, skipped)
 
@@ -96,11 +96,11 @@ class _Layers:
     """
 
     def __init__(self, reader, skipped: list[int]):
-        self.architecture = _value(reader, "general.architecture")
-        count = _value(reader, f"{self.architecture}.block_count")
-        self.heads = _value(reader, f"{self.architecture}.attention.head_count")
-        self.heads_kv = _value(reader, f"{self.architecture}.attention.head_count_kv", self.heads)
-        width = _value(reader, f"{self.architecture}.feed_forward_length")
+        self.architecture = value_of(reader, "general.architecture")
+        count = value_of(reader, f"{self.architecture}.block_count")
+        self.heads = value_of(reader, f"{self.architecture}.attention.head_count")
+        self.heads_kv = value_of(reader, f"{self.architecture}.attention.head_count_kv", self.heads)
+        width = value_of(reader, f"{self.architecture}.feed_forward_length")
         self.head_counts = [0 if i in skipped else self.heads for i in range(count)]
         self.head_counts_kv = [0 if i in skipped else self.heads_kv for i in range(count)]
         self.widths = [width] * count
@@ -132,27 +132,6 @@ class _Layers:
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.data.shape)
 
 
-def _open(path: Path):
-    """A reader of a GGUF file, memory mapped; InputError when it is none."""
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("--format gguf needs the package gguf, which is not installed: pip install gguf")
-    from gguf import GGUFReader
-
-    check_input(path, "make it with llama.cpp's convert_hf_to_gguf.py")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise InputError(f"{path}: not a GGUF file that can be read, or a truncated one ({error})") from error
-    if _value(reader, "split.count", 0) > 1:
-        raise InputError(f"{path} is one of several parts: join them with llama-gguf-split --merge")
-    return reader
-
-
-def _value(reader, key: str, default=None):
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
-
-
 def _tensors(reader) -> dict:
     return {tensor.name: tensor for tensor in reader.tensors}
 
@@ -160,7 +139,7 @@ def _tensors(reader) -> dict:
 def _check_model(reader, path: Path, config) -> None:
     """Raise InputError unless the file holds a model of the checkpoint's shape that `deci` can run."""
     family = config.model_type.removeprefix(HOPSCOTCH_PREFIX)
-    architecture = _value(reader, "general.architecture")
+    architecture = value_of(reader, "general.architecture")
     if family == "qwen3":
         raise InputError(
             "llama.cpp's `deci` has no place for the q and k norms of qwen3, so no GGUF can skip its blocks; "
@@ -186,9 +165,9 @@ def _check_model(reader, path: Path, config) -> None:
         "attention.head_count_kv": config.num_key_value_heads,
     }
     for name, value in expected.items():
-        found = _value(reader, f"{architecture}.{name}")
+        found = value_of(reader, f"{architecture}.{name}")
         if found is None and name == "attention.head_count_kv":
-            found = _value(reader, f"{architecture}.attention.head_count")  # as llama.cpp reads it
+            found = value_of(reader, f"{architecture}.attention.head_count")  # as llama.cpp reads it
         if found != value:
             raise InputError(
                 f"{path}: {architecture}.{name} is {found}, but the checkpoint has {value}: "

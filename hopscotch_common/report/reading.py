@@ -68,9 +68,21 @@ def parse_search(content: dict, path: Path = Path()) -> SearchRun:
         raise ValueError("iterations is empty")
     skipped = fields.blocks(content, "skipped_blocks", "", num_layers)
     data = fields.get(content, "data", Mapping, default={})
+    refused = content.get("stopped_before")
     return SearchRun(
-        **_run(content, path), num_layers=num_layers, skipped=skipped, iterations=iterations, data=data
+        **_run(content, path),
+        num_layers=num_layers,
+        skipped=skipped,
+        iterations=iterations,
+        data=data,
+        original=_measures(content, "original_held_out", ""),
+        stopped_before=refused and _parse_iteration(refused, "stopped_before.", num_layers),
     )
+
+
+def _measures(content: Mapping, key: str, where: str) -> dict[str, float]:
+    """Held-out figures where there are any, else none."""
+    return fields.measures_of(content[key], f"{where}{key}") if content.get(key) is not None else {}
 
 
 def _parse_iteration(item: object, where: str, num_layers: int) -> Iteration:
@@ -95,6 +107,7 @@ def _parse_iteration(item: object, where: str, num_layers: int) -> Iteration:
         dropped=dropped,
         untrained=fields.losses(item, "untrained_losses", where, num_layers),
         candidate_epochs=fields.number(item, "candidate_epochs", where),
+        held_out=_measures(item, "held_out", where),
     )
 
 

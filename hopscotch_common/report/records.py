@@ -44,6 +44,7 @@ class Iteration:
     dropped: dict[int, Drop]
     untrained: dict[int, float]
     candidate_epochs: float
+    held_out: dict[str, float]  # by measure; empty where nothing was held out
 
     @property
     def count(self) -> int:
@@ -59,6 +60,8 @@ class SearchRun(Run):
     skipped: tuple[int, ...]
     iterations: tuple[Iteration, ...]
     data: dict
+    original: dict[str, float]  # held-out figures of the original model
+    stopped_before: Iteration | None  # the pick that would have cost more than was allowed
 
     def losses_by_count(self) -> dict[int, float]:
         """The picks' losses by number of blocks skipped."""

@@ -1,5 +1,6 @@
 """What records a run: its arguments, and the versions it ran with."""
 
+import dataclasses
 import platform
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,11 @@ def describe_run(arguments: Mapping[str, object]) -> dict:
         "arguments": {name: _plain(value) for name, value in arguments.items()},
         "versions": {"python": platform.python_version()} | package_versions(),
     }
+
+
+def plain(figures: object | None) -> dict | None:
+    """A dataclass of figures as a report tells it; None stays."""
+    return None if figures is None else dataclasses.asdict(figures)
 
 
 def package_versions() -> dict[str, str]:

@@ -59,11 +59,18 @@ def _search_summary(run: SearchRun) -> Table:
         ("bend of the loss", "none" if bend is None else f"at {bend} blocks"),
         ("cost", f"{cost:.1f} candidate-epochs"),
     ]
+    if run.stopped_before is not None:
+        refused = run.stopped_before
+        rows.insert(1, ("stopped before", f"block {refused.block}, loss {refused.loss:.4f}"))
+    for measure, value in run.iterations[-1].held_out.items():
+        original = f" (original {run.original[measure]:.4f})" if measure in run.original else ""
+        rows.append((f"held-out {_words(measure)}", f"{value:.4f}{original}"))
     return Table("search", tuple(rows))
 
 
 def _scaling_summary(run: ScalingRun) -> Table:
     rows = [("attention blocks skipped", ", ".join(map(str, run.skipped)))]
+    rows += [(flag, str(run.arguments[flag])) for flag in ("granularity", "loss") if flag in run.arguments]
     scaled = next(epoch for epoch in run.epochs if epoch.number == run.best_epoch).held_out
     for measure in scaled:
         for name, measures in (run.baselines | {"scaled": scaled}).items():
@@ -83,6 +90,7 @@ def _scaling_summary(run: ScalingRun) -> Table:
 def picks(run: SearchRun) -> Table:
     """A row for each block that the search picked."""
     rows, before = [], None
+    measures = list(run.iterations[0].held_out)
     for iteration in run.iterations:
         never_trained = [drop for drop in iteration.dropped.values() if drop.after_batches == 0]
         trained = len(iteration.losses) + len(iteration.dropped) - len(never_trained)
@@ -97,6 +105,10 @@ def picks(run: SearchRun) -> Table:
                 + (f" ({diverged} diverged)" if diverged else ""),
                 f"{len(iteration.losses)}",
                 f"{iteration.candidate_epochs:.2f}",
+                *(
+                    f"{iteration.held_out[name]:.4f}" if name in iteration.held_out else ""
+                    for name in measures
+                ),
             )
         )
         before = iteration.loss
@@ -108,6 +120,7 @@ def picks(run: SearchRun) -> Table:
         "candidates trained",
         "whole epoch",
         "cost (candidate-epochs)",
+        *(f"held-out {_words(name)}" for name in measures),
     )
     return Table("picks", tuple(rows), header)
 

@@ -1,30 +1,52 @@
 """One loaded model that trains and screens candidates: all that a search asks of it."""
 
+import statistics
 from collections.abc import Callable, Sequence
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged
+from hopscotch_common.search.distances import stream_distances
 from hopscotch_common.search.schedule import Candidate
 from hopscotch_common.search.screening import untrained_losses
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Sample
 from hopscotch_common.training.distributed import Group
 from hopscotch_common.training.memory import MinibatchRunner
-from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer
+from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.trainer import (
+    EpochBatches,
+    HeldOut,
+    ScaleState,
+    ScaleTrainer,
+    evaluate,
+    mean_loss,
+)
 
 
 class CandidateTrainer:
     """Trains candidates on one model, over the same batches in the same order.
 
-    Several processes may share a candidate (`Group`); each then runs its part of every batch.
+    held_out: samples that are not trained on. Several processes may share a candidate (`Group`); each
+    then runs its part of every batch.
     """
 
-    def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions):
+    def __init__(
+        self, model, samples: Sequence[Sample], options: TrainingOptions, held_out: Sequence[Sample] = ()
+    ):
         self.model, self.options = model, options
         self.batches = EpochBatches(model, samples, options)
         self.num_batches = len(self.batches)
+        self._held_out = EpochBatches(model, held_out, options).in_order() if held_out else []
         self._runner = MinibatchRunner()
+        self._originals = Originals(model)
+        if options.loss == "kl":
+            self._originals.keep(self.batches.epoch())
+        self._originals.keep(self._held_out)
         self._parts: dict[tuple[int, int], list[Batch]] = {}  # by rank and size of a group
+
+    @property
+    def _trained_towards(self) -> Originals | None:
+        return self._originals if self.options.loss == "kl" else None
 
     def _part(self, group: Group) -> list[Batch]:
         place = (group.rank, group.size)
@@ -53,6 +75,7 @@ class CandidateTrainer:
             candidate.state,
             group.reduce,
             self._runner,
+            self._trained_towards,
         )
         losses = list(candidate.losses)
 
@@ -65,7 +88,7 @@ class CandidateTrainer:
             trainer.run(self._part(group)[done:look], name, first=done, on_batch=keep)
         except Diverged as error:
             return Candidate(candidate.block, losses, diverged=str(error))
-        return Candidate(candidate.block, losses, trainer.state() if look < self.num_batches else None)
+        return Candidate(candidate.block, losses, trainer.state())
 
     def screen(
         self,
@@ -83,4 +106,26 @@ class CandidateTrainer:
             f"screening, batch {batch}",
             on_screened,
             self._runner,
+            self._trained_towards,
         )
+
+    def distances(self, skipped: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
+        """How far each block turns the residual stream, over all batches (`stream_distances`)."""
+        return stream_distances(self.model, self._part(Group()), skipped, blocks, self._runner)
+
+    def original_loss(self) -> float:
+        """Mean of the batches' losses with nothing skipped, as a candidate's is."""
+        scales.reset(self.model)
+        return statistics.fmean(
+            mean_loss(self.model, [batch], "the original model", self._trained_towards)
+            for batch in self._part(Group())
+        )
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self._held_out)
+
+    def held_out(self, skipped: Sequence[int], state: ScaleState | None = None) -> HeldOut:
+        """Figures of the held-out samples with exactly `skipped` skipped. state: None for scales of 1."""
+        ScaleTrainer(self.model, self.options.learning_rate, skipped, state)
+        return evaluate(self.model, self._held_out, "held-out loss", originals=self._originals)

@@ -27,6 +27,7 @@ class Journal:
         num_batches: float = math.inf,
     ):
         self._append = append
+        self.original_loss: float | None = None  # with nothing skipped, where it was asked for
         # (blocks skipped before, block) -> batches trained -> record
         self._trained: dict[tuple[tuple, int], dict[int, dict]] = {}
         # (blocks skipped before, batch) -> block -> loss before training
@@ -42,6 +43,9 @@ class Journal:
                 raise InputError(f"{place}: not a record of {KIND}; {REMEDY}") from error
 
     def _remember(self, record: dict) -> None:
+        if "original" in record:
+            self.original_loss = _number(record["original"])
+            return
         skipped = tuple(sorted(record["skipped"]))
         if "untrained" in record:
             losses = record["untrained"].items()
@@ -79,6 +83,10 @@ class Journal:
         losses = record["losses"][:look]
         has_state = "state" in record and len(losses) == len(record["losses"])
         return Candidate(block, losses, ScaleState.decode(record["state"]) if has_state else None)
+
+    def add_original(self, loss: float) -> None:
+        self._remember({"original": loss})
+        self._append({"original": loss})
 
     def add_untrained(self, skipped: Sequence[int], batch: int, losses: dict[int, float]) -> None:
         """losses: by block; an infinite one is that of a block without which nothing finite comes out."""

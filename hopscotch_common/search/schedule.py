@@ -7,6 +7,7 @@ a share goes on that falls as the batches add up (in the spirit of successive ha
 1502.07943), which bounds the cost whatever the data, and those whose loss is worse than the
 leader's beyond doubt drop out sooner. Finalists run the whole epoch, so the winner's loss is the
 number that `full` gives. Both are one rule: `full` has a single look, after the last batch.
+Two more schedules train nothing: they pick by the loss before training, or by cosine distance.
 """
 
 import math
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 
 from hopscotch_common.training.trainer import ScaleState
 
+# What decides: the loss after training, the loss before it, or how far a block turns the residual stream.
+CRITERIA = ("trained", "untrained", "cosine")
 MIN_BATCHES = 4  # a standard deviation of fewer losses says little
 # With a power of 1, one of 18 recorded picks was lost; 0.9 costs an eighth more (benchmarks/README.md).
 SHARE_POWER = 0.9
@@ -50,12 +53,13 @@ class Schedule:
     about 1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to
     the leader that count as beyond doubt; math.inf drops nobody sooner. screening: the share that
     is trained at all (at least two), by the losses on the first_look batches before training; 1
-    screens nobody.
+    screens nobody. criterion: one of CRITERIA; without training the other fields have no effect.
     """
 
     first_look: int
     confidence: float
     screening: float = 1.0
+    criterion: str = "trained"
 
     def most_trained(self, num_candidates: int) -> int:
         """How many of the candidates the screening leaves."""
@@ -63,6 +67,8 @@ class Schedule:
 
     def screened_batches(self, num_candidates: int, num_batches: int) -> int:
         """Batches that the screening sees: none where it could drop nobody."""
+        if self.criterion != "trained":
+            return num_batches if self.criterion == "untrained" else 0
         drops = self.most_trained(num_candidates) < num_candidates
         return min(self.first_look, num_batches) if drops else 0
 
@@ -97,8 +103,12 @@ class Schedule:
 
         In training steps of one process; screening counts at its cost.
         """
+        if self.criterion == "cosine":
+            return (1 + math.ceil(1 / processes)) * num_batches * SCREENING_COST
         share = math.ceil(num_candidates / processes)
         total = share * self.screened_batches(num_candidates, num_batches) * SCREENING_COST
+        if self.criterion == "untrained":
+            return total
         done, racing = 0, self.most_trained(num_candidates)
         for look in self.looks(num_batches):
             total += sum(time for _, time in rounds(racing, processes)) * (look - done)
@@ -112,6 +122,8 @@ def default_first_look(num_batches: int) -> int:
 
 
 FULL = Schedule(first_look=2**62, confidence=math.inf)
+UNTRAINED = Schedule(first_look=2**62, confidence=math.inf, criterion="untrained")
+COSINE = Schedule(first_look=2**62, confidence=math.inf, criterion="cosine")
 
 
 def rounds(num_candidates: int, processes: int) -> list[tuple[int, float]]:

@@ -14,6 +14,7 @@ from hopscotch_common import scales
 from hopscotch_common.training.batches import Batch, Minibatch
 from hopscotch_common.training.loss import summed_head_loss
 from hopscotch_common.training.memory import MinibatchRunner
+from hopscotch_common.training.originals import Originals
 
 
 @torch.no_grad()
@@ -26,10 +27,12 @@ def untrained_losses(
     where: str,
     on_screened: Callable[[float], None] = lambda share: None,
     runner: MinibatchRunner | None = None,
+    originals: Originals | None = None,
 ) -> dict[int, float]:
     """The batch's mean loss with each of `blocks` skipped besides `skipped`, at scales of 1.
 
     The same as the loss of a first training step on that batch; infinite where it is not finite.
+    originals: the loss is the divergence from them; None: cross entropy.
     where: named in the errors, for example "screening, batch 3". on_screened gets the share of the
     batch that a block was run on, each time. Raises TrainingError when a single answer does not fit
     into memory.
@@ -40,9 +43,10 @@ def untrained_losses(
     num_samples = sum(len(minibatch.samples) for minibatch in minibatches)
 
     def losses_of(minibatch: Minibatch) -> torch.Tensor:
-        calls = _layer_calls(model, minibatch.to(model.device))
-        losses = [_loss_without(model, block, calls, minibatch).to(model.device) for block in blocks]
-        return torch.stack(losses)
+        original = None if originals is None else originals(minibatch)
+        calls = layer_calls(model, minibatch.to(model.device))
+        losses = [_loss_without(model, block, calls, minibatch, original) for block in blocks]
+        return torch.stack([loss.to(model.device) for loss in losses])
 
     for minibatch, losses in (runner or MinibatchRunner()).run(minibatches, losses_of, where):
         totals += losses
@@ -51,7 +55,9 @@ def untrained_losses(
     return {b: mean if math.isfinite(mean) else math.inf for b, mean in zip(blocks, means, strict=True)}
 
 
-def _loss_without(model, block: int, calls: list[tuple], minibatch: Minibatch) -> torch.Tensor:
+def _loss_without(
+    model, block: int, calls: list[tuple], minibatch: Minibatch, original: torch.Tensor | None
+) -> torch.Tensor:
     """Summed loss with one attention block more skipped, from that block's layer on."""
     layers = model.model.layers
     hidden, _ = calls[block]
@@ -61,10 +67,10 @@ def _loss_without(model, block: int, calls: list[tuple], minibatch: Minibatch) -
             hidden = layer(hidden, **keywords)
     finally:
         layers[block].skip_attention = False
-    return summed_head_loss(model, model.model.norm(hidden), minibatch)
+    return summed_head_loss(model, model.model.norm(hidden), minibatch, original)
 
 
-def _layer_calls(model, minibatch: Minibatch) -> list[tuple[torch.Tensor, dict]]:
+def layer_calls(model, minibatch: Minibatch) -> list[tuple[torch.Tensor, dict]]:
     """(input [rows, length, hidden], keyword arguments) of every decoder layer in a forward pass."""
     calls: list[tuple[torch.Tensor, dict]] = []
     hooks = [

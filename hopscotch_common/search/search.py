@@ -11,6 +11,7 @@ from hopscotch_common.search.journal import Journal
 from hopscotch_common.search.progress import Progress
 from hopscotch_common.search.schedule import SCREENING_COST, Candidate, Schedule, leader, rounds
 from hopscotch_common.training.distributed import Processes
+from hopscotch_common.training.trainer import ScaleState
 
 
 @dataclass
@@ -20,17 +21,20 @@ class Iteration:
     skipped_before: list[int]
     block: int
     loss: float
-    losses: dict[int, float]  # full-epoch means, of the finalists (all candidates of `full`)
+    losses: dict[int, float]  # full-epoch means, of the finalists (all candidates of `full`, `untrained`)
     # block -> after how many batches of training, its mean loss and the leader's (before any
     # training: of the untrained_losses)
     dropped: dict[int, dict]
     diverged: dict[int, str]  # block -> where its loss ceased to be finite
     untrained_losses: dict[int, float]  # means of the screened batches; empty without a screening
     batch_losses: dict[int, list[float]]
+    distances: dict[int, float]  # of the residual stream, by which `cosine` picks; else empty
     # In epochs of one candidate, screening at SCREENING_COST, of an iteration that finds nothing in its
     # journal: the work of all processes together, and the time, in epochs of one process.
     candidate_epochs: float
     elapsed_epochs: float
+    # The pick's scales after its training; None where there was none.
+    state: ScaleState | None = field(default=None, compare=False, repr=False)
 
 
 class Search:
@@ -73,12 +77,15 @@ class _Iteration:
     dropped: dict[int, dict] = field(default_factory=dict)
     diverged: dict[int, str] = field(default_factory=dict)
     batch_losses: dict[int, list[float]] = field(default_factory=dict)
+    distances: dict[int, float] = field(default_factory=dict)
     work: float = 0.0  # training steps, of all processes
     time: float = 0.0  # training steps, one after the other
 
     def run(self) -> Iteration:
         trainer, schedule = self.search.trainer, self.search.schedule
         blocks = trainer.candidates(self.skipped)
+        if schedule.criterion != "trained":
+            return self._without_training(blocks)
         known = [
             Candidate(block, known_loss=self.known_losses[block])
             for block in blocks
@@ -102,6 +109,22 @@ class _Iteration:
             else:
                 racing = [candidate for candidate in advanced if candidate.diverged is None]
         return self._result(racing + known, untrained)
+
+    def _without_training(self, blocks: Sequence[int]) -> Iteration:
+        """The block whose loss before training is the lowest, or that turns the residual stream least."""
+        trainer, num_batches = self.search.trainer, self.search.trainer.num_batches
+        self.search.progress.start_iteration(len(blocks), len(blocks), num_batches)
+        if self.search.schedule.criterion == "cosine":
+            found = trainer.distances(self.skipped, blocks)
+            self.distances = self.search.processes.gather(found)[0]  # all must pick alike
+            self.search.progress.on_screened(num_batches)
+            self.work += num_batches * SCREENING_COST
+            self.time += num_batches * SCREENING_COST
+            blocks = [min(blocks, key=lambda block: (self.distances[block], block))]
+        losses = self._screen(blocks, num_batches)
+        self._note_infinite(losses)
+        finite = {block: loss for block, loss in losses.items() if block not in self.diverged}
+        return self._result([Candidate(block, known_loss=loss) for block, loss in finite.items()], {})
 
     def _screen(self, blocks: Sequence[int], num_batches: int) -> dict[int, float]:
         """Mean loss of each candidate block on the first batches, before any training."""
@@ -127,9 +150,7 @@ class _Iteration:
 
     def _best_untrained(self, untrained: dict[int, float]) -> list[Candidate]:
         """The candidates that the screening leaves, by block."""
-        for block, loss in untrained.items():
-            if math.isinf(loss):
-                self._note_diverged(block, "the loss is not finite before any training")
+        self._note_infinite(untrained)
         finite = sorted((b for b in untrained if b not in self.diverged), key=untrained.get)
         kept = finite[: self.search.schedule.most_trained(len(untrained))]
         for block in finite[len(kept) :]:
@@ -178,6 +199,11 @@ class _Iteration:
             if candidate.block not in going_on and candidate.diverged is None:
                 self.dropped[candidate.block] = _drop(look, candidate.mean_loss, leader(before).mean_loss)
 
+    def _note_infinite(self, untrained: dict[int, float]) -> None:
+        for block, loss in untrained.items():
+            if math.isinf(loss):
+                self._note_diverged(block, "the loss is not finite before any training")
+
     def _note_diverged(self, block: int, where: str) -> None:
         logger.warning("without block %d the model diverges, so it is not picked: %s", block, where)
         self.diverged[block] = where
@@ -196,8 +222,10 @@ class _Iteration:
             diverged=dict(sorted(self.diverged.items())),
             untrained_losses={b: loss for b, loss in untrained.items() if math.isfinite(loss)},
             batch_losses=self.batch_losses,
+            distances=self.distances,
             candidate_epochs=self.work / self.search.trainer.num_batches,
             elapsed_epochs=self.time / self.search.trainer.num_batches,
+            state=winner.state,
         )
 
 

@@ -106,6 +106,17 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
+def describe(samples: Sequence[Sample], path: Path) -> dict:
+    """What a report tells of the samples that were used, and of the file that they are from."""
+    return {
+        "path": str(path),
+        "sha256": fingerprint(samples),
+        "samples": len(samples),
+        "tokens": sum(len(sample) for sample in samples),
+        "loss_counted_tokens": sum(sample.num_loss_counted_tokens for sample in samples),
+    }
+
+
 def split_samples(
     samples: Sequence[Sample], validation_split: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:

@@ -10,6 +10,7 @@ from hopscotch_common import scales
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Sample
 from hopscotch_common.training.distributed import Group
+from hopscotch_common.training.originals import Originals
 from hopscotch_common.training.trainer import EpochBatches, HeldOut, ScaleState, ScaleTrainer, evaluate
 
 
@@ -53,7 +54,12 @@ class EpochTraining:
         self._training = EpochBatches(model, training, options)
         self._held_out = []
         if held_out:
-            self._held_out = EpochBatches(model, held_out, options, shuffle=False).epoch(**self._share)
+            self._held_out = EpochBatches(model, held_out, options).in_order(**self._share)
+        self._originals = Originals(model)
+        if self._held_out:
+            self._originals.keep(self._held_out)
+        if options.loss == "kl":  # an epoch's shuffle spreads them over the processes anew: each keeps all
+            self._originals.keep(self._training.in_order())
         self._trainer: ScaleTrainer | None = None
 
     def baselines(self) -> dict[str, HeldOut | None]:
@@ -72,7 +78,7 @@ class EpochTraining:
             self.skipped,
             state,
             self.group.reduce,
-            loss=self.options.loss,
+            originals=self._originals if self.options.loss == "kl" else None,
         )
 
     def epoch(self, number: int) -> Epoch:
@@ -89,7 +95,7 @@ class EpochTraining:
             return None
         name = f"held-out loss, {what}"
         with self.bar(len(self._held_out), name) as bar:
-            return evaluate(self.model, self._held_out, name, bar.update, self.group.reduce)
+            return evaluate(self.model, self._held_out, name, bar.update, self.group.reduce, self._originals)
 
 
 class _Silent:

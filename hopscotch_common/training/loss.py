@@ -4,7 +4,6 @@ import torch
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 from transformers import DynamicCache
 
-from hopscotch_common import scales
 from hopscotch_common.modeling_hopscotch import scaled_logits, scaled_logits_slope
 from hopscotch_common.training.batches import Minibatch
 
@@ -119,8 +118,8 @@ def summed_loss(
 ) -> torch.Tensor:
     """The loss summed over the minibatch's loss-counted tokens, a float32 scalar.
 
-    Cross entropy, or given `original_states`, the divergence KL(original || model). The minibatch is on
-    the model's device. prefix: what its batch shares, where it does.
+    Cross entropy, or given the original model's states (`Originals`), KL(original || model). The
+    minibatch is on the model's device. prefix: what its batch shares, where it does.
     """
     return summed_head_loss(model, _last_hidden_state(model, minibatch, prefix), minibatch, original)
 
@@ -139,28 +138,16 @@ def summed_head_loss(
 
 
 @torch.no_grad()
-def original_states(model, minibatch: Minibatch) -> torch.Tensor:
-    """What the original model hands to its LM head where a loss-counted token follows: [tokens, hidden].
-
-    The original is this model with nothing skipped and all scales 1. It runs whole samples, without a
-    shared prefix; the positions are in the minibatch's order. The minibatch is not moved yet.
-    """
-    whole = minibatch.whole().to(model.device)
-    with scales.neutral(model):
-        return _counted(model, _last_hidden_state(model, whole), whole)
-
-
-@torch.no_grad()
 def summed_figures(
     model, minibatch: Minibatch, original: torch.Tensor, prefix: SharedPrefix | None = None
 ) -> torch.Tensor:
     """Sums over the minibatch's loss-counted tokens, float32 [3]: cross entropy, KL, agreement.
 
-    original: `original_states`, for KL(original || model). Agreement counts the positions where the
-    model's most likely token is the target. The minibatch is on the model's device.
+    original: the original model's states (`Originals`), for KL(original || model). Agreement counts the
+    positions where the model's most likely token is the target. The minibatch is on the model's device.
     """
     head, config = model.lm_head, model.config
-    hidden = _counted(model, _last_hidden_state(model, minibatch, prefix), minibatch)
+    hidden = counted_states(model, minibatch, prefix)
     targets = minibatch.targets.to(hidden.device)
     total = torch.zeros(3, device=hidden.device)
     for rows in _few_rows(hidden):
@@ -169,6 +156,11 @@ def summed_figures(
         total[1] += _divergence(_log_probabilities(head, config, original[rows]), ours)
         total[2] += (ours.argmax(dim=-1) == targets[rows]).sum()
     return total
+
+
+def counted_states(model, minibatch: Minibatch, prefix: SharedPrefix | None = None) -> torch.Tensor:
+    """What reaches the LM head, [loss-counted tokens, hidden], on its device, in the minibatch's order."""
+    return _counted(model, _last_hidden_state(model, minibatch, prefix), minibatch)
 
 
 def _last_hidden_state(model, minibatch: Minibatch, prefix: SharedPrefix | None = None) -> torch.Tensor:

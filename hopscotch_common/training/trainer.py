@@ -10,10 +10,11 @@ import torch
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, TrainingError
 from hopscotch_common.modeling_hopscotch import attention_blocks
-from hopscotch_common.training import MEASURES, TrainingOptions
+from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Layout, Minibatch, Sample, make_batches
-from hopscotch_common.training.loss import SharedPrefix, original_states, summed_figures, summed_loss
+from hopscotch_common.training.loss import SharedPrefix, summed_figures, summed_loss
 from hopscotch_common.training.memory import MinibatchRunner, is_out_of_memory, token_budget
+from hopscotch_common.training.originals import Originals
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over the processes that share a batch
 
@@ -37,8 +38,8 @@ class EpochBatches:
     The token budget is found once, by what is free on the model's device then.
     """
 
-    def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions, shuffle: bool = True):
-        self.samples, self.options, self.shuffle = samples, options, shuffle
+    def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions):
+        self.samples, self.options = samples, options
         recurrent = len(attention_blocks(model.config)) < model.config.num_hidden_layers
         # A recurrent layer carries its state along a row, over the borders of what is packed.
         packed = "flash" in (model.config._attn_implementation or "") and not recurrent
@@ -53,16 +54,20 @@ class EpochBatches:
 
     def epoch(self, number: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """An epoch's batches, the part of one of the processes that share each."""
+        return self._batches(epoch=number, rank=rank, world_size=world_size)
+
+    def in_order(self, rank: int = 0, world_size: int = 1) -> list[Batch]:
+        """The batches of the samples in their own order, for what is only measured."""
+        return self._batches(shuffle=False, rank=rank, world_size=world_size)
+
+    def _batches(self, **choice) -> list[Batch]:
         return make_batches(
             self.samples,
             self.options,
             self.max_tokens,
-            epoch=number,
-            shuffle=self.shuffle,
-            rank=rank,
-            world_size=world_size,
             layout=self.layout,
             share_prefix=self.share_prefix,
+            **choice,
         )
 
 
@@ -100,18 +105,43 @@ def evaluate(
     where: str,
     on_batch: Callable[[], None] = lambda: None,
     reduce: Reduce | None = None,
+    originals: Originals | None = None,
 ) -> HeldOut:
     """Figures over all loss-counted tokens of the batches (of all processes).
 
-    Raises TrainingError when a single answer does not fit into memory, Diverged when a figure is not
-    finite.
+    originals: kept by the caller, where the same batches come again. Raises TrainingError when a single
+    answer does not fit into memory, Diverged when a figure is not finite.
+    """
+
+    originals = originals or Originals(model)
+
+    def sums_of(minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
+        return summed_figures(model, minibatch.to(model.device), originals(minibatch), prefix)
+
+    return HeldOut(*_means(model, batches, where, sums_of, len(fields(HeldOut)), on_batch, reduce))
+
+
+def mean_loss(
+    model,
+    batches: Sequence[Batch],
+    where: str,
+    originals: Originals | None = None,
+    reduce: Reduce | None = None,
+) -> float:
+    """The loss over all loss-counted tokens of the batches: cross entropy, or KL to the originals.
+
+    Raises as `evaluate`.
     """
 
     def sums_of(minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
-        original = original_states(model, minibatch)
-        return summed_figures(model, minibatch.to(model.device), original, prefix)
+        return _summed_loss(model, minibatch, prefix, originals).view(1)
 
-    return HeldOut(*_means(model, batches, where, sums_of, len(fields(HeldOut)), on_batch, reduce))
+    return _means(model, batches, where, sums_of, 1, reduce=reduce)[0]
+
+
+def _summed_loss(model, minibatch: Minibatch, prefix: SharedPrefix | None, originals: Originals | None):
+    original = None if originals is None else originals(minibatch)
+    return summed_loss(model, minibatch.to(model.device), prefix, original)
 
 
 @torch.no_grad()
@@ -182,16 +212,16 @@ class ScaleTrainer:
         state: ScaleState | None = None,
         reduce: Reduce | None = None,
         runner: MinibatchRunner | None = None,
-        loss: str = "ce",
+        originals: Originals | None = None,
     ):
         """Skip exactly `skipped`; go on from `state`, or start from scales of 1.
 
         reduce: sums a tensor over the processes that share each batch. runner: kept by the caller, so that
-        what it learnt of memory outlives this trainer. loss: one of MEASURES.
+        what it learnt of memory outlives this trainer. originals: the loss is the divergence from them; None:
+        cross entropy on the answers' tokens.
         """
-        assert loss in MEASURES, loss
         self.model, self.reduce, self.runner = model, reduce, runner or MinibatchRunner()
-        self.loss = loss
+        self.originals = originals
         scales.reset(model, skipped)
         self.parameters = scales.trainable_scales(model)
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate)
@@ -248,7 +278,7 @@ class ScaleTrainer:
         total = torch.zeros((), device=device)
 
         def run(minibatch: Minibatch) -> tuple[torch.Tensor, tuple]:
-            loss = self._summed_loss(minibatch, prefix)
+            loss = _summed_loss(self.model, minibatch, prefix, self.originals)
             return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True)
 
         for _, (loss, gradients) in self.runner.run(minibatches, run, where):
@@ -276,10 +306,6 @@ class ScaleTrainer:
                 f"{where}: out of memory in the {prefix.length} tokens that all answers share; "
                 "use --gradient_checkpointing"
             ) from error
-
-    def _summed_loss(self, minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
-        original = original_states(self.model, minibatch) if self.loss == "kl" else None
-        return summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
 
     def _reduce(
         self, loss: torch.Tensor, gradients: list[torch.Tensor]
@@ -332,12 +358,8 @@ class ScaleTrainer:
         for name, scale in scales.named_scales(self.model):
             if not bool(scale.isfinite().all()):
                 raise Diverged(f"{where}: {name} is not finite after it; {remedy}")
-
-        def sums_of(minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
-            return self._summed_loss(minibatch, prefix).view(1)
-
         try:
-            _means(self.model, batches[-1:], where, sums_of, 1, reduce=self.reduce)
+            mean_loss(self.model, batches[-1:], where, self.originals, self.reduce)
         except Diverged as error:
             raise Diverged(f"{where}: the loss is not finite after it; {remedy}") from error
 

@@ -44,9 +44,10 @@ def workplace(tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def work(workplace, tmp_path, monkeypatch):
-    """A workplace of one's own, the working folder; removed afterwards."""
+    """A workplace of one's own, the working folder, with a cache of its own; removed afterwards."""
     import huggingface_hub.constants
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "work"
     shutil.copytree(workplace, folder)

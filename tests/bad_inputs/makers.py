@@ -90,6 +90,15 @@ def cut(name: str, keep: float) -> Spoil:
     return spoil
 
 
+def head(name: str, content: bytes) -> Spoil:
+    """A file whose first bytes are others."""
+
+    def spoil(work: Path) -> None:
+        write(name, content + (work / name).read_bytes()[len(content) :])(work)
+
+    return spoil
+
+
 def remove(*names: str) -> Spoil:
     def spoil(work: Path) -> None:
         for name in names:
@@ -242,3 +251,15 @@ def remote_code(name: str, entry: Sequence[str], marker: Path) -> Spoil:
 
 def _reference(key: str):
     return ["evil.Evil", "evil.Evil"] if key == "AutoTokenizer" else "evil.Evil"
+
+
+def gguf(name: str, **changes) -> Spoil:
+    """The workplace's model as a GGUF file; `changes` are those of `gguf_models.write_model`."""
+
+    def spoil(work: Path) -> None:
+        from gguf_models import write_model
+        from transformers import AutoModelForCausalLM
+
+        write_model(AutoModelForCausalLM.from_pretrained(work / "model"), work / name, **changes)
+
+    return spoil

@@ -9,6 +9,8 @@ from .makers import (
     cut,
     edit,
     folder,
+    gguf,
+    head,
     index,
     loop,
     more_tokens,
@@ -27,6 +29,7 @@ TOKENIZER, TOKENIZER_CONFIG = "model/tokenizer.json", "model/tokenizer_config.js
 WITH_WEIGHTS = (*LOADING, "unscaled_ckpt")  # those that read or copy the weights
 NO_WEIGHTS = "model: no weights|" + points_to("model", "(weights|safetensors)")
 WITH_TOKENIZER = ("generate_model_gt_data", "process_gt_data")
+UP = "blk.2.ffn_up.weight"
 KEY = "model.layers.2.mlp.up_proj.weight"
 
 
@@ -40,6 +43,12 @@ def _weights(name: str, place: str, spoil: Spoil, scripts=WITH_WEIGHTS) -> list[
 
 def _tokenizer(name: str, place: str, spoil: Spoil, scripts=WITH_TOKENIZER) -> list[Case]:
     return for_scripts(scripts, "--model", name, points_to("model", place), spoil=spoil)
+
+
+def _gguf(name: str, place: str, spoil: Spoil, scripts=("unscaled_ckpt", "process_gt_data")) -> list[Case]:
+    """A GGUF file in the model's place."""
+    message = points_to("tiny.gguf", place)
+    return for_scripts(scripts, "--model", f"GGUF {name}", message, "--model", "tiny.gguf", spoil=spoil)
 
 
 def _move_shards(work) -> None:
@@ -266,4 +275,24 @@ CASES = [
         "that rewrites",
         template("{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}<|im_end|>{% endfor %}"),
     ),
+    # GGUF files
+    *_gguf("missing", "no such file", write("other.gguf", ""), ALL),
+    *_gguf("a folder", "holds no config.json", folder("tiny.gguf"), ALL),
+    *_gguf("empty", "not a GGUF file", write("tiny.gguf", ""), ALL),
+    *_gguf("is a link to itself", "tiny.gguf", loop("tiny.gguf")),
+    *_gguf("text", "not a GGUF file", write("tiny.gguf", "{}" * 100)),
+    *_gguf("wrong magic", "not a GGUF file", all_of(gguf("tiny.gguf"), head("tiny.gguf", b"GGML"))),
+    *_gguf("version 1", "GGUF", all_of(gguf("tiny.gguf"), head("tiny.gguf", b"GGUF\x01\0\0\0"))),
+    *_gguf("cut in the header", "truncated", all_of(gguf("tiny.gguf"), cut("tiny.gguf", 0.00005))),
+    *_gguf("cut in the metadata", "truncated", all_of(gguf("tiny.gguf"), cut("tiny.gguf", 0.01))),
+    *_gguf("cut in the weights", "truncated", all_of(gguf("tiny.gguf"), cut("tiny.gguf", 0.9)), ALL),
+    *_gguf("first of two parts", "llama-gguf-split --merge", gguf("tiny.gguf", **{"split.count": 2}), ALL),
+    *_gguf("without chat template", "chat template", gguf("tiny.gguf", template=""), ALL),
+    *_gguf("of an unknown architecture", "gptj", gguf("tiny.gguf", architecture="gptj")),
+    *_gguf("of parallel blocks", "falcon.*side by side", gguf("tiny.gguf", architecture="falcon"), ALL),
+    *_gguf("of an encoder", "'t5' is not supported", gguf("tiny.gguf", architecture="t5")),
+    *_gguf("architecture with escapes", "cannot read", gguf("tiny.gguf", architecture="\x1b[31mllama\n")),
+    *_gguf("without its heads", "tiny.gguf", gguf("tiny.gguf", head_count=None)),
+    *_gguf("without a tensor", "holds [0-9,]+ weights", gguf("tiny.gguf", **{UP: None})),
+    *_gguf("without a tokenizer", "", gguf("tiny.gguf", tokens=False)),
 ]

@@ -1,0 +1,202 @@
+"""GGUF files: opened and checked, and unpacked, once, into plain folders in the user's cache.
+
+An unpacked folder is what all tools of Hugging Face read, vLLM included. Its weights are float32: each
+quantised weight is a product of integers and a 16-bit scale, which float32 holds, and bfloat16 would
+round once more. Only a file whose every weight fits into bfloat16 becomes a bfloat16 folder. So nothing
+is lost, at 4 bytes a weight on disk, and in memory while it is unpacked; `--dtype bfloat16` halves the memory
+of what is loaded from there.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import platformdirs
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from hopscotch_common import families, files, writing
+from hopscotch_common.errors import InputError, logger, reason_of
+
+LAYOUT = 1  # raised when `unpack` writes something else, so that folders from before are not used
+REMEDY = "give another GGUF file"
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Llama 3.1 to 3.3 divide low frequencies by 8 or 32 in these bounds; a GGUF holds the divisors alone.
+LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+
+
+def cache_folder() -> Path:
+    """Where unpacked models lie: one folder each, which may be deleted at any time."""
+    return platformdirs.user_cache_path("hopscotch")
+
+
+def unpacked_folder(gguf: Path) -> Path:
+    """The folder with the model of a GGUF file, unpacked unless it has been already.
+
+    Its name comes from the file's place, size and time of change, so that no other file of the same name
+    is taken for it. Raises InputError where there is no supported instruction-tuned model in the file.
+    """
+    files.check_input(gguf, REMEDY)
+    status = gguf.stat()
+    identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT))
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    target = cache_folder() / f"{gguf.stem}-{digest}"
+    unpack_once(gguf, target)
+    return target
+
+
+def unpack_once(gguf: Path, target: Path) -> None:
+    """Make the folder `target` of a GGUF file unless it is there; all of it, or nothing."""
+    if target.is_dir():
+        return
+    reader, config, tokenizer = read_description(gguf)
+    files.check_name(target, f"{gguf}: its folder")
+    logger.info("unpacking %s into %s (once)", gguf.name, target)
+    writing.build_once(target, lambda temporary: unpack(gguf, reader, config, tokenizer, temporary))
+
+
+def open_gguf(path: Path, remedy: str = REMEDY):
+    """A reader of a GGUF file, memory mapped; InputError when it is none, or not all of one."""
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError("GGUF files need the package gguf, which is not installed: pip install gguf")
+    from gguf import GGUFReader
+
+    files.check_input(path, remedy)
+    try:
+        reader = GGUFReader(path)
+    except Exception as error:  # whatever follows from lengths and types that are not
+        raise InputError(
+            f"{path}: not a GGUF file that can be read, or a truncated one ({reason_of(error)}); {remedy}"
+        ) from error
+    if (value_of(reader, "split.count") or 0) > 1:
+        raise InputError(
+            f"{path} is one of several parts: join them with llama-gguf-split --merge, and give that"
+        )
+    return reader
+
+
+def value_of(reader, key: str, default=None):
+    """A value of a GGUF file's metadata."""
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def read_description(gguf: Path) -> tuple:
+    """A reader, the config and the tokenizer of a GGUF's model; no weight is read.
+
+    Raises InputError unless it is a supported model with a chat template, of which transformers reads
+    all that matters.
+    """
+    reader = open_gguf(gguf)
+    with _reading(gguf):
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    families.check_supported(config.model_type, gguf)
+    if not value_of(reader, "tokenizer.chat_template"):
+        raise InputError(f"{gguf}: holds no chat template; give the GGUF of an instruction-tuned model")
+    _set_rope(config, reader, gguf)
+    with _reading(gguf):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = _described(config)
+    in_file = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in NOT_WEIGHTS)
+    in_model = sum(weight.numel() for weight in model.parameters())
+    if in_file != in_model:
+        raise InputError(
+            f"{gguf}: holds {in_file:,} weights, and transformers' {type(model).__name__} of this config "
+            f"{in_model:,}; {REMEDY}"
+        )
+    return reader, config, tokenizer
+
+
+@contextlib.contextmanager
+def _reading(gguf: Path) -> Iterator[None]:
+    """Whatever transformers raises at a file that it does not understand, as an InputError."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"{gguf}: transformers cannot read this GGUF file ({reason_of(error)}); {REMEDY}"
+        ) from error
+
+
+def _described(config):
+    """The model of a config without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def unpack(gguf: Path, reader, config, tokenizer, target: Path) -> None:
+    """Write a GGUF's model and tokenizer to a folder, every weight as it is in the file.
+
+    reader, config, tokenizer: its `read_description`. Raises InputError where transformers cannot read
+    the weights, or not all of them.
+    """
+    transformers_logging.disable_progress_bar()
+    with _reading(gguf):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            config=config,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),  # packed, it would refuse to be saved
+            output_loading_info=True,
+        )
+    _check_loaded(model, found, gguf)
+    if all(torch.equal(weight, weight.bfloat16().float()) for weight in model.parameters()):
+        model.to(torch.bfloat16)
+    model.generation_config = _generation_config(model.config, reader)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _check_loaded(model, found: dict, gguf: Path) -> None:
+    """Raise InputError unless every weight of the model was read, in its shape."""
+    described = _described(model.config).state_dict()  # from a GGUF, transformers takes any shape
+    shaped_otherwise = {
+        key for key, weight in model.state_dict().items() if weight.shape != described[key].shape
+    }
+    for keys, what in (
+        (found["missing_keys"], "not in the file"),
+        (shaped_otherwise, "of another shape there"),
+    ):
+        if keys:
+            raise InputError(f"{gguf}: {sorted(keys)[0]} is {what} ({len(keys)} such); {REMEDY}")
+
+
+def _set_rope(config, reader, gguf: Path) -> None:
+    """Set what transformers leaves out: Llama 3's rotary scaling. InputError for other such things."""
+    architecture = value_of(reader, "general.architecture")
+    kind = value_of(reader, f"{architecture}.rope.scaling.type", "none")
+    read = config.rope_parameters or {}
+    if kind != "none" and read.get("rope_type", "default") == "default":
+        raise InputError(f"{gguf}: transformers does not read its rotary scaling ({kind}); {REMEDY}")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if NOT_WEIGHTS[1] in tensors and read.get("rope_type") != "longrope":
+        raise InputError(f"{gguf}: transformers does not read its {NOT_WEIGHTS[1]}; {REMEDY}")
+    if NOT_WEIGHTS[0] not in tensors:
+        return
+    divisors = torch.from_numpy(tensors[NOT_WEIGHTS[0]].data.copy()).flatten().float()
+    if bool((divisors == 1).all()):
+        return
+    theta = read["rope_theta"]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+    factor = divisors.max().item()
+    config.rope_parameters = dict(rope_type="llama3", rope_theta=theta, factor=factor) | LLAMA3_ROPE
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    if len(divisors) != len(plain) or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
+        raise InputError(f"{gguf}: its {NOT_WEIGHTS[0]} are not those of Llama 3, so not known; {REMEDY}")
+
+
+def _generation_config(config, reader) -> GenerationConfig:
+    """The special tokens; an answer ends at the end of the text and at that of a turn."""
+    turn = value_of(reader, "tokenizer.ggml.eot_token_id")
+    stops = list(dict.fromkeys(token for token in (config.eos_token_id, turn) if token is not None))
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=stops[0] if len(stops) == 1 else stops or None,
+        pad_token_id=config.pad_token_id,
+    )

@@ -1,0 +1,207 @@
+"""Configs, tokenizers and weights of the models that `models.py` names: checked, then loaded."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from hopscotch_common import families, files, scales
+from hopscotch_common.errors import InputError, reason_of
+from hopscotch_common.modeling_hopscotch import FAMILIES, family_classes
+from hopscotch_common.models import ModelRef
+
+HOPSCOTCH_PREFIX = "hopscotch_"
+ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def read_config(ref: ModelRef):
+    """The stock config of a model; InputError unless it is sound, and its architecture supported."""
+    folder = ref.folder(weights=False)
+    values = files.read_json(folder / "config.json", "fetch the model again, or give another folder")
+    kind = values.get("model_type")
+    if isinstance(kind, str) and kind.startswith(HOPSCOTCH_PREFIX):
+        raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
+    families.check_supported(str(kind), ref.source)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_config(config)
+    except Exception as error:  # transformers checks some fields, and stumbles over others
+        raise InputError(
+            f"{folder / 'config.json'}: describes no model ({reason_of(error)}); fetch the model again"
+        ) from error
+    return config
+
+
+def _check_config(config) -> None:
+    """Raise ValueError for what transformers lets pass, and would only show when a model runs."""
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}")
+    if not getattr(config, "rms_norm_eps", 0) >= 0:
+        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps!r}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (type(window) is not int or window < 0):
+        raise ValueError(f"sliding_window is {window!r}")
+    known = set(ATTENTION_LAYER_TYPES)
+    if FAMILIES[config.model_type].recurrent is not None:
+        known |= set(ALLOWED_LAYER_TYPES)
+    unknown = set(getattr(config, "layer_types", None) or ()) - known
+    if unknown:
+        raise ValueError(f"layer_types holds {sorted(map(str, unknown))[0]!r}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        kind = part.get("rope_type", "default")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(f"rope_type is {kind!r}")
+
+
+def hopscotch_classes(model_type: str) -> tuple[type, type]:
+    """(config class, causal LM class) of a stock or `hopscotch_` model type."""
+    config_class, _, model_class = family_classes(model_type.removeprefix(HOPSCOTCH_PREFIX))
+    return config_class, model_class
+
+
+def hopscotch_config(base_config, skipped_blocks=(), scale_granularity: str = "layer"):
+    """The Hopscotch config of a stock one. A model read with it may be read from base weights."""
+    config_class, _ = hopscotch_classes(base_config.model_type)
+    values = base_config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version"):
+        values.pop(key, None)
+    config = config_class(
+        **values, skipped_attention_blocks=list(skipped_blocks) or None, scale_granularity=scale_granularity
+    )
+    config.dtype = base_config.dtype
+    config.new_scales = True
+    return config
+
+
+def load_tokenizer(ref: ModelRef):
+    """The model's tokenizer, padding on the left as generation needs it.
+
+    Raises InputError when it has no chat template: prompts and answers could not be told apart.
+    """
+    folder = ref.folder(weights=False)
+    try:
+        # Said out loud, as otherwise a folder with code of its own asks on the terminal to run it.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the libraries raise at a file that is broken or missing
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded ({reason_of(error)}); check its files"
+        ) from error
+    if not tokenizer.chat_template:
+        raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def resolve_device(device: str):
+    """`--device` as a torch device; None for `split`. InputError when it is not there."""
+    if device == "split":
+        return None
+    if device == "auto":
+        use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+        if use_cpu or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: not a device; give cpu, cuda, cuda:N or split") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: not supported; give cpu, cuda, cuda:N or split")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here; try cpu")
+    return resolved
+
+
+def load_model(
+    ref: ModelRef,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str = "auto",
+    quantization: str | None = None,
+    scale_granularity: str = "layer",
+):
+    """The model with scaled decoder layers, no block skipped, all scales 1, in eval mode.
+
+    With scales of 1 its logits equal the stock class's bit for bit. Weights are frozen; only the
+    scales require gradients. quantization: None, or one of QUANTIZATIONS (weight only).
+    scale_granularity: one of GRANULARITIES.
+    """
+    config = hopscotch_config(read_config(ref), scale_granularity=scale_granularity)
+    _, model_class = hopscotch_classes(config.model_type)
+    resolved = resolve_device(device)
+    options = {"config": config, "dtype": dtype, "device_map": device_map(resolved)}
+    if attn_implementation != "auto":
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization, resolved)
+    if attn_implementation == "flex_attention" and (resolved is None or resolved.type == "cpu"):
+        raise InputError("--attn_implementation flex_attention: trains on one GPU only; give sdpa")
+    if ref.embedded:  # loads in a second; larger models show transformers' own bar
+        transformers_logging.disable_progress_bar()
+    model = load_whole(model_class, ref.folder(), **options)
+    scales.freeze_base(model)
+    return model
+
+
+def device_map(device) -> str | dict:
+    """transformers' device_map of a device, or of None: over all GPUs."""
+    return "auto" if device is None else {"": device}
+
+
+def load_whole(model_class, folder: Path, **options):
+    """A model in eval mode, of which every weight was read from the folder's files, and every file's too.
+
+    options go to `from_pretrained`. Raises InputError where transformers would make up a weight,
+    leave one aside, or cannot read one.
+    """
+    try:
+        model, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    except ImportError as error:
+        raise InputError(
+            f"{folder}: {reason_of(error)} Install it, or give another --attn_implementation"
+        ) from error
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{folder}: cannot be loaded ({reason_of(error)}); check its files") from error
+    except RuntimeError as error:
+        if "size" not in str(error) and "shape" not in str(error):  # out of memory, for example
+            raise
+        raise InputError(f"{folder}: its weights do not fit its config.json ({reason_of(error)})") from error
+    for kind, what in (
+        ("missing_keys", "is missing from its weights"),
+        ("mismatched_keys", "has another shape than its config.json says"),
+        ("unexpected_keys", "is among its weights, but no part of what its config.json says"),
+    ):
+        if found.get(kind):
+            first = sorted(map(str, found[kind]))[0]
+            raise InputError(f"{folder}: {first} {what} ({len(found[kind])} such); both must be one model's")
+    return model.eval()
+
+
+def quantization_config(quantization: str, device):
+    """Weight-only quantisation: bitsandbytes on CUDA, torchao elsewhere. device: None when split."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        _require("bitsandbytes", "--quantization on CUDA")
+        return BitsAndBytesConfig(load_in_8bit=quantization == "int8", load_in_4bit=quantization == "int4")
+    _require("torchao", "--quantization on a CPU")
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    if quantization == "int8":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+
+
+def _require(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{what} needs {package}, which is not installed: pip install {package}")

@@ -1,0 +1,98 @@
+"""Tiny models as GGUF files, laid out as llama.cpp's converter does it."""
+
+from pathlib import Path
+
+import torch
+from conftest import CHAT_TEMPLATE, byte_tokenizer
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.quants import quantize
+
+ARCHITECTURES = {"gemma3_text": "gemma3"}  # llama.cpp's names where they are others
+PERMUTED = ("llama",)  # their q and k rows are stored with both halves of a head interleaved
+
+
+def write_model(
+    model, path: Path, kind: str = "F32", template: str = CHAT_TEMPLATE, tokens: bool = True, **extra
+) -> Path:
+    """Write a model with the tests' tokenizer; the path.
+
+    kind: how matrices are stored; norms and biases are F32. extra: further metadata, by the
+    writer's name or the file's, and tensors by a name that ends in .weight or .bias; None leaves one out.
+    """
+    config = model.config
+    architecture = ARCHITECTURES.get(config.model_type, config.model_type)
+    arch = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}[architecture]
+    names = get_tensor_name_map(arch, config.num_hidden_layers)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer = GGUFWriter(path, extra.pop("architecture", architecture))
+    metadata = dict(
+        block_count=config.num_hidden_layers,
+        context_length=config.max_position_embeddings,
+        embedding_length=config.hidden_size,
+        feed_forward_length=config.intermediate_size,
+        head_count=config.num_attention_heads,
+        head_count_kv=config.num_key_value_heads,
+        key_length=head_dim,
+        layer_norm_rms_eps=config.rms_norm_eps,
+        rope_dimension_count=head_dim,
+        rope_freq_base=config.rope_parameters.get("rope_theta", 1e4),
+        vocab_size=config.vocab_size,
+    )
+    tensors = {key: value for key, value in extra.items() if key.endswith((".weight", ".bias"))}
+    for name, value in (metadata | {k: v for k, v in extra.items() if k not in tensors}).items():
+        if "." in name:
+            writer.add_uint32(name, value)
+        elif value is not None:
+            getattr(writer, f"add_{name}")(value)
+    if tokens:
+        _add_tokenizer(writer)
+    if template:
+        writer.add_chat_template(template)
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    for key, weight in model.state_dict().items():
+        if key in tied:
+            continue
+        module, _, part = key.rpartition(".")
+        name = f"{names.get_name(module)}.{part}"
+        if architecture in PERMUTED and module.endswith(("q_proj", "k_proj")):
+            weight = (
+                weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+            )
+        if config.model_type.startswith("gemma") and "norm" in name:
+            weight = weight + 1
+        tensors.setdefault(name, weight)
+    for name, weight in tensors.items():
+        if weight is not None:
+            stored = GGMLQuantizationType[kind if weight.dim() > 1 else "F32"]
+            values = weight.detach().float().contiguous().numpy()
+            writer.add_tensor(name, quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: GGUFWriter) -> None:
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tokens, "th"])
+    writer.add_token_types(
+        [3 if i in tokenizer.all_special_ids or i < 4 else 1 for i in range(len(tokens) + 1)]
+    )
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+
+
+def random_model(stock_class, config) -> torch.nn.Module:
+    """A random model of which no norm is all 1 and no bias all 0."""
+    torch.manual_seed(0)
+    model = stock_class.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model

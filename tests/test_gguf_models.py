@@ -1,0 +1,252 @@
+"""`--model file.gguf`: unpacked without loss, once, and never mixed up with another file."""
+
+import json
+import os
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import stock_config
+from gguf import GGUFReader, RopeScalingType
+from gguf.quants import dequantize
+from gguf_models import random_model, write_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import block_selection
+import generate_model_gt_data
+import param_scale
+import process_gt_data
+import unscaled_ckpt
+from hopscotch_common import gguf_files
+from hopscotch_common.errors import InputError
+from hopscotch_common.loading import load_model, load_tokenizer, read_config
+from hopscotch_common.models import model_ref
+
+WIDE = dict(intermediate_size=64)  # rows that blocks of 32 divide
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache, a new one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "hopscotch"
+
+
+def tiny(family="llama", **changes):
+    return random_model(AutoModelForCausalLM, stock_config(family, **(WIDE | changes)))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {}),
+        ("llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=5e5))),
+        ("qwen2", {}),
+        ("qwen3", dict(head_dim=128)),
+        (
+            "gemma2",
+            dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0, query_pre_attn_scalar=256),
+        ),
+    ],
+)
+def test_the_unpacked_model_is_the_original(tmp_path, family, changes):
+    model = tiny(family, **changes)
+    window = dict(sliding_window=5, unk_token_id=0) if family == "gemma2" else {}
+    ref = model_ref(str(write_model(model, tmp_path / f"my.{family}.gguf", **window)))
+    assert ref.name == f"my.{family}" and read_config(ref).model_type == family
+    unpacked = AutoModelForCausalLM.from_pretrained(ref.folder())
+    torch.testing.assert_close(logits(unpacked), logits(model), rtol=1e-5, atol=1e-5)
+    assert unpacked.dtype == torch.float32
+    torch.testing.assert_close(logits(load_model(ref, device="cpu")), logits(model), rtol=1e-5, atol=1e-5)
+    prompt = [{"role": "user", "content": "the ö"}]
+    ids = load_tokenizer(ref).apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    assert ids[0] == 3 and 2 in ids and 260 in ids  # <|im_start|>, <|im_end|>, and the merged "th"
+    generation = json.loads((ref.folder() / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
+def test_quantised_weights_are_what_the_blocks_say(tmp_path, family, kind):
+    path = write_model(tiny(family), tmp_path / "q.gguf", kind)
+    folder = model_ref(str(path)).folder()
+    weights = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    for name, key in (("ffn_down", "mlp.down_proj"), ("attn_v", "self_attn.v_proj")):
+        tensor = stored[f"blk.2.{name}.weight"]
+        expected = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        assert torch.equal(weights[f"model.layers.2.{key}.weight"], expected)
+    unquantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        gguf_file="q.gguf",
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(unquantised))
+
+
+def test_bfloat16_stays_bfloat16_where_that_loses_nothing(tmp_path):
+    model = tiny("qwen2").bfloat16()
+    folder = model_ref(str(write_model(model, tmp_path / "b.gguf", "BF16"))).folder()
+    unpacked = AutoModelForCausalLM.from_pretrained(folder)
+    assert unpacked.dtype == torch.bfloat16
+    assert all(map(torch.equal, unpacked.parameters(), model.parameters()))
+    model.model.norm.float().weight.data += 1e-4  # kept in F32, as norms are
+    folder = model_ref(str(write_model(model, tmp_path / "c.gguf", "BF16"))).folder()
+    unpacked = AutoModelForCausalLM.from_pretrained(folder)
+    assert unpacked.dtype == torch.float32
+    assert torch.equal(unpacked.model.norm.weight, model.model.norm.weight)
+
+
+def rope_divisors(rope) -> torch.Tensor:
+    """rope_freqs.weight, spelt out: what each frequency of a head of 8 is divided by."""
+    wavelengths = [2 * torch.pi * rope["rope_theta"] ** (i / 8) for i in range(0, 8, 2)]
+    context, low, high = (
+        rope["original_max_position_embeddings"],
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+    )
+    divisors = []
+    for wavelength in wavelengths:
+        smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
+        divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return torch.tensor(divisors)
+
+
+def test_llama_3s_rotary_scaling_survives(tmp_path):
+    model = tiny(rope_parameters=LLAMA3)
+    extra = {"rope_freqs.weight": rope_divisors(LLAMA3)}
+    folder = model_ref(str(write_model(model, tmp_path / "l.gguf", **extra))).folder()
+    unpacked = AutoModelForCausalLM.from_pretrained(folder)
+    assert unpacked.config.rope_parameters == LLAMA3
+    torch.testing.assert_close(logits(unpacked), logits(model), rtol=1e-5, atol=1e-5)
+    unscaled = tiny(rope_parameters=dict(rope_type="default", rope_theta=500_000.0))
+    assert not torch.allclose(logits(unscaled), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (
+            {"rope_freqs.weight": torch.tensor([1.0, 2.0, 3.0, 5.0])},
+            "rope_freqs.weight are not those of Llama 3",
+        ),
+        ({"rope_scaling_type": RopeScalingType.YARN}, "does not read its rotary scaling .yarn"),
+        ({"blk.1.attn_q.bias": torch.ones(32)}, "holds 56,384 weights, and transformers' LlamaForCausalLM"),
+        (
+            {"blk.1.ffn_up.weight": None},
+            "holds 54,304 weights, and transformers. LlamaForCausalLM of this config 56,352",
+        ),
+        (
+            {"blk.1.ffn_up.weight": torch.ones(16, 128)},
+            "model.layers.1.mlp.up_proj.weight is of another shape there",
+        ),
+        ({"architecture": "gptj"}, "transformers cannot read this GGUF file .*gptj is not supported yet"),
+        ({"architecture": "falcon"}, "architecture 'falcon' is not supported: attention and MLP stand"),
+        ({"template": ""}, "holds no chat template; give the GGUF of an instruction-tuned"),
+        ({"split.count": 2}, "one of several parts"),
+    ],
+)
+def test_what_would_become_another_model_is_refused(tmp_path, cache, extra, message):
+    path = write_model(tiny(), tmp_path / "bad.gguf", **extra)
+    with pytest.raises(InputError, match=message) as caught:
+        read_config(model_ref(str(path)))
+    assert "\n" not in str(caught.value)
+    assert not cache.exists() or os.listdir(cache) == []
+
+
+def test_all_five_steps(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tiny(), tmp_path / "tiny.gguf")
+    questions = "".join(json.dumps({"question": f"What is {i} + {i}?"}) + "\n" for i in range(4))
+    (tmp_path / "prompts.jsonl").write_text(questions)
+    model = ["--model", "tiny.gguf"]
+    data = ["--data_path", "data/tiny-processed-data/data.jsonl", "--device", "cpu"]
+    answering = ["--input_file", "prompts.jsonl", "--max_tokens", "12", "--backend", "transformers"]
+    assert generate_model_gt_data.main([*model, *answering, "--device", "cpu", "--keep_truncated"]) == 0
+    assert process_gt_data.main([*model, "--num_cpu_procs", "1"]) == 0
+    assert block_selection.main([*model, *data]) == 0
+    blocks = ["--blocks_to_skip", "tiny_block_selection.json"]
+    assert param_scale.main([*model, *data, *blocks, "--num_epochs", "1", "--export", "folded"]) == 0
+    assert unscaled_ckpt.main([*model, *blocks]) == 0
+    for checkpoint in ("scaled_tiny_ckpts/tiny_scaled_epoch_0", "unscaled_tiny_ckpts/tiny_unscaled"):
+        config = json.loads((tmp_path / checkpoint / "config.json").read_text())
+        assert config["model_type"] == "hopscotch_llama" and len(config["skipped_attention_blocks"]) == 1
+
+
+def test_a_file_is_unpacked_once_and_another_is_never_taken_for_it(tmp_path, cache):
+    path = write_model(tiny(), tmp_path / "one.gguf")
+    first = model_ref(str(path)).folder()
+    before = {file: file.stat().st_mtime_ns for file in first.iterdir()}
+    assert model_ref(os.path.relpath(path)).folder() == first
+    assert {file: file.stat().st_mtime_ns for file in first.iterdir()} == before
+    (tmp_path / "elsewhere").mkdir()
+    other = model_ref(str(write_model(tiny("qwen2"), tmp_path / "elsewhere" / "one.gguf"))).folder()
+    path.unlink()
+    replaced = model_ref(str(write_model(tiny("qwen3", head_dim=128), path))).folder()
+    kinds = [
+        json.loads((folder / "config.json").read_text())["model_type"] for folder in (first, other, replaced)
+    ]
+    assert kinds == ["llama", "qwen2", "qwen3"]
+    assert {folder.parent for folder in (first, other, replaced)} == {cache}
+    assert all(folder.name.startswith("one-") for folder in (first, other, replaced))
+
+
+def test_a_failure_on_the_way_leaves_nothing_and_the_next_run_starts_over(tmp_path, cache, monkeypatch):
+    path = write_model(tiny(), tmp_path / "one.gguf")
+
+    def full_disk(*_, **__):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            model_ref(str(path)).folder()
+    assert os.listdir(cache) == []
+    folder = model_ref(str(path)).folder()
+    shutil.copytree(folder, cache / f".{folder.name}.tmp")  # as a killed run leaves it
+    shutil.rmtree(folder)
+    (cache / f".{folder.name}.tmp" / "model.safetensors").write_bytes(b"half of it")
+    assert model_ref(str(path)).folder() == folder
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert os.listdir(cache) == [folder.name]
+
+
+def test_two_at_once_unpack_it_once(tmp_path, cache, monkeypatch):
+    path = write_model(tiny(), tmp_path / "one.gguf")
+    unpack, calls, folders, meet = gguf_files.unpack, [], [], threading.Barrier(2)
+    read = gguf_files.read_description
+
+    def counted(*arguments):
+        calls.append(arguments)
+        unpack(*arguments)
+
+    def both_there(gguf):
+        meet.wait(60)
+        return read(gguf)
+
+    monkeypatch.setattr(gguf_files, "unpack", counted)
+    monkeypatch.setattr(gguf_files, "read_description", both_there)
+    threads = [
+        threading.Thread(target=lambda: folders.append(model_ref(str(path)).folder())) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and len(folders) == 2 and folders[0] == folders[1]
+    assert os.listdir(cache) == [folders[0].name]

@@ -1,0 +1,323 @@
+"""benchmarks/quality.py: how answers are read and scored, and what the other figures' scripts compute."""
+
+import importlib.util
+import json
+import math
+import random
+import re
+import sys
+from decimal import Decimal
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import criteria  # noqa: E402
+import data_study  # noqa: E402
+import problems  # noqa: E402
+import quality  # noqa: E402
+from growing import GrowingResults  # noqa: E402
+
+from hopscotch_common import scales  # noqa: E402
+from hopscotch_common.models import load_model, model_ref  # noqa: E402
+from hopscotch_common.training import TrainingOptions  # noqa: E402
+from hopscotch_common.training.batches import IGNORE_INDEX, Sample  # noqa: E402
+from hopscotch_common.training.trainer import EpochBatches, evaluate  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is 42.", "42"),
+        ("She pays $1,234.50 in total.", "1234.5"),
+        ("3 apples and 4 pears make 7", "7"),
+        ("First 12, then 13.\n#### 18 dollars and 20 cents", "18"),
+        ("#### 1\nno, rather\n#### 2", "2"),
+        (r"so \boxed{7}, which is less than 100", "7"),
+        (r"\boxed{3} and finally \boxed{\$2{,}500}. #### 9", "2500"),
+        (r"$$\boxed{\text{total} = 72 \text{ clips}}$$", "72"),
+        (r"\boxed{none} but 5", "5"),
+        ("#### \n it is 6", "6"),
+        ("#### unknown", None),
+        ("10 - 3", "3"),
+        ("10-3", "3"),
+        ("(10)-3", "3"),
+        ("it fell to -3", "-3"),
+        ("it fell to -$3.25!", "-3.25"),
+        ("it fell to −3 degrees", "-3"),
+        ("that is 25%", "25"),
+        ("1,2,3,4", "4"),
+        ("12,345,678 people", "12345678"),
+        ("in 1,2345 ways", "2345"),
+        ("**18**", "18"),
+        ("version 2.50 of it", "2.5"),
+        ("€20 or £30", "30"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_number_of_an_answer(text, number):
+    assert problems.parse_answer(text) == (None if number is None else Decimal(number))
+
+
+def test_gsm8k_file(tmp_path):
+    path = tmp_path / "gsm8k.jsonl"
+    records = [
+        {"question": f"q{i}", "answer": f"It is {i}*2 = <<{i}*2={2 * i}>>.\n#### 1,00{i}"} for i in range(3)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert problems.gsm8k(path, 2) == [
+        problems.Problem("q0", Decimal(1000)),
+        problems.Problem("q1", Decimal(1001)),
+    ]
+    path.write_text(json.dumps({"question": "q", "answer": "none"}))
+    with pytest.raises(SystemExit, match="line 1"):
+        problems.gsm8k(path)
+
+
+def solved(question: str) -> int:
+    """The answer of a generated problem, found from its text alone."""
+    numbers = [int(n) for n in re.findall(r"\d+", question)]
+    if "remainder" in question:
+        return int(math.fmod(numbers[0], numbers[1]))
+    if "comes next" in question:
+        return numbers[-1] + (numbers[-1] - numbers[-2])
+    if "second largest" in question:
+        return sorted(numbers, reverse=True)[1]
+    if "even" in question:
+        return len([n for n in numbers if str(n)[-1] in "02468"])
+    return eval(re.search(r"\(.*\) \* \d+", question).group())
+
+
+def test_generated_problems_have_the_answers_that_they_say():
+    made = problems.puzzles(50)
+    assert [solved(problem.question) for problem in made] == [problem.answer for problem in made]
+    assert made == problems.puzzles(50) and made[:20] == problems.puzzles(20)
+    assert made != problems.puzzles(50, seed=1)
+    assert len({problem.question for problem in made}) == 50
+
+
+def test_scores_and_their_errors():
+    asked = [problems.Problem("", Decimal(n)) for n in (1, 2, 3, 4)]
+    texts = ["1", "it is 2.00", "4", "none"]
+    replies = [{"text": t, "tokens": 3, "finish_reason": "length" if t == "4" else "stop"} for t in texts]
+    assert quality.score(asked, replies) == {"right": "1100", "truncated": 1, "mean_tokens": 3}
+    share, error = quality.accuracy("1100")
+    assert (share, error) == (0.5, 0.25)
+    draw = random.Random(0)
+    reference = "".join(draw.choice("01") for _ in range(200))
+    right = "".join(c if draw.random() < 0.9 else "0" for c in reference)
+    mean, error = quality.difference(right, reference)
+    assert math.isclose(mean, quality.accuracy(right)[0] - quality.accuracy(reference)[0])
+    lost = sum(a != b for a, b in zip(right, reference, strict=True)) / 200  # all differences are 0 or -1
+    assert math.isclose(error, math.sqrt(lost * (1 - lost) / 199))
+
+
+def test_results_survive_an_interruption(tmp_path):
+    path, calls = tmp_path / "r.json", []
+
+    def work():
+        calls.append(1)
+        return {"figure": len(calls)}
+
+    first = GrowingResults(path, {"dtype": "float32", "tasks": ("gsm8k",)})
+    assert first.measure(work, count=1)["figure"] == 1
+    assert first.measure(work, count=2)["figure"] == 2
+    again = GrowingResults(path, {"dtype": "float32", "tasks": ("gsm8k",)})
+    assert again.measure(work, count=1)["figure"] == 1 and len(calls) == 2
+    with pytest.raises(SystemExit, match="another dtype"):
+        GrowingResults(path, {"dtype": "bfloat16", "tasks": ("gsm8k",)})
+
+
+def random_samples(count: int, vocab_size: int) -> list[Sample]:
+    draw, samples = random.Random(0), []
+    for _ in range(count):
+        ids = [draw.randrange(3, vocab_size) for _ in range(draw.randint(6, 12))]
+        samples.append(Sample(ids, [IGNORE_INDEX] * 3 + ids[3:]))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return load_model(model_ref(str(tiny_folder("llama"))), "float32", "cpu")
+
+
+def test_cosine_change_is_that_of_the_residual_stream(tiny):
+    samples = random_samples(3, tiny.config.vocab_size)
+    expected = torch.zeros(4)
+    for sample in samples:
+        with torch.no_grad():
+            hidden = tiny.model.embed_tokens(torch.tensor([sample.input_ids]))
+            rotary = tiny.model.rotary_emb(hidden, torch.arange(len(sample))[None])
+            for index, layer in enumerate(tiny.model.layers):
+                attended, _ = layer.self_attn(
+                    layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None
+                )
+                after = hidden + attended
+                dot = (hidden * after).sum(-1) / hidden.norm(dim=-1) / after.norm(dim=-1)
+                expected[index] += (1 - dot).sum()
+                hidden = after + layer.mlp(layer.post_attention_layernorm(after))
+    expected /= sum(map(len, samples))
+    torch.testing.assert_close(torch.tensor(criteria.cosine_change(tiny, samples)), expected)
+
+
+def test_query_key_coupling_is_the_norm_of_each_heads_product(tiny):
+    width = tiny.config.head_dim
+    for layer, coupling in zip(tiny.model.layers, criteria.query_key_coupling(tiny), strict=True):
+        q, k = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+        total = 0.0
+        for head in range(tiny.config.num_attention_heads):
+            key_head = head // (tiny.config.num_attention_heads // tiny.config.num_key_value_heads)
+            product = q[head * width : (head + 1) * width].T @ k[key_head * width : (key_head + 1) * width]
+            total += product.square().sum().item()
+        assert math.isclose(coupling, math.sqrt(total), rel_tol=1e-4)
+
+
+def test_output_changes_are_the_kl_that_evaluation_finds(tiny):
+    samples = random_samples(6, tiny.config.vocab_size)
+    batches = EpochBatches(tiny, samples, TrainingOptions(1e-3, 4), shuffle=False).epoch()
+    changes = criteria.output_changes(tiny, batches, [2], [0, 1])
+    for block, change in changes.items():
+        scales.reset(tiny, [2, block])
+        assert math.isclose(change, evaluate(tiny, batches, "x").kl, rel_tol=1e-4)
+    assert len(set(changes.values())) == 2
+
+
+def test_greedy_picks_follow_their_scores(tiny):
+    scores = {0: 3.0, 1: 1.0, 2: 2.0, 3: 4.0}
+
+    def score(skipped, blocks):  # block 1 gone, block 3 becomes the best
+        return {b: 0.0 if 1 in skipped and b == 3 else scores[b] for b in blocks}
+
+    assert criteria.greedily(tiny, 3, score) == {"blocks": [1, 3, 2], "candidates": 4 + 3 + 2}
+
+
+def write_data(folder, count: int) -> str:
+    """Processed data of random answers, in a file."""
+    lines = [json.dumps({"input_ids": s.input_ids, "labels": s.labels}) for s in random_samples(count, 259)]
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def selection(folder, blocks: list[int]) -> str:
+    """What the benchmarks read of a selection report."""
+    report = {
+        "skipped_blocks": blocks,
+        "iterations": [{"candidate_epochs": 2.5} for _ in blocks],
+        "data": {"samples": 8},
+    }
+    path = folder / "selection.json"
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
+def test_quality_without_answers(tiny_folder, tmp_path, capsys):
+    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 12)]
+    words += ["--selection", selection(tmp_path, [2, 1]), "--tasks", "--counts", "0", "1"]
+    words += ["--variants", "unscaled", "channel-kl", "--num_epochs", "1", "--validation_split", "0.25"]
+    words += ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json")]
+    quality.main(words)
+    content = json.loads((tmp_path / "result.json").read_text())
+    done = [(len(figure["of"]["blocks"]), figure["of"]["variant"]) for figure in content["figures"]]
+    assert done == [(0, "original"), (1, "unscaled"), (1, "channel-kl")]
+    report = json.loads((tmp_path / "work" / "channel-kl_1" / "report.json").read_text())
+    assert report["arguments"]["granularity"] == "channel" and report["arguments"]["loss"] == "kl"
+    assert report["skipped_blocks"] == [2]
+    measured = content["figures"][-1]["held_out"]
+    for which, figures in report["epochs"][0]["held_out"].items():
+        assert measured[which]["kl"] == figures["kl"]
+        assert math.isclose(math.log(measured[which]["perplexity"]), figures["cross_entropy"])
+    modified = (tmp_path / "work" / "channel-kl_1" / "report.json").stat().st_mtime_ns
+    quality.main(words)  # nothing is measured twice
+    assert (tmp_path / "work" / "channel-kl_1" / "report.json").stat().st_mtime_ns == modified
+    capsys.readouterr()
+    quality.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| 0", "original"],
+        ["| 1", "unscaled"],
+        ["| 1", "channel, kl"],
+    ]
+    assert f"{measured['unscaled']['kl']:.4f}" in lines[3] and f"{measured['scaled']['kl']:.4f}" in lines[4]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("block", [0, 2])
+def test_quality_with_answers(tiny_folder, tmp_path, block):
+    wide = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)  # vLLM: heads of 32 at least
+    test_file = tmp_path / "test.jsonl"
+    test_file.write_text(
+        "\n".join(json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) for i in range(3))
+    )
+    words = ["--model", str(tiny_folder("llama", **wide)), "--data_path", write_data(tmp_path, 12)]
+    words += ["--selection", selection(tmp_path, [block]), "--test_file", str(test_file), "--puzzles", "2"]
+    words += ["--counts", "1", "--variants", "unscaled", "--max_tokens", "5"]
+    words += ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json")]
+    quality.main(words)
+    (figure,) = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert figure["served"] == ("folded" if block == 0 else "nemotron_nas")
+    assert len(figure["gsm8k"]["right"]) == 3 and len(figure["puzzles"]["right"]) == 2
+    answers = json.loads((tmp_path / "work" / "unscaled_1" / "answers.json").read_text())
+    assert all(1 <= reply["tokens"] <= 5 for replies in answers.values() for reply in replies)
+
+
+def test_criteria(tiny_folder, tmp_path, capsys):
+    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 24)]
+    words += ["--selection", selection(tmp_path, [2, 1]), "--counts", "1", "2", "--calibration", "4"]
+    words += ["--look", "4", "--skip", "4", "--answers", "8", "--held_out", "4"]
+    words += ["--result", str(tmp_path / "result.json")]
+    criteria.main(words)
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    chosen = {f["of"]["choose"]: f for f in figures if "choose" in f["of"]}
+    assert set(chosen) == {
+        "search",
+        "cosine",
+        "weights",
+        "untrained",
+        "output",
+        *(f"random-{i}" for i in range(5)),
+    }
+    assert chosen["search"]["blocks"] == [2, 1] and chosen["search"]["candidate_epochs"] == 5.0
+    for name in ("cosine", "weights"):
+        ranked = sorted(range(4), key=chosen[name]["scores"].__getitem__)
+        assert chosen[name]["blocks"] == ranked[:2]
+    for figure in figures:
+        if "judge" in figure["of"] and figure["of"]["count"]:
+            assert figure["unscaled"]["kl"] > 0 and figure["scaled"] != figure["unscaled"]
+    criteria.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * 6 and "random, 5 seeds" in lines[7]
+
+
+def test_data_study(tiny_folder, tmp_path, capsys):
+    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 12), "--blocks", "2"]
+    words += [
+        "--answers",
+        "4",
+        "8",
+        "--held_out",
+        "4",
+        "--epochs",
+        "1",
+        "--variants",
+        "layer-ce",
+        "channel-kl",
+    ]
+    words += ["--result", str(tmp_path / "result.json")]
+    data_study.main(words)
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert [figure["of"]["variant"] for figure in figures] == ["none"] + 2 * ["layer-ce", "channel-kl"]
+    assert figures[0]["original"]["kl"] == 0 < figures[0]["unscaled"]["kl"]
+    data_study.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:3] for line in lines[4:]] == [
+        ["| layer", "ce", "4"],
+        ["| layer", "ce", "8"],
+        ["| channel", "kl", "4"],
+        ["| channel", "kl", "8"],
+    ]
