@@ -135,7 +135,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
         shutil.copyfile(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(target), str(source)], check=True)
-    name_vllm(target)
     return os.environ | {
         "PYTHONPATH": str(target),
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -145,15 +144,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(root / "modules"),
     }
-
-
-def name_vllm(folder: Path) -> None:
-    """Let `vllm serve` find a distribution of that name: the one of vllm-cpu has another, and it fails."""
-    if not any(importlib.metadata.distributions(name="vllm")):
-        version = importlib.metadata.version("vllm-cpu")
-        metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
-        metadata.parent.mkdir()
-        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
 
 
 def run_python(
@@ -337,6 +327,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def name_vllm(folder: Path) -> str:
+    """A search path on which `vllm serve` finds a distribution named vllm: vllm-cpu has another name."""
+    if not any(importlib.metadata.distributions(name="vllm")):
+        version = importlib.metadata.version("vllm-cpu") + "+cpu"
+        metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def client(smollm, environment, tmp_path_factory):
     """An openai client of `vllm serve CHECKPOINT`."""
@@ -347,6 +347,7 @@ def client(smollm, environment, tmp_path_factory):
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(smollm), "--port", str(port)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
     variables = {k: v for k, v in environment.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    variables["PYTHONPATH"] += os.pathsep + name_vllm(root)
     with open(root / "log", "w") as log:
         server = subprocess.Popen(command, env=variables, cwd=root, stdout=log, stderr=subprocess.STDOUT)
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hopscotch_common import checkpoints, scales, weights
@@ -82,7 +83,7 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
         for key, tensor in weights.read_tensors(path).items():
             if key not in target.shapes or checkpoints.is_skipped_weight(key, config):
                 continue
-            tensors[key] = fold(key, tensor, target.factors)
+            tensors[key] = _filled_up(fold(key, tensor, target.factors), target.shapes[key])
             if key.endswith(".mlp.down_proj.weight"):
                 tensors |= _unused_attention(int(key.split(".")[2]), target, config, tensor.dtype)
         if tensors:
@@ -95,6 +96,18 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
     if len(sources) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / weights.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _filled_up(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A tensor with zeros behind its rows and columns, where the target's MLP is wider.
+
+    Channels that gate, up and down projection hold zeros for add nothing. A tensor that is larger than
+    the target's stays as it is: the check of the export names it.
+    """
+    missing = [wanted - size for size, wanted in zip(tensor.shape, shape, strict=True)]
+    if not any(missing) or min(missing) < 0:
+        return tensor
+    return pad(tensor, [n for size in reversed(missing) for n in (0, size)])
 
 
 def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, torch.Tensor]:
