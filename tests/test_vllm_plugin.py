@@ -39,17 +39,17 @@ LARGER = dict(head_dim=32, query_pre_attn_scalar=48, moe_intermediate_size=32)
 # Family -> (skipped blocks, granularity of the scales).
 QUICK = {
     "llama": ([0, 2], "channel"),
-    "qwen3": ([0], "layer"),
     "qwen3_moe": ([0, 3], "layer"),
-    "smollm3": ([1, 2], "channel"),
     "phi3": ([0, 1], "layer"),
     "granite": ([3], "layer"),
     "gemma2": ([0], "layer"),
-    "gemma3_text": ([0, 1], "channel"),
     "olmo2": ([0, 2], "layer"),
-    "glm4": ([0, 3], "layer"),
 }
 SLOW = {
+    "qwen3": ([0], "layer"),
+    "smollm3": ([1, 2], "channel"),
+    "gemma3_text": ([0, 1], "channel"),
+    "glm4": ([0, 3], "layer"),
     "qwen2": ([1, 2], "layer"),
     "mistral": ([0, 2], "layer"),
     "ministral3": ([0, 2], "layer"),
@@ -77,7 +77,14 @@ def scales(model):
 if __name__ == "__main__":
     results = {{}}
     for folder, prompts in json.load(sys.stdin).items():
-        options = dict(enforce_eager=True, max_model_len=256, max_num_seqs=4, skip_tokenizer_init=True)
+        options = dict(
+            enforce_eager=True,
+            max_model_len=256,
+            max_num_seqs=4,
+            max_num_batched_tokens=256,
+            kv_cache_memory_bytes=2**26,
+            skip_tokenizer_init=True,
+        )
         try:
             llm = LLM(folder, dtype="float32", **options)
         except ValueError as error:
