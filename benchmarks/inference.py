@@ -8,6 +8,13 @@ a block's attention costs is measured where nothing is skipped, by timing the mo
 attention), so that it owes nothing to the skipping. `gained` is the time that skipping saves over
 the time that the skipped modules took. Where the machine's speed drifts, many rounds of one repeat
 cancel it best. Results go to benchmarks/results/inference_cpu.json.
+
+    pip install --no-deps .
+    python benchmarks/inference.py --engines vllm_forms --rounds 3 --result vllm_forms_cpu
+
+asks how a model with 8 skipped blocks is best served with vLLM: as the checkpoint itself, by this
+project's plugin, or exported as nemotron_nas; each against the stock model in vLLM's own code.
+`--compiled` lets vLLM compile, as it does unless told otherwise.
 """
 
 import argparse
@@ -30,7 +37,8 @@ from hopscotch_common.models import ModelRef, model_ref
 
 SKIPPED_COUNTS = (0, 2, 4, 8)
 PHASES = ("prefill", "decode")
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "vllm_forms")
+FORMS = ("stock", "nemotron_nas", "checkpoint")
 BAR = 0.9  # of attention's measured share
 WIDE = dict(
     vocab_size=8192,
@@ -45,13 +53,14 @@ WIDE = dict(
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=["smollm", "wide"], default=["smollm", "wide"])
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:2])
     parser.add_argument("--rounds", type=int, default=5, help="of each engine")
     parser.add_argument(
         "--repeats", type=int, default=3, help="of each measurement in a round; the median counts"
     )
     parser.add_argument("--prompt_tokens", type=int, default=256)
     parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--compiled", action="store_true", help="vllm_forms: without enforce_eager")
     parser.add_argument("--result", default="inference_cpu", help="name of the file in benchmarks/results/")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--folders", nargs="+", help=argparse.SUPPRESS)
@@ -150,8 +159,8 @@ def transformers_rounds(arguments: argparse.Namespace) -> list[dict]:
     return rounds
 
 
-def vllm_rounds(arguments: argparse.Namespace) -> list[dict]:
-    """An engine for each number of skipped blocks, started anew in every round."""
+def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: bool = False) -> dict:
+    """Start vLLM on a folder, and measure it."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model is in this process, so modules can be timed
@@ -159,39 +168,52 @@ def vllm_rounds(arguments: argparse.Namespace) -> list[dict]:
     }
     from vllm import LLM, SamplingParams
 
-    def one(count: int, folder: str) -> dict:
-        llm = LLM(
-            folder,
-            dtype="float32",
-            trust_remote_code=True,
-            enforce_eager=True,  # compiled, modules could not be timed
-            enable_prefix_caching=False,
-            skip_tokenizer_init=True,
-            max_model_len=arguments.prompt_tokens + arguments.new_tokens + 8,
-            max_num_seqs=1,
-        )
-        prompt = {"prompt_token_ids": [3 + i % 1000 for i in range(arguments.prompt_tokens)]}
+    gc.collect()  # the last engine's memory, before this one takes its own
+    llm = LLM(
+        folder,
+        dtype="float32",
+        trust_remote_code=True,  # for the config class of nemotron_nas
+        enforce_eager=not arguments.compiled,  # compiled, modules could not be timed
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        max_model_len=arguments.prompt_tokens + arguments.new_tokens + 8,
+        max_num_seqs=1,
+    )
+    prompt = {"prompt_token_ids": [3 + i % 1000 for i in range(arguments.prompt_tokens)]}
 
-        def run(new_tokens: int) -> None:
-            sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-            llm.generate([prompt], sampling, use_tqdm=False)
+    def run(new_tokens: int) -> None:
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        llm.generate([prompt], sampling, use_tqdm=False)
 
-        cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.kv_cache_config
-        size = 0.0
-        for group in cache.kv_cache_groups:
-            spec = group.kv_cache_spec
-            size += len(group.layer_names) * spec.page_size_bytes / spec.block_size
-        layers = llm.apply_model(lambda model: model.model.layers)[0] if count == 0 else None
-        run(2)
-        return {"kv_bytes_per_token": size} | measure(run, arguments, layers)
+    cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.kv_cache_config
+    size = 0.0
+    for group in cache.kv_cache_groups:
+        spec = group.kv_cache_spec
+        size += len(group.layer_names) * spec.page_size_bytes / spec.block_size
+    layers = llm.apply_model(lambda model: model.model.layers)[0] if time_attention else None
+    run(2)
+    return {"kv_bytes_per_token": size} | measure(run, arguments, layers)
 
-    rounds = []
-    for _ in range(arguments.rounds):
-        rounds.append({})
-        for count, folder in zip(SKIPPED_COUNTS, arguments.folders, strict=True):
-            rounds[-1][count] = one(count, folder)
-            gc.collect()  # the engine's memory, before the next one takes its own
-    return rounds
+
+def vllm_rounds(arguments: argparse.Namespace) -> list[dict]:
+    """An engine for each number of skipped blocks, started anew in every round."""
+    folders = dict(zip(SKIPPED_COUNTS, arguments.folders, strict=True))
+    return [
+        {count: measure_vllm(folder, arguments, count == 0) for count, folder in folders.items()}
+        for _ in range(arguments.rounds)
+    ]
+
+
+def form_rounds(arguments: argparse.Namespace) -> list[dict]:
+    """An engine for each form, started anew in every round."""
+    folders = dict(zip(FORMS, arguments.folders, strict=True))
+    return [
+        {form: measure_vllm(folder, arguments) for form, folder in folders.items()}
+        for _ in range(arguments.rounds)
+    ]
+
+
+WORKERS = dict(zip(ENGINES, (transformers_rounds, vllm_rounds, form_rounds), strict=True))
 
 
 def run_worker(engine: str, arguments: argparse.Namespace, folders: list[str]) -> list[dict]:
@@ -199,17 +221,34 @@ def run_worker(engine: str, arguments: argparse.Namespace, folders: list[str]) -
     with tempfile.NamedTemporaryFile() as file:
         options = ("rounds", "repeats", "prompt_tokens", "new_tokens")
         settings = [word for name in options for word in (f"--{name}", str(getattr(arguments, name)))]
+        settings += ["--compiled"] if arguments.compiled else []
         command = [sys.executable, __file__, "--worker", engine, "--output", file.name, *settings]
         subprocess.run([*command, "--folders", *folders], check=True, stdout=sys.stderr)
-        rounds = json.loads(Path(file.name).read_text())
-    return [{int(count): result for count, result in r.items()} for r in rounds]
+        return json.loads(Path(file.name).read_text())
+
+
+def summarise_forms(rounds: list[dict], tokens: dict[str, int]) -> dict:
+    """Medians over rounds; how many times as fast as the stock model each form is, within a round."""
+    summary = {}
+    for form in FORMS:
+        summary[form] = {"kv_bytes_per_token": rounds[0][form]["kv_bytes_per_token"]}
+        for phase in PHASES:
+            seconds = [r[form]["seconds"][phase] for r in rounds]
+            speedups = [r["stock"]["seconds"][phase] / s for r, s in zip(rounds, seconds, strict=True)]
+            summary[form] |= {
+                f"{phase}_tokens_per_second": tokens[phase] / measuring.median(seconds),
+                f"{phase}_speedup": measuring.median(speedups),
+                f"{phase}_speedup_range": [min(speedups), max(speedups)],
+            }
+    return summary
 
 
 def summarise(rounds: list[dict], tokens: dict[str, int], weight_bytes: dict[int, int]) -> dict:
     """Medians over rounds; ratios and gains are taken within a round, so that drift cancels.
 
-    rounds: {skipped count: measurement} of each round.
+    rounds: {skipped count: measurement} of each round, the counts as JSON has them: text.
     """
+    rounds = [{int(count): result for count, result in r.items()} for r in rounds]
     summary = {"skipped": {}}
     for phase in PHASES:
         shares = [r[0]["attention_block_seconds"][phase] / r[0]["seconds"][phase] for r in rounds]
@@ -239,7 +278,7 @@ def summarise(rounds: list[dict], tokens: dict[str, int], weight_bytes: dict[int
 
 
 def benchmark(name: str, arguments: argparse.Namespace, root: Path) -> dict:
-    """Both engines on one model."""
+    """Each engine on one model."""
     ref = model_ref(name) if name == "smollm" else make_wide(root / name)
     num_layers = read_config(ref).num_hidden_layers
     exports, sizes = [], {}
@@ -250,26 +289,33 @@ def benchmark(name: str, arguments: argparse.Namespace, root: Path) -> dict:
         checkpoint = root / f"{name}-{count}"
         checkpoints.save_checkpoint(checkpoint, ref, blocks, values, {})
         sizes[count] = sum(path.stat().st_size for path in checkpoint.glob("base-*.safetensors"))
-        if "vllm" in arguments.engines:
+        if {"vllm", "vllm_forms"} & set(arguments.engines):
             exports.append(str(root / f"{name}-{count}-nemotron_nas"))
             export_checkpoint(checkpoint, "nemotron_nas", Path(exports[-1]))
     tokens = {"prefill": arguments.prompt_tokens, "decode": arguments.new_tokens}
-    results = {}
+    stock, results = str(ref.folder()), {}
     for engine in arguments.engines:
-        folders = [str(ref.folder())] if engine == "transformers" else exports
+        folders = {"transformers": [stock], "vllm": exports}.get(
+            engine, [stock, *exports[-1:], str(checkpoint)]
+        )
         rounds = run_worker(engine, arguments, folders)
-        results[engine] = summarise(rounds, tokens, sizes) | {"rounds": rounds}
-        for count, entry in results[engine]["skipped"].items():
+        if engine == "vllm_forms":
+            results[engine] = summarise_forms(rounds, tokens)
+            shown = results[engine].items()
+        else:
+            results[engine] = summarise(rounds, tokens, sizes)
+            shown = ((f"{count} skipped", entry) for count, entry in results[engine]["skipped"].items())
+        for what, entry in shown:
             figures = [f"{k} {v:.3g}" for k, v in entry.items() if not isinstance(v, list)]
-            print(f"{name}, {engine}, {count} skipped: {', '.join(figures)}", flush=True)
+            print(f"{name}, {engine}, {what}: {', '.join(figures)}", flush=True)
+        results[engine]["rounds"] = rounds
     return results
 
 
 def main() -> None:
     arguments = build_parser().parse_args()
     if arguments.worker:
-        rounds = {"transformers": transformers_rounds, "vllm": vllm_rounds}[arguments.worker]
-        arguments.output.write_text(json.dumps(rounds(arguments)))
+        arguments.output.write_text(json.dumps(WORKERS[arguments.worker](arguments)))
         return
     results = {}
     for name in arguments.models:

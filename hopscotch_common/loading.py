@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
@@ -20,14 +20,23 @@ HOPSCOTCH_PREFIX = "hopscotch_"
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
-def read_config(ref: ModelRef):
-    """The stock config of a model; InputError unless it is sound, and its architecture supported."""
+def read_config(ref: ModelRef, checkpoint: bool = False):
+    """The stock config of a model; InputError unless it is sound, and its architecture supported.
+
+    checkpoint: whether the model may be a Hopscotch checkpoint, too, whose config is its own. Its
+    classes are registered with transformers then, so that no code in its folder is asked for.
+    """
     folder = ref.folder(weights=False)
     values = files.read_json(folder / "config.json", "fetch the model again, or give another folder")
-    kind = values.get("model_type")
-    if isinstance(kind, str) and kind.startswith(HOPSCOTCH_PREFIX):
+    kind = str(values.get("model_type"))
+    stock_kind = kind.removeprefix(HOPSCOTCH_PREFIX)
+    if kind != stock_kind and not checkpoint:
         raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
-    families.check_supported(str(kind), ref.source)
+    families.check_supported(stock_kind, ref.source)
+    if kind != stock_kind:
+        config_class, model_class = hopscotch_classes(kind)
+        AutoConfig.register(kind, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_config(config)
@@ -50,7 +59,7 @@ def _check_config(config) -> None:
     if window is not None and (type(window) is not int or window < 0):
         raise ValueError(f"sliding_window is {window!r}")
     known = set(ATTENTION_LAYER_TYPES)
-    if FAMILIES[config.model_type].recurrent is not None:
+    if FAMILIES[config.model_type.removeprefix(HOPSCOTCH_PREFIX)].recurrent is not None:
         known |= set(ALLOWED_LAYER_TYPES)
     unknown = set(getattr(config, "layer_types", None) or ()) - known
     if unknown:

@@ -232,14 +232,17 @@ class HopscotchConfig:
     """Mixin over a stock config, which adds `skipped_attention_blocks` and `scale_granularity`.
 
     new_scales: whether the weights that will be read have no scales yet, so that these start at 1. It
-    holds for a base model's weights, is set by hand, and is never saved.
+    holds for a base model's weights. in_vllm_plugin: whether vLLM builds the model by this project's
+    plugin. Both are set by hand, and never saved.
     """
 
     new_scales = False
+    in_vllm_plugin = False
 
     def to_dict(self) -> dict:
         values = super().to_dict()
-        values.pop("new_scales", None)
+        for name in ("new_scales", "in_vllm_plugin"):
+            values.pop(name, None)
         return values
 
 
@@ -276,6 +279,11 @@ class HopscotchModel(HopscotchPreTrained):
     def scale_layers(self) -> None:
         """Make scaled layers of the stock ones, and leave out skipped attention blocks."""
         config = self.config
+        if config._attn_implementation == "vllm" and not config.in_vllm_plugin:
+            raise ValueError(
+                "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed or not "
+                "loaded (see VLLM_PLUGINS): run `pip install --no-deps .` in the project's folder"
+            )
         if config.scale_granularity not in GRANULARITIES:
             raise ValueError(f"scale_granularity {config.scale_granularity!r}: one of {GRANULARITIES}")
         skipped = config.skipped_attention_blocks or ()
@@ -383,13 +391,12 @@ def stock_names(model_type: str) -> tuple[str, str, str]:
 
 
 @functools.cache
-def family_classes(model_type: str) -> tuple[type, type, type]:
-    """(config, base model, causal LM) classes over those of a stock family."""
-    family = FAMILIES[model_type]
-    stock_config, stock_base, stock_causal = (getattr(transformers, name) for name in stock_names(model_type))
-    config = type(
-        f"{CLASS_PREFIX}{stock_config.__name__}",
-        (HopscotchConfig, stock_config),
+def family_config(model_type: str) -> type:
+    """The config class over that of a stock family; no model code is imported."""
+    stock = getattr(transformers, stock_names(model_type)[0])
+    return type(
+        f"{CLASS_PREFIX}{stock.__name__}",
+        (HopscotchConfig, stock),
         {
             "__annotations__": {"skipped_attention_blocks": list[int] | None, "scale_granularity": str},
             "model_type": PREFIX + model_type,
@@ -397,6 +404,13 @@ def family_classes(model_type: str) -> tuple[type, type, type]:
             "scale_granularity": "layer",
         },
     )
+
+
+@functools.cache
+def family_classes(model_type: str) -> tuple[type, type, type]:
+    """(config, base model, causal LM) classes over those of a stock family."""
+    family, config = FAMILIES[model_type], family_config(model_type)
+    stock_base, stock_causal = (getattr(transformers, name) for name in stock_names(model_type)[1:])
     members = {"family": family, "config_class": config}
     base = type(f"{CLASS_PREFIX}{stock_base.__name__}", (HopscotchModel, stock_base), members)
     members = {"base_class": base, "config_class": config}

@@ -15,6 +15,7 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
 from hopscotch_common.export import check, decilm, folders, folding, formats
 from hopscotch_common.export.configuration_decilm import DeciLMConfig
+from hopscotch_common.loading import hopscotch_config
 from hopscotch_common.modeling_hopscotch import SCALE_NAMES, attention_blocks
 from hopscotch_common.models import ModelRef
 
@@ -183,7 +184,7 @@ def test_weights_keep_their_dtype_and_their_files(tmp_path, base):
 @pytest.mark.parametrize("family, changes", [(f, c) for f, c in VARIANTS if f in IN_DECILM])
 def test_nemotron_nas(tmp_path, base, family, changes, width):
     skipped = [0, 2] if family == "llama" else [1, 2]
-    folder = base(family, rms_norm_eps=1e-20, intermediate_size=512, **changes)
+    folder = base(family, rms_norm_eps=1e-20, intermediate_size=300, **changes)
     checkpoint = save(tmp_path, folder, skipped, random_scales(3, 0.05, 2.0, signs=True, width=width))
     report = formats.export_checkpoint(checkpoint, "nemotron_nas", tmp_path / "decilm")
     assert report["relative_logit_error"] < 1e-4
@@ -191,6 +192,7 @@ def test_nemotron_nas(tmp_path, base, family, changes, width):
     # The same numbers once more from the raw files, in a stock class that knows no skipped block.
     config = json.loads((tmp_path / "decilm/config.json").read_text())
     assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
+    assert config["intermediate_size"] == 512  # the next multiple of 256; what is added does nothing
     tensors = load_file(tmp_path / "decilm/model.safetensors")
     no_op = {i for i, block in enumerate(config["block_configs"]) if block["attention"]["no_op"]}
     assert no_op == set(skipped) - {0}
@@ -243,7 +245,7 @@ def test_decilm_config_class(tmp_path, base, rope):
     blocks = pickle.loads(pickle.dumps(DeciLMConfig(**old))).block_configs
     assert [block.attention.no_op for block in blocks] == [False, True, False, False]
     assert blocks[0].attention.n_heads_in_group == 2 and blocks[1].attention.n_heads_in_group is None
-    assert not hasattr(blocks[0].ffn, "ffn_mult") and blocks[0].ffn.intermediate_size == 48
+    assert blocks[0].ffn.ffn_mult == 1.5 * 256 / 32  # for a width of 48: multiples of 256 only
     assert json.loads(DeciLMConfig(**old).to_json_string())["block_configs"] == old["block_configs"]
 
 
@@ -251,8 +253,9 @@ def test_decilm_config_class(tmp_path, base, rope):
     "hidden, width", [(576, 1536), (4096, 14336), (3584, 18944), (4096, 12800), (2560, 256)]
 )
 def test_ffn_mult_gives_back_the_width(hidden, width):
-    config = AutoConfig.for_model("llama", hidden_size=hidden, intermediate_size=width)
-    assert decilm._read_ffn_width(decilm._ffn_width(config), hidden) == width
+    config = hopscotch_config(AutoConfig.for_model("llama", hidden_size=hidden, intermediate_size=width))
+    blocks = decilm.decilm_config(config, set())["block_configs"]
+    assert decilm.ffn_width(blocks[0]["ffn"]["ffn_mult"], hidden) == width
 
 
 @pytest.mark.parametrize(

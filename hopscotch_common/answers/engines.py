@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
@@ -14,8 +15,17 @@ from hopscotch_common.answers import EngineOptions
 from hopscotch_common.answers.decoding import GreedyDecoder
 from hopscotch_common.answers.slot_cache import GROUPED_SDPA
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import device_map, load_tokenizer, load_whole, read_config, resolve_device
+from hopscotch_common.loading import (
+    HOPSCOTCH_PREFIX,
+    device_map,
+    load_tokenizer,
+    load_whole,
+    read_config,
+    resolve_device,
+)
 from hopscotch_common.models import ModelRef
+
+PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ def generate(
     the whole context (`check_prompt_lengths` says which).
     """
     backend = resolve_backend(options)
-    config = read_config(ref)
+    config = read_config(ref, checkpoint=True)
     limits = [min(max_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]
     if min(limits, default=1) < 1:
         raise ValueError(f"a prompt leaves no room in the context of {config.max_position_embeddings} tokens")
@@ -85,6 +95,18 @@ def vllm_obstacle() -> str | None:
     if current_platform.is_cpu() or (current_platform.is_cuda_alike() and visible_gpus() > 0):
         return None
     return "vLLM is installed, but finds no device that its build runs on"
+
+
+def check_plugin(config) -> None:
+    """Raise InputError for a Hopscotch checkpoint that vLLM would find no plugin for.
+
+    vLLM loads plugins in processes of its own, so they must be installed, and not only be here.
+    """
+    if config.model_type.startswith(HOPSCOTCH_PREFIX) and not entry_points(group=PLUGINS, name="hopscotch"):
+        raise InputError(
+            "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed: run "
+            "`pip install --no-deps .` in the project's folder, or use --backend transformers"
+        )
 
 
 def visible_gpus() -> int:

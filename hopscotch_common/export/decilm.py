@@ -1,7 +1,9 @@
 """The DeciLM format (`nemotron_nas`), which vLLM and others load: its config, and reading it back.
 
 A block without attention is `block_configs[layer].attention.no_op`; it has no weights and takes no
-KV cache. The MLP's width is `ffn_mult`, in units of 1.5 hidden sizes, rounded up to 256.
+KV cache. The MLP's width is `ffn_mult`, in units of 1.5 hidden sizes, rounded up to a multiple of 256:
+all that SGLang, TensorRT-LLM and mlx-lm read. A width between two multiples is therefore filled up with
+channels that are zero, which change nothing.
 """
 
 import json
@@ -12,7 +14,7 @@ from hopscotch_common.export import configuration_decilm
 from hopscotch_common.loading import HOPSCOTCH_PREFIX, hopscotch_classes
 
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
-WIDTH_STEP = 256  # the format rounds the MLP's width up to a multiple of this
+WIDTH_STEP = 256
 # What the format says of a block beyond what a Llama layer needs; some runtimes read them all.
 ATTENTION_DEFAULTS = {
     "no_op": False,
@@ -34,7 +36,7 @@ SAME_IN_BOTH = (
 
 def check_representable(config) -> None:
     """Raise InputError for a Hopscotch config that the format cannot hold."""
-    remedy = "export it as folded, or serve the checkpoint itself with transformers"
+    remedy = "export it as folded, or serve the checkpoint itself, with vLLM or transformers"
     family = config.model_type
     if family.removeprefix(HOPSCOTCH_PREFIX) not in LLAMA_SHAPED:
         raise InputError(
@@ -64,10 +66,12 @@ def decilm_config(config, skipped: set[int]) -> dict:
     bias = bool(getattr(config, "attention_bias", False))
     heads, dtype = config.num_attention_heads, str(config.dtype).removeprefix("torch.")
     group = heads // config.num_key_value_heads
+    width = -(-config.intermediate_size // WIDTH_STEP) * WIDTH_STEP
     return {name: getattr(config, name) for name in SAME_IN_BOTH} | {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{_code().stem}.{configuration_decilm.DeciLMConfig.__name__}"},
         "model_type": configuration_decilm.DeciLMConfig.model_type,
+        "intermediate_size": width,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "attention_bias": bias,
         "qkv_bias": bias or config.model_type.endswith("qwen2"),
@@ -80,18 +84,11 @@ def decilm_config(config, skipped: set[int]) -> dict:
             {
                 "attention": ATTENTION_DEFAULTS
                 | ({"no_op": True} if layer in skipped else {"n_heads_in_group": group}),
-                "ffn": FFN_DEFAULTS | _ffn_width(config),
+                "ffn": FFN_DEFAULTS | {"ffn_mult": 1.5 * width / config.hidden_size},
             }
             for layer in range(config.num_hidden_layers)
         ],
     }
-
-
-def _ffn_width(config) -> dict:
-    """`ffn_mult`, or where that cannot say it, `intermediate_size`, which vLLM reads as well."""
-    if config.intermediate_size % WIDTH_STEP:
-        return {"intermediate_size": config.intermediate_size}
-    return {"ffn_mult": 1.5 * config.intermediate_size / config.hidden_size}
 
 
 def _code() -> Path:
@@ -112,7 +109,7 @@ def as_hopscotch_config(values: dict):
     blocks = values["block_configs"]
     skipped = [i for i, block in enumerate(blocks) if block["attention"]["no_op"]]
     groups = {b["attention"]["n_heads_in_group"] for b in blocks if not b["attention"]["no_op"]}
-    widths = {_read_ffn_width(block["ffn"], values["hidden_size"]) for block in blocks}
+    widths = {ffn_width(block["ffn"]["ffn_mult"], values["hidden_size"]) for block in blocks}
     assert len(groups) == len(widths) == 1, "every block of an export has the same shape"
     qkv_bias_only = values["qkv_bias"] and not values["attention_bias"]
     config_class, _ = hopscotch_classes("qwen2" if qkv_bias_only else "llama")
@@ -129,7 +126,6 @@ def as_hopscotch_config(values: dict):
     return config
 
 
-def _read_ffn_width(ffn: dict, hidden_size: int) -> int:
-    if "ffn_mult" not in ffn:
-        return ffn["intermediate_size"]
-    return -(-int(2 * ffn["ffn_mult"] * hidden_size / 3) // WIDTH_STEP) * WIDTH_STEP
+def ffn_width(ffn_mult: float, hidden_size: int) -> int:
+    """The MLP's width, as every reader of the format computes it."""
+    return -(-int(2 * ffn_mult * hidden_size / 3) // WIDTH_STEP) * WIDTH_STEP

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -92,7 +93,7 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
             known = key in target.shapes or (target.renamed and not re.search(SCALE_KEYS, key))
             if not known or checkpoints.is_skipped_weight(key, config):
                 continue
-            tensors[key] = target.folding.fold(key, tensor)
+            tensors[key] = _filled_up(target.folding.fold(key, tensor), target.shapes.get(key))
             if key.endswith(beside):
                 tensors |= _unused_attention(int(key.split(".")[2]), target, config, tensor.dtype)
         if tensors:
@@ -106,6 +107,21 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
     if len(sources) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / weights.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _filled_up(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:
+    """A tensor with zeros behind its rows and columns, where the target's MLP is wider.
+
+    Channels that gate, up and down projection hold zeros for add nothing. A tensor that is larger than
+    the target's stays as it is: the check of the export names it. shape: None where the target names its
+    tensors otherwise, and is no wider.
+    """
+    if shape is None:
+        return tensor
+    missing = [wanted - size for size, wanted in zip(tensor.shape, shape, strict=True)]
+    if not any(missing) or min(missing) < 0:
+        return tensor
+    return pad(tensor, [n for size in reversed(missing) for n in (0, size)])
 
 
 def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, torch.Tensor]:
