@@ -84,7 +84,7 @@ if __name__ == "__main__":
             max_num_seqs=4,
             max_num_batched_tokens=256,
             kv_cache_memory_bytes=2**26,
-            gpu_memory_utilization=0.05,  # checked against the machine's free memory, even where it has no GPU
+            gpu_memory_utilization=0.05,  # checked against free memory, even without a GPU
             skip_tokenizer_init=True,
         )
         try:
