@@ -109,13 +109,8 @@ def test_a_process_without_this_project_loads_and_generates(tiny_folder, tmp_pat
     )
     code = """
 import sys, torch
+sys.modules["hopscotch_common"] = None  # it may be installed: any import of it fails
 from transformers import AutoModelForCausalLM
-assert not any("hopscotch_common" in name for name in sys.modules)
-try:
-    import hopscotch_common
-    sys.exit("this project can be imported, so the test shows nothing")
-except ModuleNotFoundError:
-    pass
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
     sys.exit("loaded without trust_remote_code: that would be the wrong model")

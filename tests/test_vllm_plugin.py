@@ -119,7 +119,8 @@ from vllm import LLM
 
 def failure(**options):
     try:
-        LLM(sys.argv[2], dtype="float32", enforce_eager=True, max_model_len=64, **options)
+        memory = dict(kv_cache_memory_bytes=2**26, gpu_memory_utilization=0.05)
+        LLM(sys.argv[2], dtype="float32", enforce_eager=True, max_model_len=64, **memory, **options)
     except Exception as error:
         return str(error)
 
