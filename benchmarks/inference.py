@@ -35,7 +35,6 @@ from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.loading import load_model, read_config
 from hopscotch_common.models import ModelRef, model_ref
 
-SKIPPED_COUNTS = (0, 2, 4, 8)
 PHASES = ("prefill", "decode")
 ENGINES = ("transformers", "vllm", "vllm_forms")
 FORMS = ("stock", "nemotron_nas", "checkpoint")
@@ -52,7 +51,11 @@ WIDE = dict(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", choices=["smollm", "wide"], default=["smollm", "wide"])
+    parser.add_argument(
+        "--models", nargs="+", default=["smollm", "wide"], help="wide, or what --model of the scripts takes"
+    )
+    parser.add_argument("--counts", type=int, nargs="+", default=[0, 2, 4, 8], help="skipped blocks; 0 first")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:2])
     parser.add_argument("--rounds", type=int, default=5, help="of each engine")
     parser.add_argument(
@@ -135,7 +138,7 @@ def transformers_rounds(arguments: argparse.Namespace) -> list[dict]:
     """One model, whose blocks are switched off; a measurement of each number of blocks a round."""
     from transformers import DynamicCache
 
-    model = load_model(model_ref(arguments.folders[0]), dtype="float32", device="cpu")
+    model = load_model(model_ref(arguments.folders[0]), dtype=arguments.dtype, device="cpu")
     layers = model.model.layers
     prompt = torch.randint(3, model.config.vocab_size, (1, arguments.prompt_tokens))
 
@@ -150,7 +153,7 @@ def transformers_rounds(arguments: argparse.Namespace) -> list[dict]:
     run(2)
     for _ in range(arguments.rounds):
         rounds.append({})
-        for count in SKIPPED_COUNTS:
+        for count in arguments.counts:
             scales.reset(model, measuring.spread(count, len(layers)))
             cache = run(1)
             size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -171,13 +174,14 @@ def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: boo
     gc.collect()  # the last engine's memory, before this one takes its own
     llm = LLM(
         folder,
-        dtype="float32",
+        dtype=arguments.dtype,
         trust_remote_code=True,  # for the config class of nemotron_nas
         enforce_eager=not arguments.compiled,  # compiled, modules could not be timed
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         max_model_len=arguments.prompt_tokens + arguments.new_tokens + 8,
         max_num_seqs=1,
+        gpu_memory_utilization=0.5,  # checked against free memory, even without a GPU
     )
     prompt = {"prompt_token_ids": [3 + i % 1000 for i in range(arguments.prompt_tokens)]}
 
@@ -197,7 +201,7 @@ def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: boo
 
 def vllm_rounds(arguments: argparse.Namespace) -> list[dict]:
     """An engine for each number of skipped blocks, started anew in every round."""
-    folders = dict(zip(SKIPPED_COUNTS, arguments.folders, strict=True))
+    folders = dict(zip(arguments.counts, arguments.folders, strict=True))
     return [
         {count: measure_vllm(folder, arguments, count == 0) for count, folder in folders.items()}
         for _ in range(arguments.rounds)
@@ -221,6 +225,7 @@ def run_worker(engine: str, arguments: argparse.Namespace, folders: list[str]) -
     with tempfile.NamedTemporaryFile() as file:
         options = ("rounds", "repeats", "prompt_tokens", "new_tokens")
         settings = [word for name in options for word in (f"--{name}", str(getattr(arguments, name)))]
+        settings += ["--dtype", arguments.dtype, "--counts", *map(str, arguments.counts)]
         settings += ["--compiled"] if arguments.compiled else []
         command = [sys.executable, __file__, "--worker", engine, "--output", file.name, *settings]
         subprocess.run([*command, "--folders", *folders], check=True, stdout=sys.stderr)
@@ -253,7 +258,8 @@ def summarise(rounds: list[dict], tokens: dict[str, int], weight_bytes: dict[int
     for phase in PHASES:
         shares = [r[0]["attention_block_seconds"][phase] / r[0]["seconds"][phase] for r in rounds]
         summary[f"{phase}_share_of_a_block"] = measuring.median(shares)
-    for count in SKIPPED_COUNTS:
+    counts = list(rounds[0])
+    for count in counts:
         cache = [r[count]["kv_bytes_per_token"] for r in rounds][0]
         entry = {
             "kv_bytes_per_token": cache,
@@ -272,17 +278,18 @@ def summarise(rounds: list[dict], tokens: dict[str, int], weight_bytes: dict[int
                 entry[f"{phase}_gained"] = measuring.median(gains)
                 entry[f"{phase}_gained_range"] = [min(gains), max(gains)]
         summary["skipped"][count] = entry
-    most = summary["skipped"][SKIPPED_COUNTS[-1]]  # where the gain is largest against the noise
+    most = summary["skipped"][counts[-1]]  # where the gain is largest against the noise
     summary["bar_met"] = all(most[f"{phase}_gained"] >= BAR for phase in PHASES)
     return summary
 
 
 def benchmark(name: str, arguments: argparse.Namespace, root: Path) -> dict:
     """Each engine on one model."""
-    ref = model_ref(name) if name == "smollm" else make_wide(root / name)
+    ref = make_wide(root / name) if name == "wide" else model_ref(name)
+    name = ref.name
     num_layers = read_config(ref).num_hidden_layers
     exports, sizes = [], {}
-    for count in SKIPPED_COUNTS:
+    for count in arguments.counts:
         blocks = measuring.spread(count, num_layers)
         values = torch.ones(num_layers, 4)
         values[blocks, 0] = 0

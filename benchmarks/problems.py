@@ -102,5 +102,5 @@ def puzzles(count: int, seed: int = 0) -> list[Problem]:
     problems = []
     for index in range(count):
         question, answer = PUZZLES[index % len(PUZZLES)](numbers)
-        problems.append(Problem(f"{question} End your reply with the number.", Decimal(answer)))
+        problems.append(Problem(f"{question} Think step by step, then give the answer.", Decimal(answer)))
     return problems

@@ -1,10 +1,10 @@
 """How good a model with skipped attention blocks still is: accuracy, held-out figures, by number of blocks.
 
-    python benchmarks/quality.py --model qwen05 --data_path data/qwen05-processed-data/data.jsonl \\
+    python benchmarks/quality.py --model ./qwen05 --data_path data/qwen05-processed-data/data.jsonl \\
         --selection qwen05_block_selection.json --test_file gsm8k_test.jsonl --dtype bfloat16
     python benchmarks/quality.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --selection smollm_block_selection.json --tasks --counts 4 8
-    python benchmarks/quality.py --model qwen05 --table
+    python benchmarks/quality.py --model ./qwen05 --table --plot quality_qwen05.svg
 
 For each number of skipped blocks (the first of the selection) and each variant of the scales it runs the
 project's own scripts: `unscaled_ckpt.py` or `param_scale.py`, which hold out the same answers each time,
@@ -15,7 +15,7 @@ and exports the best epoch. vLLM then answers with the export, greedily: what is
 - puzzles: generated arithmetic and logic (`problems.puzzles`), which no scales were trained on.
 
 Results go to benchmarks/results/quality_{model}.json, written after each figure; the same command goes on
-where it was interrupted. Checkpoints and answers lie in --work. `--table` prints Markdown.
+where it was interrupted. Checkpoints and answers lie in --work. `--table` prints Markdown, `--plot` draws.
 """
 
 import argparse
@@ -33,12 +33,24 @@ from pathlib import Path
 
 import measuring
 from growing import GrowingResults
+from matplotlib.figure import Figure
 from problems import Problem, gsm8k, parse_answer, puzzles
 
 from hopscotch_common import cli
 from hopscotch_common.answers.engines import kv_bytes_per_token, stop_token_ids
 from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.loading import load_tokenizer, read_config
+from hopscotch_common.report.drawing import (
+    BLUE,
+    FAINT,
+    GREY,
+    INK,
+    VERMILION,
+    WIDTH,
+    legend_below,
+    render,
+    styled,
+)
 from hopscotch_common.writing import write_json
 
 VARIANTS = ("unscaled", "layer-ce", "layer-kl", "channel-ce", "channel-kl")
@@ -70,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, help="folder of checkpoints (default: quality_{model})")
     parser.add_argument("--result", type=Path, help="default: benchmarks/results/quality_{model}.json")
     parser.add_argument("--table", action="store_true", help="print the results as Markdown, measure nothing")
+    parser.add_argument("--plot", type=Path, help="draw the results (PNG, PDF, SVG), measure nothing")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser
 
@@ -300,6 +313,55 @@ def _held_out_cells(figures: dict | None) -> tuple[str, ...]:
     return f"{figures['perplexity']:.3f}", f"{figures['kl']:.4f}", f"{100 * figures['agreement']:.1f} %"
 
 
+STYLES = {  # of the variants in a picture: label, colour, marker
+    "unscaled": ("skipped, no scales", GREY, "o"),
+    "layer-ce": ("four scales a layer, cross entropy", BLUE, "^"),
+    "layer-kl": ("four scales a layer, KL", BLUE, "v"),
+    "channel-ce": ("scales a channel, cross entropy", VERMILION, "D"),
+    "channel-kl": ("scales a channel, KL", VERMILION, "s"),
+}
+
+
+def draw(figures: Sequence[dict], model: str, path: Path) -> None:
+    """Accuracy (with standard errors) and held-out KL over the number of skipped blocks, a line a variant."""
+    figure = quality_figure(figures, model)
+    path.write_bytes(render(figure, path.suffix))
+
+
+@styled
+def quality_figure(figures: Sequence[dict], model: str) -> Figure:
+    (original,) = [f for f in figures if f["of"]["variant"] == "original"]
+    picture = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    panels = picture.subplots(1, 2)
+    start, error = accuracy(original["gsm8k"]["right"])
+    panels[0].axhspan(100 * (start - error), 100 * (start + error), color=FAINT)
+    panels[0].axhline(100 * start, color=INK, linewidth=1, label="original (± standard error)")
+    for number, (variant, (label, color, marker)) in enumerate(STYLES.items()):
+        own = sorted(
+            (f for f in figures if f["of"]["variant"] == variant), key=lambda f: len(f["of"]["blocks"])
+        )
+        if not own:
+            continue
+        style = dict(color=color, marker=marker, label=label, markersize=6)
+        counts = [len(f["of"]["blocks"]) for f in own]
+        shares = [accuracy(f["gsm8k"]["right"]) for f in own]
+        beside = [count + 0.06 * (number - 2) for count in counts]  # so that no error bar hides another
+        centres, errors = ([100 * value for value in values] for values in zip(*shares, strict=True))
+        panels[0].errorbar(beside, centres, yerr=errors, capsize=3, **style)
+        kl = [(_held_out_of(figures, f["of"]["blocks"], variant) or {}).get("kl", math.nan) for f in own]
+        panels[1].plot([0, *counts], [0.0, *kl], **style)
+    panels[0].set_ylabel(f"GSM8K, {len(original['gsm8k']['right'])} problems: right (%)")
+    panels[1].set_ylabel("held out: KL to the original\n(nats per token)")
+    for panel in panels:
+        panel.set_xlabel("attention blocks skipped")
+        panel.set_xticks(sorted({len(f["of"]["blocks"]) for f in figures}))
+        panel.set_xlim(-0.3, max(len(f["of"]["blocks"]) for f in figures) + 0.3)
+        panel.set_ylim(bottom=0)
+    picture.suptitle(f"{model}: what is kept", x=0.01, ha="left")
+    legend_below(picture, panels)
+    return picture
+
+
 def settings_of(arguments: argparse.Namespace) -> dict:
     """What all figures of a result file depend on."""
     names = ("dtype", "max_samples", "validation_split", "num_epochs", "learning_rate", "batch_size")
@@ -319,8 +381,12 @@ def main(argv: list[str] | None = None) -> None:
         run_worker(json.loads(arguments.worker.read_text()))
         return
     result = arguments.result or measuring.RESULTS / f"quality_{arguments.model.name}.json"
-    if arguments.table:
-        print("\n".join(table(json.loads(result.read_text())["figures"])))
+    if arguments.table or arguments.plot:
+        figures = json.loads(result.read_text())["figures"]
+        if arguments.table:
+            print("\n".join(table(figures)))
+        if arguments.plot:
+            draw(figures, arguments.model.name, arguments.plot)
         return
     if not arguments.data_path or (max(arguments.counts) and not arguments.selection):
         parser.error("--data_path and --selection are needed to measure")

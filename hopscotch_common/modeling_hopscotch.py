@@ -213,7 +213,8 @@ class ScaledDecoderLayer:
     def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
         family = self.family
         normed = self._normed(family.norm_before_mlp, hidden_states)
-        modules = [module for name in family.mlp if (module := getattr(self, name)) is not None]
+        modules = [getattr(self, name) for name in family.mlp]
+        modules = [module for module in modules if module is not None]
         output = output_of(modules[0], normed)
         for module in modules[1:]:
             output = output + output_of(module, normed)

@@ -129,6 +129,17 @@ def apply_equations(model, family: str, values: torch.Tensor, skipped) -> None:
         layer.forward = forward
 
 
+@pytest.mark.parametrize("family", [*CHANNEL, "gpt_oss"])
+def test_a_model_is_one_graph(family_folder, family):
+    """As vLLM must have it, which compiles unless told otherwise."""
+    skipped = attention_blocks(stock_config(family))[:1]
+    model = skipping_model(family_folder(family), family, skipped)
+    compiled = torch.compile(model.model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(IDS, use_cache=False).last_hidden_state
+        assert_close(found, model.model(IDS, use_cache=False).last_hidden_state)
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_untrained_equals_stock_bit_for_bit(family_folder, family):
     folder = family_folder(family)

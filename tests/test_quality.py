@@ -243,6 +243,10 @@ def test_quality_with_answers(tiny_folder, tmp_path, block):
     (figure,) = json.loads((tmp_path / "result.json").read_text())["figures"]
     assert figure["served"] == ("folded" if block == 0 else "nemotron_nas")
     assert len(figure["gsm8k"]["right"]) == 3 and len(figure["puzzles"]["right"]) == 2
+    quality.main([*words, "--counts", "0"])
+    quality.main([*words, "--plot", str(tmp_path / "quality.svg")])
+    picture = (tmp_path / "quality.svg").read_text()
+    assert "original" in picture and "no scales" in picture and "four scales" not in picture
     answers = json.loads((tmp_path / "work" / "unscaled_1" / "answers.json").read_text())
     assert all(1 <= reply["tokens"] <= 5 for replies in answers.values() for reply in replies)
 
