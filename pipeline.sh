@@ -9,10 +9,14 @@
 # an interruption the same command goes on. Set the variables below to change what is done.
 set -euo pipefail
 
-model=${1:?give a model: qwen, llama, granite, smollm, a Hugging Face id or a local folder}
+model=${1:?give a model: qwen, llama, granite, smollm, a Hugging Face id, a local folder or a GGUF file}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 name=$(basename -- "$model") # what file names begin with
-if [ -d "$model" ]; then name=$(basename -- "$(realpath -- "$model")"); fi
+if [ -d "$model" ]; then
+    name=$(basename -- "$(realpath -- "$model")")
+elif [[ $name == *.[Gg][Gg][Uu][Ff] ]]; then
+    name=${name%.*}
+fi
 
 launch=${LAUNCH:-python}              # or "accelerate launch --multi_gpu"
 num_samples=${NUM_SAMPLES:-}          # prompts to answer; empty: all
