@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.installed
 	mkdir -p demo
 	cd demo && PATH="$(BIN):$$PATH" NUM_SAMPLES=48 MAX_TOKENS=128 MAX_SAMPLES=20 BATCH_SIZE=2 SEARCH=race \
-		NUM_BLOCKS=2 NUM_EPOCHS=3 GRANULARITIES="layer channel" bash ../pipeline.sh smollm
+		NUM_BLOCKS=2 NUM_EPOCHS=3 GRANULARITIES="layer channel" LOSS=kl bash ../pipeline.sh smollm
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
