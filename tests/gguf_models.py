@@ -33,7 +33,7 @@ def write_model(
         head_count=config.num_attention_heads,
         head_count_kv=config.num_key_value_heads,
         key_length=head_dim,
-        layer_norm_rms_eps=config.rms_norm_eps,
+        **_epsilon(config),
         rope_dimension_count=head_dim,
         rope_freq_base=config.rope_parameters.get("rope_theta", 1e4),
         vocab_size=config.vocab_size,
@@ -71,6 +71,11 @@ def write_model(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _epsilon(config) -> dict[str, float]:
+    eps = getattr(config, "rms_norm_eps", None)
+    return dict(layer_norm_eps=config.norm_epsilon) if eps is None else dict(layer_norm_rms_eps=eps)
 
 
 def _add_tokenizer(writer: GGUFWriter) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import generate_model_gt_data
+from hopscotch_common import checkpoints
 from hopscotch_common.answers import EngineOptions, decoding, engines, slot_cache
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import read_config
@@ -68,7 +69,7 @@ def attention_of(folder) -> str | None:
     ref, options = model_ref(str(folder)), EngineOptions(device="cpu")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Chosen):
         patch.setattr(engines, "load_whole", load)
-        engines.TransformersEngine(ref, read_config(ref), options, 100)
+        engines.TransformersEngine(ref, read_config(ref, checkpoint=True), options, 100)
     return chosen[0]
 
 
@@ -90,16 +91,28 @@ def test_batched_answers_of_every_family(tiny_folder, small_steps, family):
     assert max(live for _, live, _ in steps) >= 3 and len(prefills) > 1
 
 
-def check_batched_answers(folder, count: int, budget: int) -> tuple[list, list]:
+@pytest.mark.parametrize(
+    "family, skipped", [("llama", [0, 2]), ("llama", [3]), ("gemma2", [0, 1]), ("granitemoehybrid", [4])]
+)
+def test_batched_answers_of_a_checkpoint(tiny_folder, tmp_path, small_steps, family, skipped):
+    """Skipped blocks fill no layers of the cache."""
+    ref = model_ref(str(tiny_folder(family)))
+    values = torch.ones(read_config(ref).num_hidden_layers, 4)
+    values[skipped, 0] = 0
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", ref, skipped, values, {})
+    check_batched_answers(tmp_path / "checkpoint", 8, 250, checkpoints.load_checkpoint)
+
+
+def check_batched_answers(
+    folder, count: int, budget: int, load=AutoModelForCausalLM.from_pretrained
+) -> tuple[list, list]:
     """Answers in batches equal those of one prompt at a time, token for token.
 
     Returns (slots, of them in use, columns) of each step, and the tokens that the rows of each prefill had
     generated before.
     """
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention_of(folder)
-    )
+    stock = load(folder, dtype=torch.float32)
+    model = load(folder, dtype=torch.float32, attn_implementation=attention_of(folder))
     prompts = random_prompts(count)
     limits = [MAX_TOKENS - index % 3 for index in range(len(prompts))]
     steps, prefills = [], []

@@ -26,6 +26,12 @@ from hopscotch_common.models import model_ref
 
 WIDE = dict(intermediate_size=64)  # rows that blocks of 32 divide
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+AS_27B = dict(
+    num_hidden_layers=46,
+    layer_types=["sliding_attention", "full_attention"] * 23,
+    num_attention_heads=2,
+    query_pre_attn_scalar=16,
+)
 LLAMA3 = dict(
     rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=8192,
@@ -55,16 +61,18 @@ def logits(model) -> torch.Tensor:
         ("llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=5e5))),
         ("qwen2", {}),
         ("qwen3", dict(head_dim=128)),
-        (
-            "gemma2",
-            dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0, query_pre_attn_scalar=256),
-        ),
+        ("gemma2", dict(final_logit_softcapping=3.0, attn_logit_softcapping=5.0, query_pre_attn_scalar=8)),
+        ("gemma2", AS_27B),
+        ("phi3", dict(sliding_window=4)),
+        ("starcoder2", dict(rope_parameters=dict(rope_type="default", rope_theta=1e5), vocab_size=261)),
     ],
 )
 def test_the_unpacked_model_is_the_original(tmp_path, family, changes):
     model = tiny(family, **changes)
-    window = dict(sliding_window=5, unk_token_id=0) if family == "gemma2" else {}
-    ref = model_ref(str(write_model(model, tmp_path / f"my.{family}.gguf", **window)))
+    names = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    extra = {name: value for name in names if (value := getattr(model.config, name, None)) is not None}
+    extra |= dict(unk_token_id=0) if family == "gemma2" else {}
+    ref = model_ref(str(write_model(model, tmp_path / f"my.{family}.gguf", **extra)))
     assert ref.name == f"my.{family}" and read_config(ref).model_type == family
     unpacked = AutoModelForCausalLM.from_pretrained(ref.folder())
     torch.testing.assert_close(logits(unpacked), logits(model), rtol=1e-5, atol=1e-5)
@@ -75,6 +83,23 @@ def test_the_unpacked_model_is_the_original(tmp_path, family, changes):
     assert ids[0] == 3 and 2 in ids and 260 in ids  # <|im_start|>, <|im_end|>, and the merged "th"
     generation = json.loads((ref.folder() / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 2
+
+
+def test_the_tokenizer_is_that_of_the_file(tmp_path):
+    """Digits split off as smollm does it, a text begun as the file says; its neighbours change nothing."""
+    path = write_model(tiny(), tmp_path / "model.gguf", tokenizer_pre="smollm", add_bos_token=True)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tokenizer = load_tokenizer(model_ref(str(path)))
+    assert parts(tokenizer, "\n\n12  3") == ["ĊĊ", "1", "2", "ĠĠ", "3"]  # as in SmolLM2's own tokenizer.json
+    assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id
+    plain = load_tokenizer(model_ref(str(write_model(tiny(), tmp_path / "plain.gguf"))))
+    assert parts(plain, "\n\n12  3") == ["Ċ", "Ċ", "12", "Ġ", "Ġ3"]
+    assert plain("the").input_ids[0] != plain.bos_token_id
+
+
+def parts(tokenizer, text: str) -> list[str]:
+    """What merges can't cross."""
+    return [part for part, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -156,6 +181,7 @@ def test_llama_3s_rotary_scaling_survives(tmp_path):
         ),
         ({"architecture": "gptj"}, "transformers cannot read this GGUF file .*gptj is not supported yet"),
         ({"architecture": "falcon"}, "architecture 'falcon' is not supported: attention and MLP stand"),
+        ({"tokenizer_pre": "unheard-of"}, "splits text .tokenizer.ggml.pre: unheard-of. is not known"),
         ({"template": ""}, "holds no chat template; give the GGUF of an instruction-tuned"),
         ({"split.count": 2}, "one of several parts"),
     ],

@@ -55,10 +55,12 @@ def empty_cache(config) -> Cache:
     )
 
 
-def slot_layer(layer, slots: int, capacity: int, clock: int) -> "SlotLayer | SlotStates":
-    """An empty layer with slots, of the kind, sizes, dtype and device of another cache layer."""
+def slot_layer(layer, slots: int, capacity: int, clock: int) -> "SlotLayer | SlotStates | UnusedLayer":
+    """An empty layer with slots, of the kind, sizes, dtype and device of a cache layer after a prefill."""
     if isinstance(layer, LinearAttentionLayer):
         return SlotStates(layer, slots)
+    if not layer.is_initialized:
+        return UnusedLayer()
     return SlotLayer.like(layer, slots, capacity, clock)
 
 
@@ -108,6 +110,16 @@ class SlotLayer(CacheLayerMixin):
     def move(self, moved: Move, clock: int) -> None:
         self.keys, self.values = moved(self.keys, 2), moved(self.values, 2)
         self.clock = clock
+
+
+class UnusedLayer(DynamicLayer):
+    """A layer that nothing writes to: a model with skipped attention blocks has fewer layers to cache."""
+
+    def fill(self, slots: list[int], layer, end: int) -> None:
+        pass
+
+    def move(self, moved: Move, clock: int) -> None:
+        pass
 
 
 class SlotStates(LinearAttentionLayer):
