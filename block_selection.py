@@ -171,9 +171,10 @@ def most_blocks(arguments: argparse.Namespace, config, skipped: list[int]) -> in
     left = most_picks(config, skipped)
     if arguments.kv_budget is not None:
         flag, wanted = "kv_budget", picks_for_kv_budget(arguments.kv_budget, config, skipped)
+    elif arguments.num_blocks is None and arguments.max_loss_increase is not None:
+        flag, wanted = "max_loss_increase", max(left, 1)
     else:
-        unless_told = left if arguments.max_loss_increase is not None else 1
-        flag, wanted = "num_blocks", arguments.num_blocks or max(unless_told, 1)
+        flag, wanted = "num_blocks", arguments.num_blocks or 1
     if wanted > left:
         raise InputError(
             f"--{flag} {getattr(arguments, flag) or wanted}: {len(skipped)} of {config.num_hidden_layers} "

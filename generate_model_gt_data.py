@@ -140,10 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.answers import engines
     from hopscotch_common.loading import load_tokenizer, read_config
 
-    backend = engines.resolve_backend(options)
     config = read_config(args.model, checkpoint=True)
+    backend = engines.resolve_backend(options, config)
     if backend == "vllm":
-        engines.check_plugin(config)
         engines.tensor_parallel_size(args.tensor_parallel_size, config)
     tokenizer = load_tokenizer(args.model)
     prompt_ids = tokenize(prompts, tokenizer, config)

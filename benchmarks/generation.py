@@ -179,7 +179,7 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(plain(arguments) if arguments.worker == "plain" else engine(arguments)))
         return
-    if "vllm" in arguments.engines and (obstacle := vllm_obstacle()):
+    if "vllm" in arguments.engines and (obstacle := vllm_obstacle(read_config(arguments.model))):
         sys.exit(f"{obstacle}; leave it out with --engines transformers")
     kinds = ["plain", *arguments.engines]
     runs = {kind: [] for kind in kinds}

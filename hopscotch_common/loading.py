@@ -13,10 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import families, files, scales
 from hopscotch_common.errors import InputError, reason_of
-from hopscotch_common.modeling_hopscotch import FAMILIES, family_classes
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, family_classes
 from hopscotch_common.models import ModelRef
 
-HOPSCOTCH_PREFIX = "hopscotch_"
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -29,7 +28,7 @@ def read_config(ref: ModelRef, checkpoint: bool = False):
     folder = ref.folder(weights=False)
     values = files.read_json(folder / "config.json", "fetch the model again, or give another folder")
     kind = str(values.get("model_type"))
-    stock_kind = kind.removeprefix(HOPSCOTCH_PREFIX)
+    stock_kind = kind.removeprefix(PREFIX)
     if kind != stock_kind and not checkpoint:
         raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
     families.check_supported(stock_kind, ref.source)
@@ -59,7 +58,7 @@ def _check_config(config) -> None:
     if window is not None and (type(window) is not int or window < 0):
         raise ValueError(f"sliding_window is {window!r}")
     known = set(ATTENTION_LAYER_TYPES)
-    if FAMILIES[config.model_type.removeprefix(HOPSCOTCH_PREFIX)].recurrent is not None:
+    if FAMILIES[config.model_type.removeprefix(PREFIX)].recurrent is not None:
         known |= set(ALLOWED_LAYER_TYPES)
     unknown = set(getattr(config, "layer_types", None) or ()) - known
     if unknown:
@@ -73,7 +72,7 @@ def _check_config(config) -> None:
 
 def hopscotch_classes(model_type: str) -> tuple[type, type]:
     """(config class, causal LM class) of a stock or `hopscotch_` model type."""
-    config_class, _, model_class = family_classes(model_type.removeprefix(HOPSCOTCH_PREFIX))
+    config_class, _, model_class = family_classes(model_type.removeprefix(PREFIX))
     return config_class, model_class
 
 

@@ -383,6 +383,11 @@ def scaled_layer_class(stock: type, family: Family) -> type:
     return type(f"{CLASS_PREFIX}{stock.__name__}", (ScaledDecoderLayer, stock), {"family": family})
 
 
+def known_families() -> list[str]:
+    """The described families that this version of transformers has."""
+    return [name for name in FAMILIES if name in CONFIG_MAPPING_NAMES and name in MODEL_MAPPING_NAMES]
+
+
 def stock_names(model_type: str) -> tuple[str, str, str]:
     """Names of a stock family's config, base model and causal LM in transformers."""
     return tuple(
@@ -424,9 +429,8 @@ def family_classes(model_type: str) -> tuple[type, type, type]:
 
 def __getattr__(name: str) -> type:
     """Classes of the families by name, as a checkpoint's `auto_map` asks for them."""
-    for model_type in FAMILIES if name.startswith(CLASS_PREFIX) else ():
-        if all(model_type in names for names in (CONFIG_MAPPING_NAMES, MODEL_MAPPING_NAMES)):
-            names = [CLASS_PREFIX + stock for stock in stock_names(model_type)]
-            if name in names:
-                return family_classes(model_type)[names.index(name)]
+    for model_type in known_families() if name.startswith(CLASS_PREFIX) else ():
+        names = [CLASS_PREFIX + stock for stock in stock_names(model_type)]
+        if name in names:
+            return family_classes(model_type)[names.index(name)]
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -17,10 +17,10 @@ from vllm.model_executor.models.utils import maybe_prefix
 from hopscotch_common.modeling_hopscotch import (
     PREFIX,
     ScaledDecoderLayer,
-    attention_blocks,
     attention_types,
     family_classes,
 )
+from hopscotch_common.vllm_plugin import family_obstacle
 
 
 class AttentionWhereItIs:
@@ -28,31 +28,22 @@ class AttentionWhereItIs:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         config = vllm_config.model_config.hf_config
-        if len(attention_blocks(config)) < config.num_hidden_layers:
-            raise ValueError(
-                f"{config.model_type.removeprefix(PREFIX)}: layers that are recurrent ("
-                f"{attention_types(config)[0]}) have no state in vLLM's Transformers backend; run the "
-                "checkpoint with transformers"
-            )
+        if obstacle := family_obstacle(config):
+            raise ValueError(f"{obstacle}; run the checkpoint with transformers")
         config_class, base_class, _ = family_classes(config.model_type.removeprefix(PREFIX))
         AutoModel.register(config_class, base_class, exist_ok=True)
         config.in_vllm_plugin = True
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if self.pp_group.is_last_rank:  # the backend knows a `logit_scale` only, and no Granite
             self.logits_processor.scale /= getattr(config, "logits_scaling", None) or 1.0
+        if not self.pp_group.is_first_rank and hasattr(self.model, "embedding_multiplier"):
+            self.model.embedding_multiplier = 1.0  # what comes in has been multiplied on the first rank
 
     def recursive_replace(self) -> None:
-        """Number attention blocks by their layers again, not by slots of transformers' cache.
-
-        Raises ValueError for a model with a linear layer that does more than multiply (PhiMoE's
-        router), which the backend would take for a plain one.
-        """
+        """Number attention blocks by their layers again, not by slots of transformers' cache."""
         for module in self.model.modules():
-            if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-                raise ValueError(
-                    f"{type(module).__name__} is more than the linear layer that vLLM's Transformers backend "
-                    "would make of it; run the checkpoint with transformers"
-                )
+            plain = not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
+            assert plain, f"{type(module).__name__} belongs into MORE_THAN_LINEAR"
         for index, layer in enumerate(self.model.layers):
             if isinstance(layer, ScaledDecoderLayer) and not layer.skip_attention:  # else on another rank
                 getattr(layer, layer.family.attention).layer_idx = index

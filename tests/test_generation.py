@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT, check_refused
+from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT, check_refused, stock_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -20,7 +20,8 @@ import generate_model_gt_data
 from hopscotch_common import checkpoints
 from hopscotch_common.answers import EngineOptions, decoding, engines, slot_cache
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import read_config
+from hopscotch_common.loading import hopscotch_config, read_config
+from hopscotch_common.modeling_hopscotch import attention_blocks
 from hopscotch_common.models import model_ref
 
 STOP = set(range(40, 45))  # a random model rarely says <|im_end|>, so that more tokens end an answer
@@ -206,17 +207,35 @@ def test_a_tensor_parallel_size_that_vllm_refuses_is_refused(monkeypatch, size, 
 
 
 def test_backend_is_chosen_by_what_can_run(monkeypatch):
-    monkeypatch.setattr(engines, "vllm_obstacle", lambda: None)
-    assert engines.resolve_backend(EngineOptions()) == "vllm"
-    assert engines.resolve_backend(EngineOptions(device="cpu")) == "transformers"
+    config = config_of(28, 4, 18944)
+    monkeypatch.setattr(engines, "vllm_obstacle", lambda config: None)
+    assert engines.resolve_backend(EngineOptions(), config) == "vllm"
+    assert engines.resolve_backend(EngineOptions(device="cpu"), config) == "transformers"
     with pytest.raises(InputError, match="--device cpu"):
-        engines.resolve_backend(EngineOptions(backend="vllm", device="cpu"))
-    monkeypatch.setattr(engines, "vllm_obstacle", lambda: "vLLM is not installed")
-    assert engines.resolve_backend(EngineOptions()) == "transformers"
+        engines.resolve_backend(EngineOptions(backend="vllm", device="cpu"), config)
+    monkeypatch.setattr(engines, "vllm_obstacle", lambda config: "vLLM is not installed")
+    assert engines.resolve_backend(EngineOptions(), config) == "transformers"
     with pytest.raises(InputError, match="not installed"):
-        engines.resolve_backend(EngineOptions(backend="vllm"))
+        engines.resolve_backend(EngineOptions(backend="vllm"), config)
     with pytest.raises(InputError, match="tensor_parallel_size"):
-        engines.resolve_backend(EngineOptions(tensor_parallel_size=2))
+        engines.resolve_backend(EngineOptions(tensor_parallel_size=2), config)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize(
+    "family, reason", [("llama", None), ("qwen3_next", "recurrent"), ("phimoe", "its router is more")]
+)
+def test_a_checkpoint_that_vllm_cannot_run_is_left_to_transformers(monkeypatch, family, reason):
+    monkeypatch.setattr(engines, "entry_points", lambda **_: ["installed"])
+    config = hopscotch_config(stock_config(family), [attention_blocks(stock_config(family))[0]])
+    chosen = engines.resolve_backend(EngineOptions(), config)
+    assert chosen == ("transformers" if reason else "vllm")
+    if reason:
+        with pytest.raises(InputError, match=f"{reason}.*use --backend transformers"):
+            engines.resolve_backend(EngineOptions(backend="vllm"), config)
+    monkeypatch.setattr("vllm.__version__", "0.33.1")
+    assert engines.resolve_backend(EngineOptions(), config) == "transformers"
 
 
 QUESTIONS = [f"{'What is ' * (index % 4)}{index} + {index}?" for index in range(8)]

@@ -27,10 +27,11 @@ from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.journal import Journal
+from hopscotch_common.search.picks import Picks
 from hopscotch_common.search.schedule import Candidate, Schedule
 from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.trainer import ScaleState
+from hopscotch_common.training.trainer import HeldOut, ScaleState
 
 
 @dataclasses.dataclass
@@ -162,28 +163,38 @@ def test_known_losses_are_not_trained_again(tiny_folder):
     assert iterate(tiny_folder(), batches, known={0: 0.0}).block == 0
 
 
-def overflowing(monkeypatch, blocks) -> None:
-    """From here on, loaded models overflow when one of these blocks is skipped, as float16 may."""
+def overflowing(monkeypatch, blocks, backward: bool = False) -> None:
+    """From here on, loaded models overflow when one of these blocks is skipped, as float16 may.
 
+    backward: in the gradients alone, so that the loss is finite and what was trained is not.
+    """
     real = load_model
+
+    def overflow(layer, inputs, output):
+        if not layer.skip_attention:
+            return output
+        if not backward:
+            return output * math.inf
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+        return output
 
     def load(*args, **kwargs):
         model = real(*args, **kwargs)
         for block in blocks:
-            model.model.layers[block].register_forward_hook(
-                lambda layer, inputs, output: output * (math.inf if layer.skip_attention else 1)
-            )
+            model.model.layers[block].register_forward_hook(overflow)
         return model
 
     monkeypatch.setattr(sys.modules[__name__], "load_model", load)
 
 
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("rule", [schedule.FULL, Schedule(2, 2.0), Schedule(1, math.inf, screening=0.75)])
-def test_a_candidate_that_diverges_loses(tiny_folder, tmp_path, monkeypatch, caplog, rule):
+def test_a_candidate_that_diverges_loses(tiny_folder, tmp_path, monkeypatch, caplog, rule, backward):
     data = epoch(12, 2)
     expected = iterate(tiny_folder(), data, rule=rule)
-    hopeless = next(block for block in (0, 1, 2, 3) if block != expected.block)
-    overflowing(monkeypatch, [hopeless])
+    hopeless = next(block for block in expected.batch_losses if block != expected.block)
+    overflowing(monkeypatch, [hopeless], backward)
     journal = tmp_path / "journal.jsonl"
     found = iterate(tiny_folder(), data, rule=rule, journal=journal)
     assert list(found.diverged) == [hopeless] and hopeless not in found.losses
@@ -196,6 +207,37 @@ def test_a_candidate_that_diverges_loses(tiny_folder, tmp_path, monkeypatch, cap
     assert iterate(tiny_folder(), data, rule=rule, journal=journal) == found
     assert journal.read_bytes() == written
     json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(found, state=None)), allow_nan=False))
+
+
+def test_cosine_passes_over_what_is_not_finite(tiny_folder, monkeypatch, caplog):
+    expected = iterate(tiny_folder(), epoch(4, 2), rule=schedule.COSINE)
+    hopeless = expected.block
+    real = Search.__init__
+
+    def spoil(search, trainer, *arguments, **options):
+        real(search, trainer, *arguments, **options)
+        layer = trainer.model.model.layers[hopeless]
+        after = layer.after_attention
+        layer.after_attention = lambda x, **kw: after(x, **kw) * (1 if layer.skip_attention else math.inf)
+
+    monkeypatch.setattr(Search, "__init__", spoil)
+    monkeypatch.setattr(
+        CandidateTrainer, "screen", lambda self, skipped, blocks, *_: dict.fromkeys(blocks, 1.0)
+    )
+    found = iterate(tiny_folder(), epoch(4, 2), rule=schedule.COSINE)
+    assert list(found.diverged) == [hopeless] and found.block != hopeless
+    assert found.distances == {b: d for b, d in expected.distances.items() if b != hopeless}
+
+
+def test_the_originals_own_kl_is_0_though_rounding_says_otherwise(tiny_folder, monkeypatch):
+    """So that --max_loss_increase is the KL itself, and not a multiple of a rounding error."""
+    measured = HeldOut(cross_entropy=1.0, kl=-2.7e-8, agreement=1.0)
+    monkeypatch.setattr(CandidateTrainer, "held_out", lambda *_: measured)
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    options = TrainingOptions(1e-2, 2, loss="kl")
+    trainer = CandidateTrainer(model, random_samples(4), options, held_out=random_samples(2))
+    limit = Picks(Search(trainer, schedule.UNTRAINED), most_increase=0.1).limit
+    assert limit.increase(0.07) == 0.07
 
 
 def test_it_is_an_error_only_when_all_diverge(tiny_folder, monkeypatch):

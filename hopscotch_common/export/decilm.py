@@ -11,7 +11,8 @@ from pathlib import Path
 
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import configuration_decilm
-from hopscotch_common.loading import HOPSCOTCH_PREFIX, hopscotch_classes
+from hopscotch_common.loading import hopscotch_classes
+from hopscotch_common.modeling_hopscotch import PREFIX
 
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
 WIDTH_STEP = 256
@@ -38,7 +39,7 @@ def check_representable(config) -> None:
     """Raise InputError for a Hopscotch config that the format cannot hold."""
     remedy = "export it as folded, or serve the checkpoint itself, with vLLM or transformers"
     family = config.model_type
-    if family.removeprefix(HOPSCOTCH_PREFIX) not in LLAMA_SHAPED:
+    if family.removeprefix(PREFIX) not in LLAMA_SHAPED:
         raise InputError(
             f"nemotron_nas holds layers of Llama's shape, and those of {family} are not; {remedy}"
         )

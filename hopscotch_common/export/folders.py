@@ -15,8 +15,8 @@ from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
 from hopscotch_common.export.folding import Folding, fold_factors, granite_multipliers
-from hopscotch_common.loading import HOPSCOTCH_PREFIX, hopscotch_classes, load_whole
-from hopscotch_common.modeling_hopscotch import SCALE_KEYS, HopscotchForCausalLM
+from hopscotch_common.loading import hopscotch_classes, load_whole
+from hopscotch_common.modeling_hopscotch import PREFIX, SCALE_KEYS, HopscotchForCausalLM
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
     own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
     own += ("transformers_version",)
     kept = {key: value for key, value in config.to_dict().items() if key not in own}
-    stock = AutoConfig.for_model(config.model_type.removeprefix(HOPSCOTCH_PREFIX), **kept)
+    stock = AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **kept)
     stock.dtype = config.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(stock)

@@ -17,7 +17,7 @@ from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.files import check_output
 from hopscotch_common.gguf_files import open_gguf, value_of
-from hopscotch_common.loading import HOPSCOTCH_PREFIX
+from hopscotch_common.modeling_hopscotch import PREFIX
 from hopscotch_common.writing import atomic_path
 
 ARCHITECTURE = "deci"
@@ -138,7 +138,7 @@ def _tensors(reader) -> dict:
 
 def _check_model(reader, path: Path, config) -> None:
     """Raise InputError unless the file holds a model of the checkpoint's shape that `deci` can run."""
-    family = config.model_type.removeprefix(HOPSCOTCH_PREFIX)
+    family = config.model_type.removeprefix(PREFIX)
     architecture = value_of(reader, "general.architecture")
     if family == "qwen3":
         raise InputError(

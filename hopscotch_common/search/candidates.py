@@ -88,7 +88,11 @@ class CandidateTrainer:
             trainer.run(self._part(group)[done:look], name, first=done, on_batch=keep)
         except Diverged as error:
             return Candidate(candidate.block, losses, diverged=str(error))
-        return Candidate(candidate.block, losses, trainer.state())
+        state = trainer.state()
+        if not bool(state.tensors.isfinite().all()):
+            where = f"{name}: the scales or their moments are not finite after batch {len(losses) - 1}"
+            return Candidate(candidate.block, losses, diverged=where)
+        return Candidate(candidate.block, losses, state)
 
     def screen(
         self,

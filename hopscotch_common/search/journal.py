@@ -73,7 +73,7 @@ class Journal:
         """
         known = self._trained.get((tuple(sorted(skipped)), block), {})
         for count, record in known.items():
-            if "diverged" in record and count < look:
+            if "diverged" in record and count <= look:
                 return Candidate(block, record["losses"], diverged=record["diverged"])
         longer = [count for count in known if count >= look]
         shorter = [count for count in known if done < count < look and "state" in known[count]]

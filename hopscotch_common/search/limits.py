@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hopscotch_common.errors import InputError
-from hopscotch_common.modeling_hopscotch import attention_blocks, attention_types
+from hopscotch_common.modeling_hopscotch import attention_blocks
 
 
 def most_picks(config, skipped: Sequence[int]) -> int:
-    """How many more blocks can be skipped: of each attention type one must stay."""
-    types = attention_types(config)
-    present = attention_blocks(config)
-    return len(present) - len({types[block] for block in present}) - len(skipped)
+    """How many more blocks can be skipped: all but one, which `check_skipped_blocks` may choose."""
+    return len(attention_blocks(config)) - 1 - len(skipped)
 
 
 def picks_for_kv_budget(share: float, config, skipped: Sequence[int]) -> int:

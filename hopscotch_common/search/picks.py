@@ -53,10 +53,10 @@ class Picks:
         return self.search.processes.gather(trainer.held_out(skipped, state))[0]
 
     def _original_loss(self) -> float:
+        if self._measure == "kl":  # to itself; what is measured may be off by rounding
+            return 0.0
         if self.original is not None:
             return getattr(self.original, self._measure)
-        if self._measure == "kl":  # to itself
-            return 0.0
         journal = self.search.journal
         if journal.original_loss is None:
             journal.add_original(self.search.processes.gather(self.search.trainer.original_loss())[0])

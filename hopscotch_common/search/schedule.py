@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 
 from hopscotch_common.training.trainer import ScaleState
 
-# What decides: the loss after training, the loss before it, or how far a block turns the residual stream.
-CRITERIA = ("trained", "untrained", "cosine")
 MIN_BATCHES = 4  # a standard deviation of fewer losses says little
 # With a power of 1, one of 18 recorded picks was lost; 0.9 costs an eighth more (benchmarks/README.md).
 SHARE_POWER = 0.9
@@ -53,7 +51,9 @@ class Schedule:
     about 1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to
     the leader that count as beyond doubt; math.inf drops nobody sooner. screening: the share that
     is trained at all (at least two), by the losses on the first_look batches before training; 1
-    screens nobody. criterion: one of CRITERIA; without training the other fields have no effect.
+    screens nobody. criterion: what decides: "trained", the loss after training; "untrained", the
+    loss before it; or "cosine", how far a block turns the residual stream. Without training the other
+    fields have no effect.
     """
 
     first_look: int

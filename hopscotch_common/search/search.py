@@ -116,11 +116,14 @@ class _Iteration:
         self.search.progress.start_iteration(len(blocks), len(blocks), num_batches)
         if self.search.schedule.criterion == "cosine":
             found = trainer.distances(self.skipped, blocks)
-            self.distances = self.search.processes.gather(found)[0]  # all must pick alike
+            found = self.search.processes.gather(found)[0]  # all must pick alike
+            self.distances = {block: value for block, value in found.items() if math.isfinite(value)}
+            for block in found.keys() - self.distances.keys():
+                self._note_diverged(block, "what passes through it is not finite")
             self.search.progress.on_screened(num_batches)
             self.work += num_batches * SCREENING_COST
             self.time += num_batches * SCREENING_COST
-            blocks = [min(blocks, key=lambda block: (self.distances[block], block))]
+            blocks = sorted(self.distances, key=lambda block: (self.distances[block], block))[:1]
         losses = self._screen(blocks, num_batches)
         self._note_infinite(losses)
         finite = {block: loss for block, loss in losses.items() if block not in self.diverged}

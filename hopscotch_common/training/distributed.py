@@ -19,7 +19,7 @@ TIMEOUT = timedelta(hours=2)
 class Group:
     """Processes that share each batch. index: which of the groups; rank and size: in the group.
 
-    slowdown: what a batch takes in the smallest of the groups, as a share of its time in one process.
+    time_share: what a batch takes in the smallest of the groups, as a share of its time in one process.
     reduce: sums a tensor over the group, in place; None where a process is alone.
     """
 
