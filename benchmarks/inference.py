@@ -332,7 +332,7 @@ def main() -> None:
     results = {}
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as root:
-            results[name] = benchmark(name, arguments, Path(root))
+            results[Path(name).name] = benchmark(name, arguments, Path(root))
         measuring.save(arguments.result, {"bar": BAR, "results": results})
 
 
