@@ -43,7 +43,7 @@ from hopscotch_common.weights import (
     stored_shapes,
     weight_files,
 )
-from hopscotch_common.writing import atomic_folder, link_or_copy, recover_folder
+from hopscotch_common.writing import atomic_folder, link_or_copy, locked, recover_folder
 
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
@@ -263,14 +263,19 @@ def epoch_folder(output_dir: Path, name: str, epoch: int) -> Path:
 
 
 def saved_epochs(output_dir: Path, name: str) -> list[int]:
-    """Numbers of the epochs that a folder holds, in order; what a killed run had moved away is put back."""
-    pattern = re.compile(rf"\.?{re.escape(name)}_scaled_epoch_(\d+)(\.old)?")
+    """Numbers of the epochs that a folder holds, in order.
+
+    What a killed run had moved away is put back, and its locks go. InputError where a run is writing there.
+    """
+    pattern = re.compile(rf"\.?{re.escape(name)}_scaled_epoch_(\d+)(\.old|\.lock)?")
     found = set()
     for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else []:
         match = pattern.fullmatch(path.name)
         if match:
             folder = epoch_folder(output_dir, name, int(match[1]))
-            recover_folder(folder)
+            if match[2]:
+                with locked(folder):
+                    recover_folder(folder)
             if (folder / RUN_FILE).is_file():
                 found.add(int(match[1]))
     return sorted(found)
