@@ -333,6 +333,7 @@ def quality_figure(figures: Sequence[dict], model: str) -> Figure:
     (original,) = [f for f in figures if f["of"]["variant"] == "original"]
     picture = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     panels = picture.subplots(1, 2)
+    measured = sorted({len(f["of"]["blocks"]) for f in figures} - {0})
     start, error = accuracy(original["gsm8k"]["right"])
     panels[0].axhspan(100 * (start - error), 100 * (start + error), color=FAINT)
     panels[0].axhline(100 * start, color=INK, linewidth=1, label="original (± standard error)")
@@ -342,14 +343,15 @@ def quality_figure(figures: Sequence[dict], model: str) -> Figure:
         )
         if not own:
             continue
-        style = dict(color=color, marker=marker, label=label, markersize=6)
         counts = [len(f["of"]["blocks"]) for f in own]
+        line = "-" if counts == measured else "none"  # none through what was not measured
+        style = dict(color=color, marker=marker, label=label, markersize=6, linestyle=line)
         shares = [accuracy(f["gsm8k"]["right"]) for f in own]
         beside = [count + 0.06 * (number - 2) for count in counts]  # so that no error bar hides another
         centres, errors = ([100 * value for value in values] for values in zip(*shares, strict=True))
         panels[0].errorbar(beside, centres, yerr=errors, capsize=3, **style)
         kl = [(_held_out_of(figures, f["of"]["blocks"], variant) or {}).get("kl", math.nan) for f in own]
-        panels[1].plot([0, *counts], [0.0, *kl], **style)
+        panels[1].plot(counts, kl, **style)
     panels[0].set_ylabel(f"GSM8K, {len(original['gsm8k']['right'])} problems: right (%)")
     panels[1].set_ylabel("held out: KL to the original\n(nats per token)")
     for panel in panels:
