@@ -220,9 +220,9 @@ def main(argv: list[str] | None = None) -> int:
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
     data = batches.describe(training, arguments.data_path)
     cli.seed_everything(arguments.seed)
-    processes = join_processes(arguments.device)
     options = cli.training_options(arguments)
     with contextlib.ExitStack() as resources:
+        processes = resources.enter_context(join_processes(arguments.device))
         records, append = [], lambda record: None
         if processes.rank == 0:
             fingerprint = weights.fingerprint(arguments.model.folder())

@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments, blocks, weights.fingerprint(arguments.model.folder()), batches.fingerprint(samples)
     )
     cli.seed_everything(arguments.seed)
-    processes = join_processes(arguments.device)
     with contextlib.ExitStack() as resources:
+        processes = resources.enter_context(join_processes(arguments.device))
         runs, before = [], None
         if processes.rank == 0:
             resources.enter_context(writing.locked(output_dir / "report.json"))

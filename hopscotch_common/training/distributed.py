@@ -1,7 +1,8 @@
 """Several processes (`accelerate launch --multi_gpu`): they share a search's candidates, or each batch."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -75,13 +76,23 @@ def check_launch(device: str) -> None:
         )
 
 
-def join_processes(device: str) -> Processes:
-    """This process's place among those that accelerate launched; joins them on first use.
+@contextlib.contextmanager
+def join_processes(device: str) -> Iterator[Processes]:
+    """This process's place among those that accelerate launched; they part on leaving.
 
     device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs.
     """
     check_launch(device)
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=TIMEOUT)
     if state.num_processes == 1:
-        return Processes()
-    return Processes(state.process_index, state.num_processes, lambda item: gather_object([item]))
+        yield Processes()
+        return
+    failed = True
+    try:
+        yield Processes(state.process_index, state.num_processes, lambda item: gather_object([item]))
+        failed = False
+    finally:
+        # A thread of gloo's that meets a closing interpreter aborts the process. NCCL would wait for all
+        # processes, and after an error the others may hang in something else.
+        if not failed or state.backend == "gloo":
+            state.destroy_process_group()
