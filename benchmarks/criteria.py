@@ -9,6 +9,8 @@ these below --skip, so that they are neither trained on nor held out. Each choic
 --held_out answers, without scales and after training them on --answers of those in between.
 
 - search: the picks of a report of block_selection.py.
+- swap: those, exchanged one for one as long as that lowers the untrained loss (at most twice around).
+- warm: the same race, but each candidate starts from the scales that the last pick was left with.
 - random-0 … random-4: drawn from all blocks that can be skipped.
 - cosine: one shot, by the similarity of the residual stream before and after a block (LLM-Drop).
 - untrained: greedy, the block without which the loss at scales of 1 is lowest (SLEB's criterion).
@@ -37,19 +39,21 @@ from growing import GrowingResults
 
 from hopscotch_common import cli, scales
 from hopscotch_common.loading import load_model
+from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.distances import stream_distances
 from hopscotch_common.search.schedule import SCREENING_COST
 from hopscotch_common.search.screening import untrained_losses
+from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Sample, load_samples
 from hopscotch_common.training.loss import summed_loss
 from hopscotch_common.training.memory import MinibatchRunner
 from hopscotch_common.training.originals import Originals
-from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, evaluate
+from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer, evaluate
 
 RANDOM_SEEDS = range(5)
 ONE_SHOT, GREEDY = ("cosine", "weights"), ("untrained", "output")
-CHOICES = ("search", *ONE_SHOT, *GREEDY, "random")
+CHOICES = ("search", "swap", "warm", *ONE_SHOT, *GREEDY, "random")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,6 +136,51 @@ def greedily(model, count: int, score: Callable[[list[int], list[int]], dict[int
     return {"blocks": blocks, "candidates": candidates}
 
 
+def swapped(blocks: Sequence[int], score: Callable[[list[int], list[int]], dict[int, float]], model) -> dict:
+    """`blocks`, each exchanged for the block with the lowest score beside the others, twice around at most.
+
+    score: of (skipped, candidates).
+    """
+    blocks, candidates = list(blocks), 0
+    for _ in range(2):
+        before = list(blocks)
+        for place in range(len(blocks)):
+            others = blocks[:place] + blocks[place + 1 :]
+            found = score(others, scales.skippable_blocks(model, others))
+            candidates += len(found)
+            blocks[place] = min(found, key=lambda block: (found[block], block != before[place]))
+        if blocks == before:
+            break
+    return {"blocks": blocks, "candidates": candidates}
+
+
+class WarmTrainer(CandidateTrainer):
+    """A `CandidateTrainer` whose candidates start from some scales, with Adam's moments at 0."""
+
+    warm: ScaleState | None = None
+
+    def train(self, skipped, candidate, *arguments):
+        if candidate.state is None and self.warm is not None:
+            candidate = dataclasses.replace(candidate, state=self.warm)
+        return super().train(skipped, candidate, *arguments)
+
+
+def warm_search(model, samples: Sequence[Sample], options: TrainingOptions, most: int) -> dict:
+    """The picks of a race in which each iteration's candidates start from the last pick's scales."""
+    trainer = WarmTrainer(model, samples, options)
+    search = Search(trainer, measuring.default_race(trainer.num_batches))
+    blocks, losses, cost = [], [], 0.0
+    for _ in range(most):
+        found = search.next_block(blocks)
+        trainer.warm = ScaleState(
+            torch.cat([found.state.tensors[:1], torch.zeros_like(found.state.tensors[1:])])
+        )
+        blocks.append(found.block)
+        losses.append(found.loss)
+        cost += found.candidate_epochs
+    return {"blocks": blocks, "losses": losses, "candidate_epochs": cost}
+
+
 def choose(arguments: argparse.Namespace, model, samples: Sequence[Sample], criterion: str) -> dict:
     """What a criterion picks, as many blocks as are judged, and what it cost."""
     start, most = time.perf_counter(), max(arguments.counts)
@@ -144,6 +193,10 @@ def choose(arguments: argparse.Namespace, model, samples: Sequence[Sample], crit
     if criterion == "search":
         cost["candidate_epochs"] = sum(i["candidate_epochs"] for i in report["iterations"][:most])
         return {"blocks": report["skipped_blocks"][:most]} | cost
+    if criterion == "warm":
+        as_searched = TrainingOptions(report["arguments"]["learning_rate"], report["arguments"]["batch_size"])
+        found = warm_search(model, samples[:seen], as_searched, most)
+        return found | {"seconds": time.perf_counter() - start}
     if criterion.startswith("random"):
         draw = random.Random(int(criterion.removeprefix("random-")))
         return {"blocks": draw.sample(possible, most)} | cost
@@ -158,12 +211,28 @@ def choose(arguments: argparse.Namespace, model, samples: Sequence[Sample], crit
             cost["candidate_epochs"] = 2 * SCREENING_COST * len(calibration) / seen  # one forward pass
     else:
         batches = EpochBatches(model, look, options).in_order()
-        score = mean_untrained_losses if criterion == "untrained" else output_changes
-        chosen = greedily(model, most, lambda skipped, blocks: score(model, batches, skipped, blocks))
+        rule = output_changes if criterion == "output" else mean_untrained_losses
+
+        def score(skipped: list[int], blocks: list[int]) -> dict[int, float]:
+            return rule(model, batches, skipped, blocks)
+
+        if criterion == "swap":
+            found = [swapped(report["skipped_blocks"][:count], score, model) for count in arguments.counts]
+            chosen = {
+                "by_count": {str(len(each["blocks"])): each["blocks"] for each in found},
+                "candidates": sum(each["candidates"] for each in found),
+            }
+        else:
+            chosen = greedily(model, most, score)
         # untrained shares the layers below a candidate's, half of a pass; output takes whole passes
-        passes = chosen["candidates"] * (1 if criterion == "untrained" else 2) * SCREENING_COST
+        passes = chosen["candidates"] * (2 if criterion == "output" else 1) * SCREENING_COST
         cost["candidate_epochs"] = passes * len(look) / seen
     return chosen | cost | {"seconds": time.perf_counter() - start}
+
+
+def picked(chosen: dict, count: int) -> list[int]:
+    """So many blocks of a criterion's choice."""
+    return chosen["by_count"][str(count)] if "by_count" in chosen else chosen["blocks"][:count]
 
 
 def judge(arguments: argparse.Namespace, model, samples: Sequence[Sample], blocks: Sequence[int]) -> dict:
@@ -214,7 +283,7 @@ def table(figures: Sequence[dict]) -> list[str]:
             names = [name for name in chosen if name.split("-")[0] == criterion and (name, count) in judged]
             if not names:
                 continue
-            picks = " ".join(map(str, chosen[names[0]]["blocks"][:count])) if len(names) == 1 else "-"
+            picks = " ".join(map(str, picked(chosen[names[0]], count))) if len(names) == 1 else "-"
             cost = f"{chosen[names[0]]['candidate_epochs']:.1f}"
             if "seconds" in chosen[names[0]]:
                 cost += f" ({chosen[names[0]]['seconds']:.1f} s)"
@@ -256,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in names:
         chosen = results.measure(lambda name=name: choose(arguments, model, samples, name), choose=name)
         for count in arguments.counts:
-            blocks = chosen["blocks"][:count]
+            blocks = picked(chosen, count)
             figure = results.measure(
                 lambda blocks=blocks: judge(arguments, model, samples, blocks), judge=name, count=count
             )

@@ -1,12 +1,15 @@
 """benchmarks/quality.py: how answers are read and scored, and what the other figures' scripts compute."""
 
 import importlib.util
+import itertools
 import json
 import math
 import random
 import re
+import statistics
 import sys
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -17,14 +20,16 @@ import criteria  # noqa: E402
 import data_study  # noqa: E402
 import problems  # noqa: E402
 import quality  # noqa: E402
+import recipes  # noqa: E402
 from growing import GrowingResults  # noqa: E402
 
 from hopscotch_common import scales  # noqa: E402
 from hopscotch_common.loading import load_model  # noqa: E402
 from hopscotch_common.models import model_ref  # noqa: E402
 from hopscotch_common.training import TrainingOptions  # noqa: E402
-from hopscotch_common.training.batches import IGNORE_INDEX, Sample  # noqa: E402
-from hopscotch_common.training.trainer import EpochBatches, evaluate  # noqa: E402
+from hopscotch_common.training.batches import IGNORE_INDEX, Sample, load_samples  # noqa: E402
+from hopscotch_common.training.epochs import EpochTraining  # noqa: E402
+from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, evaluate  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -175,6 +180,33 @@ def test_greedy_picks_follow_their_scores(tiny):
     assert criteria.greedily(tiny, 3, score) == {"blocks": [1, 3, 2], "candidates": 4 + 3 + 2}
 
 
+def test_swaps_end_where_no_exchange_gains(tiny):
+    draw = random.Random(3)
+    cost = {frozenset(pair): draw.random() for pair in itertools.combinations(range(4), 2)}
+
+    def score(skipped, blocks):
+        return {block: cost[frozenset([*skipped, block])] for block in blocks}
+
+    dearest = max(cost, key=cost.get)
+    found = criteria.swapped(sorted(dearest), score, tiny)
+    end = frozenset(found["blocks"])
+    assert end != dearest and found["candidates"] in (6, 12)
+    assert all(cost[end] <= cost[other] for other in cost if len(end & other) == 1)
+
+
+def test_a_warm_candidate_starts_from_the_last_picks_scales(tiny):
+    samples = random_samples(8, tiny.config.vocab_size)
+    options = TrainingOptions(0.01, 4)
+    found = criteria.warm_search(tiny, samples, options, 2)
+    batches = EpochBatches(tiny, samples, options).epoch()
+    first = ScaleTrainer(tiny, 0.01, found["blocks"][:1])
+    assert math.isclose(statistics.fmean(first.run(batches, "x")), found["losses"][0], rel_tol=1e-5)
+    values = scales.snapshot(tiny)
+    second = ScaleTrainer(tiny, 0.01, found["blocks"])
+    scales.restore(tiny, values)
+    assert math.isclose(statistics.fmean(second.run(batches, "x")), found["losses"][1], rel_tol=1e-5)
+
+
 def write_data(folder, count: int) -> str:
     """Processed data of random answers, in a file."""
     lines = [json.dumps({"input_ids": s.input_ids, "labels": s.labels}) for s in random_samples(count, 259)]
@@ -189,6 +221,7 @@ def selection(folder, blocks: list[int]) -> str:
         "skipped_blocks": blocks,
         "iterations": [{"candidate_epochs": 2.5} for _ in blocks],
         "data": {"samples": 8},
+        "arguments": {"learning_rate": 0.01, "batch_size": 2},
     }
     path = folder / "selection.json"
     path.write_text(json.dumps(report))
@@ -261,6 +294,8 @@ def test_criteria(tiny_folder, tmp_path, capsys):
     chosen = {f["of"]["choose"]: f for f in figures if "choose" in f["of"]}
     assert set(chosen) == {
         "search",
+        "swap",
+        "warm",
         "cosine",
         "weights",
         "untrained",
@@ -268,6 +303,8 @@ def test_criteria(tiny_folder, tmp_path, capsys):
         *(f"random-{i}" for i in range(5)),
     }
     assert chosen["search"]["blocks"] == [2, 1] and chosen["search"]["candidate_epochs"] == 5.0
+    assert len(set(chosen["warm"]["blocks"])) == 2 and chosen["warm"]["candidate_epochs"] > 2
+    assert [len(set(chosen["swap"]["by_count"][count])) for count in ("1", "2")] == [1, 2]
     for name in ("cosine", "weights"):
         ranked = sorted(range(4), key=lambda block, name=name: chosen[name]["scores"][str(block)])
         assert chosen[name]["blocks"] == ranked[:2]
@@ -276,7 +313,7 @@ def test_criteria(tiny_folder, tmp_path, capsys):
             assert figure["unscaled"]["kl"] > 0 and figure["scaled"] != figure["unscaled"]
     criteria.main([*words, "--table"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * 6 and "random, 5 seeds" in lines[7]
+    assert len(lines) == 2 + 2 * 8 and "random, 5 seeds" in lines[9]
 
 
 def test_data_study(tiny_folder, tmp_path, capsys):
@@ -306,3 +343,47 @@ def test_data_study(tiny_folder, tmp_path, capsys):
         ["| channel", "kl", "4"],
         ["| channel", "kl", "8"],
     ]
+
+
+def test_recipes(tiny_folder, tmp_path, capsys, monkeypatch):
+    folder, path = str(tiny_folder("llama")), write_data(tmp_path, 12)
+    # Pulled all the way back to 1 after each step, scales stay where they began.
+    monkeypatch.setitem(recipes.RECIPES, "pull-10", recipes.Recipe(pull=1 / 3e-3))
+    words = ["--model", folder, "--data_path", path, "--blocks", "2", "--answers", "8", "--held_out", "4"]
+    words += ["--result", str(tmp_path / "result.json")]
+    recipes.main(words)
+    found = {
+        figure["of"]["recipe"]: [epoch["held_out"] for epoch in figure["epochs"]]
+        for figure in json.loads((tmp_path / "result.json").read_text())["figures"]
+    }
+    assert list(found) == list(recipes.RECIPES)
+    model = load_model(model_ref(folder), "float32", "cpu", scale_granularity="channel")
+    samples = load_samples(Path(path), model.config.vocab_size)
+    options = TrainingOptions(3e-3, 4, loss="kl")
+    plain = EpochTraining(model, [2], samples[:8], samples[8:], options)
+    untrained = plain.baselines()["unscaled"]
+    plain.start()
+    for number in range(2):
+        figures = plain.epoch(number).held_out
+        assert math.isclose(found["default"][number]["kl"], figures.kl, rel_tol=1e-4)
+        assert math.isclose(found["pull-10"][number]["kl"], untrained.kl, rel_tol=1e-4)
+    last = {name: held_out[-1]["kl"] for name, held_out in found.items()}
+    assert len(set(last.values())) == len(recipes.RECIPES)
+    recipes.main([*words, "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[2:]] == list(recipes.RECIPES)
+
+
+def test_a_decay_ends_near_zero_and_hooks_go(tiny):
+    samples = random_samples(8, tiny.config.vocab_size)
+    training = EpochBatches(tiny, samples, TrainingOptions(3e-3, 2))
+    batches = training.epoch()
+    scales.reset(tiny)
+    before = evaluate(tiny, batches, "x")
+    trainer = recipes.RecipeTrainer(tiny, recipes.Recipe(decay=True, norms=True), 4, [2], None)
+    rates = []
+    trainer.run(batches, "x", on_batch=lambda loss: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    assert rates[-1] == pytest.approx(3e-3 / 4) and len(trainer._hooks) == 7
+    trainer.close()
+    scales.reset(tiny)
+    assert evaluate(tiny, batches, "x").cross_entropy == pytest.approx(before.cross_entropy)
