@@ -462,9 +462,35 @@ def test_only_searches_that_belong_together_are_joined():
         4,
         0,
     )
-    for change in ({"model": "other"}, {"num_layers": 7}, {"data": {"sha256": "another"}}):
+    kl, untrained = {"arguments": {"loss": "kl"}}, {"arguments": {"search": "untrained"}}
+    for change in ({"model": "other"}, {"num_layers": 7}, {"data": {"sha256": "another"}}, kl, untrained):
         assert len(join_searches([parse_search(first), parse_search(after | change)])) == 2
     assert len(join_searches([parse_search(first), parse_search(first)])) == 2
+
+
+@pytest.mark.parametrize("search", ["untrained", "cosine"])
+def test_a_search_that_trains_nothing_says_so(made, tiny_folder, tmp_path, search):
+    words = ["--model", str(tiny_folder()), "--data_path", str(made / "data.jsonl"), "--device", "cpu"]
+    words += ["--search", search, "--output", str(tmp_path / "report.json")]
+    assert block_selection.main(words) == 0
+    run = read_report(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())["iterations"][0]
+    (row,) = picks(run).rows
+    assert dict(zip(picks(run).header, row, strict=True))["candidates trained"] == "0 of 4"
+    assert dict(zip(picks(run).header, row, strict=True))["whole epoch"] == "0"
+    ((name, figure),) = page.pictures(run).items()
+    (axes,) = figure.axes
+    shown = {}
+    for line in axes.lines:
+        shown |= dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+    values = content["distances"] if search == "cosine" else content["losses"]
+    values = {int(block): value for block, value in values.items()}
+    edge = max(shown.values())  # where what lies far above is marked
+    assert shown == pytest.approx({block: min(value, edge) for block, value in values.items()})
+    assert min(shown, key=shown.get) == content["block"]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts and not any("epoch" in text for text in texts)
+    assert name == ("distances" if search == "cosine" else "candidates")
 
 
 def test_text_tables_are_aligned():

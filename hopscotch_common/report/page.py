@@ -43,6 +43,8 @@ summary { cursor: pointer; }
 """
 
 CAPTIONS = {
+    "distances": "How far each candidate turns the residual stream, a panel a pick: 1 less the cosine between "
+    "what enters and what leaves it, over the answers' tokens.",
     "candidates": "Loss of each candidate, a panel a pick. Whole-epoch losses can be compared with one "
     "another; a candidate that a race dropped saw fewer batches, and a cross is a loss without any training.",
     "blocks": f"Loss of the picks over the number of blocks skipped. {RULE}",
@@ -80,7 +82,8 @@ def build_page(runs: Sequence[Run]) -> str:
 def pictures(run: Run) -> dict[str, Figure]:
     """The pictures of a run, by name; none where there is nothing to draw."""
     if isinstance(run, SearchRun):
-        found = {"candidates": search_plots.search_figure(run)}
+        name = "distances" if run.criterion == "cosine" else "candidates"
+        found = {name: search_plots.search_figure(run)}
         return found | ({"blocks": search_plots.blocks_figure(run)} if len(run.iterations) > 1 else {})
     if isinstance(run, ScalingRun):
         found = {"epochs": scaling_plots.epochs_figure(run)}

@@ -106,6 +106,7 @@ def _parse_iteration(item: object, where: str, num_layers: int) -> Iteration:
         losses=fields.losses(item, "losses", where, num_layers) | dict.fromkeys(diverged, math.inf),
         dropped=dropped,
         untrained=fields.losses(item, "untrained_losses", where, num_layers),
+        distances=fields.losses(item, "distances", where, num_layers) if item.get("distances") else {},
         candidate_epochs=fields.number(item, "candidate_epochs", where),
         held_out=_measures(item, "held_out", where),
     )

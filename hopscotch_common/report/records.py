@@ -43,6 +43,7 @@ class Iteration:
     losses: dict[int, float]  # of a whole epoch
     dropped: dict[int, Drop]
     untrained: dict[int, float]
+    distances: dict[int, float]  # of the residual stream; empty but where they decided
     candidate_epochs: float
     held_out: dict[str, float]  # by measure; empty where nothing was held out
 
@@ -62,6 +63,12 @@ class SearchRun(Run):
     data: dict
     original: dict[str, float]  # held-out figures of the original model
     stopped_before: Iteration | None  # the pick that would have cost more than was allowed
+
+    @property
+    def criterion(self) -> str:
+        """What decided: the loss after training ("trained"), or before it ("untrained"), or "cosine"."""
+        search = self.arguments.get("search")
+        return search if search in ("untrained", "cosine") else "trained"
 
     def losses_by_count(self) -> dict[int, float]:
         """The picks' losses by number of blocks skipped."""
@@ -102,8 +109,8 @@ class ScalingRun(Run):
 def join_searches(runs: Sequence[Run]) -> list[Run]:
     """The runs, with a search that goes on from another one's picks joined to it.
 
-    Two are of one search where model and data are the same, and the second began with the blocks
-    that the first had skipped at its end.
+    Two are of one search where model, data and what the losses are is the same, and the second began
+    with the blocks that the first had skipped at its end.
     """
     joined: list[Run] = []
     for run in runs:
@@ -119,6 +126,6 @@ def join_searches(runs: Sequence[Run]) -> list[Run]:
 
 def _goes_on(run: SearchRun, earlier: SearchRun) -> bool:
     def same(a: SearchRun):
-        return a.model, a.num_layers, a.data.get("sha256")
+        return a.model, a.num_layers, a.data.get("sha256"), a.criterion, a.arguments.get("loss", "ce")
 
     return same(run) == same(earlier) and set(run.iterations[0].skipped_before) == set(earlier.skipped)

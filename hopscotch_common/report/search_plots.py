@@ -40,7 +40,7 @@ def plot_search(path: Path, report: dict) -> None:
 
 @styled
 def search_figure(run: SearchRun) -> Figure:
-    """Every candidate's loss by layer, a panel a pick.
+    """Every candidate's loss by layer, a panel a pick; of a search by cosine, its distance.
 
     The pick is a star. Whole-epoch losses are filled circles; candidates that a race dropped are grey
     rings at their mean loss until then, with the number of batches after which they fell; losses
@@ -50,21 +50,33 @@ def search_figure(run: SearchRun) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.35 + max(2.2, 1.75 * count)), layout="constrained")
     panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     for axes, iteration in zip(panels, run.iterations, strict=True):
-        _draw_candidates(axes, iteration)
+        _draw_candidates(axes, iteration, run.criterion)
         axes.set_xlim(-0.8, run.num_layers - 0.2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[-1].set_xlabel("attention block (decoder layer, counted from 0)")
-    figure.supylabel(loss_label(run), fontsize=10)
-    add_title(figure, run, "loss of each candidate")
+    by_distance = run.criterion == "cosine"
+    figure.supylabel("cosine distance of the residual stream" if by_distance else loss_label(run), fontsize=10)
+    add_title(figure, run, "distance of each candidate" if by_distance else "loss of each candidate")
     legend_below(figure, panels)
     return figure
 
 
-def _draw_candidates(axes: Axes, iteration: Iteration) -> None:
+DECIDED_BY = {  # how points are named
+    "trained": "whole epoch",
+    "untrained": "before training",
+    "cosine": "how far a block turns the stream",
+}
+
+
+def _draw_candidates(axes: Axes, iteration: Iteration, criterion: str) -> None:
     fallen = {block: drop for block, drop in iteration.dropped.items() if drop.after_batches > 0}
-    others = {block: loss for block, loss in iteration.losses.items() if block != iteration.block}
+    decided = iteration.losses
+    if criterion == "cosine":
+        decided = iteration.distances | dict.fromkeys(iteration.losses.keys() - iteration.distances, math.inf)
+    others = {block: value for block, value in decided.items() if block != iteration.block}
+    chosen = decided.get(iteration.block, iteration.loss)
     of_fallen = [drop.loss for drop in fallen.values()]
-    top = _top([iteration.loss, *others.values(), *of_fallen, *iteration.untrained.values()])
+    top = _top([chosen, *others.values(), *of_fallen, *iteration.untrained.values()])
 
     for block in iteration.skipped_before:
         label = "skipped already"
@@ -83,11 +95,11 @@ def _draw_candidates(axes: Axes, iteration: Iteration) -> None:
             size = 7 if drop.after_batches < 100 else 5
             number = dict(ha="center", va="center", fontsize=size, zorder=above_last)
             axes.text(block, drop.loss, drop.after_batches, **number)
-    _points(axes, others, top, label="whole epoch", marker="o", color=BLUE, markersize=5.5)
+    _points(axes, others, top, label=DECIDED_BY[criterion], marker="o", color=BLUE, markersize=5.5)
     pick = dict(
         marker="*", color=VERMILION, markersize=13, markeredgecolor=INK, markeredgewidth=0.6, zorder=4
     )
-    _points(axes, {iteration.block: iteration.loss}, top, label="picked (whole epoch)", **pick)
+    _points(axes, {iteration.block: chosen}, top, label=f"picked ({DECIDED_BY[criterion]})", **pick)
     axes.set_title(f"pick {iteration.count}: block {iteration.block}, loss {iteration.loss:.4f}")
     axes.margins(y=0.16)
 

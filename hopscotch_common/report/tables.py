@@ -92,8 +92,11 @@ def picks(run: SearchRun) -> Table:
     rows, before = [], None
     measures = list(run.iterations[0].held_out)
     for iteration in run.iterations:
-        never_trained = [drop for drop in iteration.dropped.values() if drop.after_batches == 0]
-        trained = len(iteration.losses) + len(iteration.dropped) - len(never_trained)
+        candidates = iteration.losses.keys() | iteration.dropped.keys() | iteration.distances.keys()
+        trained = whole = 0
+        if run.criterion == "trained":
+            dropped_before = [drop for drop in iteration.dropped.values() if drop.after_batches == 0]
+            trained, whole = len(candidates) - len(dropped_before), len(iteration.losses)
         diverged = sum(not math.isfinite(loss) for loss in iteration.losses.values())
         rows.append(
             (
@@ -101,9 +104,8 @@ def picks(run: SearchRun) -> Table:
                 str(iteration.block),
                 f"{iteration.loss:.4f}",
                 "" if before is None else f"{iteration.loss - before:+.4f}",
-                f"{trained} of {trained + len(never_trained)}"
-                + (f" ({diverged} diverged)" if diverged else ""),
-                f"{len(iteration.losses)}",
+                f"{trained} of {len(candidates)}" + (f" ({diverged} diverged)" if diverged else ""),
+                f"{whole}",
                 f"{iteration.candidate_epochs:.2f}",
                 *(
                     f"{iteration.held_out[name]:.4f}" if name in iteration.held_out else ""
