@@ -43,8 +43,8 @@ summary { cursor: pointer; }
 """
 
 CAPTIONS = {
-    "distances": "How far each candidate turns the residual stream, a panel a pick: 1 less the cosine between "
-    "what enters and what leaves it, over the answers' tokens.",
+    "distances": "How far each candidate turns the residual stream, a panel a pick: 1 less the cosine "
+    "between what enters and what leaves it, a mean over tokens.",
     "candidates": "Loss of each candidate, a panel a pick. Whole-epoch losses can be compared with one "
     "another; a candidate that a race dropped saw fewer batches, and a cross is a loss without any training.",
     "blocks": f"Loss of the picks over the number of blocks skipped. {RULE}",

@@ -55,7 +55,9 @@ def search_figure(run: SearchRun) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[-1].set_xlabel("attention block (decoder layer, counted from 0)")
     by_distance = run.criterion == "cosine"
-    figure.supylabel("cosine distance of the residual stream" if by_distance else loss_label(run), fontsize=10)
+    figure.supylabel(
+        "cosine distance of the residual stream" if by_distance else loss_label(run), fontsize=10
+    )
     add_title(figure, run, "distance of each candidate" if by_distance else "loss of each candidate")
     legend_below(figure, panels)
     return figure
