@@ -223,9 +223,11 @@ def main(argv: list[str] | None = None) -> int:
     options = cli.training_options(arguments)
     with contextlib.ExitStack() as resources:
         processes = resources.enter_context(join_processes(arguments.device))
+        fingerprint = weights.fingerprint(arguments.model.folder())
+        found = {"weights": fingerprint, "data": data["sha256"], "skipped blocks": skipped, "--prev": known}
+        processes.check_alike(cli.flags_of_all(arguments) | found)
         records, append = [], lambda record: None
         if processes.rank == 0:
-            fingerprint = weights.fingerprint(arguments.model.folder())
             settings = journal_settings(arguments, fingerprint, data["sha256"])
             log = Log(journal_path(output), settings, journal.KIND, journal.REMEDY)
             resources.enter_context(log)

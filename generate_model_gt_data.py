@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hopscotch_common import cli, files, writing
 from hopscotch_common.answers import BACKENDS, EngineOptions
 from hopscotch_common.answers.partial import PartialAnswers
-from hopscotch_common.answers.prompts import HUB_PROMPTS, LOCAL_PROMPTS, find_prompts, tokenize
+from hopscotch_common.answers.prompts import HUB_PROMPTS, LOCAL_PROMPTS, answer_text, find_prompts, tokenize
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.models import ModelRef
 from hopscotch_common.report.runs import describe_run
@@ -53,7 +53,7 @@ def answer_missing(partial: PartialAnswers, tokenizer, stop_ids: set[int], answe
         for answer in answers:
             index = missing[answer.index]
             text_ids = [token for token in answer.token_ids if token not in stop_ids]
-            text = tokenizer.decode(text_ids, skip_special_tokens=True)
+            text = answer_text(tokenizer, text_ids)
             record = {
                 "index": index,
                 "messages": [*partial.prompts[index].messages, {"role": "assistant", "content": text}],

@@ -115,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.seed_everything(arguments.seed)
     with contextlib.ExitStack() as resources:
         processes = resources.enter_context(join_processes(arguments.device))
+        processes.check_alike(cli.flags_of_all(arguments) | settings | {"model": None})
         runs, before = [], None
         if processes.rank == 0:
             resources.enter_context(writing.locked(output_dir / "report.json"))
@@ -153,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
                 "base_model": arguments.model.source,
                 "skipped_attention_blocks": sorted(blocks),
                 "learning_rate": options.learning_rate,
+                "learning_rates": [*(runs[-1]["learning_rates"] if runs else ()), options.learning_rate],
                 "loss": epoch.loss,
                 "batch_losses": epoch.losses,
                 "held_out": baselines | {"scaled": plain(epoch.held_out)},

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from hopscotch_common import checkpoints
+    from hopscotch_common import checkpoints, weights
     from hopscotch_common.export.formats import check_exports, run_exports
     from hopscotch_common.loading import read_config, resolve_device
     from hopscotch_common.modeling_hopscotch import SCALE_NAMES
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     resolve_device(arguments.device)
     checkpoints.check_replaceable(folder)
     check_exports(arguments.export, config, folder)
+    weights.check_weights(arguments.model.folder(), config)
     values = torch.ones(config.num_hidden_layers, len(SCALE_NAMES))
     values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
     run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}

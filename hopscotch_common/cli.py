@@ -263,6 +263,12 @@ def training_options(arguments: argparse.Namespace) -> TrainingOptions:
     )
 
 
+def flags_of_all(arguments: argparse.Namespace) -> dict:
+    """Flags that all processes of a run must have alike: what they say, not where things lie."""
+    kinds = (bool, int, float, str, type(None))
+    return {name: value for name, value in vars(arguments).items() if isinstance(value, kinds)}
+
+
 def load_samples(arguments: argparse.Namespace, config) -> list:
     """The samples of `--data_path` that `add_training_arguments` leave, checked against a model's config."""
     from hopscotch_common.training import batches
@@ -270,7 +276,7 @@ def load_samples(arguments: argparse.Namespace, config) -> list:
     return batches.load_samples(
         arguments.data_path,
         config.vocab_size,
-        config.max_position_embeddings,
+        models.context_length(config),
         arguments.max_tokens_per_batch,
         arguments.max_samples,
     )

@@ -15,13 +15,14 @@ A family whose layer has Llama's shape is one line: `"model_type": Family()`.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization
+from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -59,6 +60,7 @@ class Family:
     mlp: tuple[str, ...] = ("mlp",)  # their outputs are added; a layer may have some of them only
     norm_after_mlp: str | None = None
     recurrent: str | None = None  # what layers without attention have in its place
+    caps_attention: bool = False  # attention's logits, softly; sdpa would leave that out
 
     @property
     def attention_modules(self) -> tuple[str, ...]:
@@ -95,7 +97,7 @@ FAMILIES = {
     "phi3": Family(),
     "phimoe": Family(),
     "gemma": Family(),
-    "gemma2": FOUR_NORMS,
+    "gemma2": replace(FOUR_NORMS, caps_attention=True),
     "gemma3_text": FOUR_NORMS,
     "olmo2": NORMS_AFTER,
     "olmo3": NORMS_AFTER,
@@ -313,6 +315,9 @@ class HopscotchModel(HopscotchPreTrained):
         for layer, kind in zip(self.layers, types, strict=True):
             if not layer.skip_attention and kind not in RECURRENT_TYPES:
                 getattr(layer, self.family.attention).layer_idx = next(slots[kind])
+        self.unused_cache_slots = [
+            slot for kind in slots if kind not in RECURRENT_TYPES for slot in slots[kind]
+        ]
 
 
 class HopscotchForCausalLM(HopscotchPreTrained):
@@ -325,6 +330,15 @@ class HopscotchForCausalLM(HopscotchPreTrained):
         self.model = None  # the stock one goes first, so that memory never holds two
         self.model = self.base_class(config)
         self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *arguments, **options):
+        """Give the slots that no layer fills an empty state: speculative decoding cuts all of them back."""
+        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *arguments, **options)
+        layers = getattr(model_kwargs.get("past_key_values"), "layers", ())
+        for slot in self.model.unused_cache_slots:
+            if slot < len(layers) and isinstance(layers[slot], DynamicLayer) and layers[slot].keys is None:
+                layers[slot].keys = layers[slot].values = torch.empty(0, 0, 0, 0)
+        return made
 
 
 def attention_types(config) -> list[str]:
@@ -418,8 +432,10 @@ def family_classes(model_type: str) -> tuple[type, type, type]:
     family, config = FAMILIES[model_type], family_config(model_type)
     stock_base, stock_causal = (getattr(transformers, name) for name in stock_names(model_type)[1:])
     members = {"family": family, "config_class": config}
+    if family.caps_attention:
+        members["_supports_sdpa"] = False
     base = type(f"{CLASS_PREFIX}{stock_base.__name__}", (HopscotchModel, stock_base), members)
-    members = {"base_class": base, "config_class": config}
+    members = members | {"base_class": base}
     causal = type(f"{CLASS_PREFIX}{stock_causal.__name__}", (HopscotchForCausalLM, stock_causal), members)
     conversion = get_checkpoint_conversion_mapping(model_type)  # how a hub's weights are read: experts
     if conversion is not None:

@@ -1,5 +1,6 @@
 """What `--model` names, and where its files lie. Light: what loads them is in `loading.py`."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def model_ref(word: str) -> ModelRef:
     if is_folder:
         if not (path / "config.json").is_file():
             raise InputError(f"folder {word} holds no config.json, so no model; give another folder")
-        return ModelRef(path.resolve().name, str(path))
+        return ModelRef(Path(os.path.abspath(path)).name, str(path))  # of a link, its own name
     if path.suffix.lower() == GGUF_SUFFIX:
         files.check_input(path, "give a GGUF file, a folder, an alias or a Hugging Face id")
         return ModelRef(path.stem, str(path))
@@ -69,6 +70,19 @@ def model_ref(word: str) -> ModelRef:
         f"unknown model {word!r}: give one of {', '.join(ALIASES)}, "
         f"a Hugging Face id (owner/name), a local folder or a GGUF file (name{GGUF_SUFFIX})"
     )
+
+
+def context_length(config) -> int:
+    """Tokens that a row may have.
+
+    With longrope (Phi-3.5, Phi-4-mini) that is the length before it: beyond it transformers turns the
+    positions of all rows of a batch otherwise, so that what a row gives would depend on its neighbours.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return min(original, config.max_position_embeddings)
 
 
 def _download(source: str, weights: bool) -> Path:

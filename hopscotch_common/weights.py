@@ -11,19 +11,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.files import read_json
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
 
 INDEX_FILE = "model.safetensors.index.json"
+# Of several, transformers reads the first that is there.
+WEIGHT_NAMES = ("model.safetensors", INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_FILE = "adapter_config.json"
 SAMPLES_OF_A_FILE, SAMPLE_BYTES = 64, 4096
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file that others may read as the umask allows."""
+    stored, unshared = set(), {}
+    for key, tensor in tensors.items():  # tied weights are one storage, which the format cannot say
+        place = tensor.untyped_storage().data_ptr()
+        unshared[key] = tensor.clone() if place in stored else tensor.contiguous()
+        stored.add(place)
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(unshared, path, metadata={"format": "pt"})
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(None, str(error), str(path)) from error
     umask = os.umask(0)
@@ -32,23 +42,34 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A model folder's weight files: what its index names, else its only file.
+    """A model folder's weight files, the ones that transformers reads: one file, or what an index names.
 
-    Raises InputError for a folder without weights, or an index that is none or names what is not there.
+    Raises InputError for a folder without weights, an index that is none or names what is not there, and
+    an adapter, which transformers would add to the weights.
     """
+    if (folder / ADAPTER_FILE).exists():
+        raise InputError(
+            f"{folder / ADAPTER_FILE}: an adapter beside the weights would be loaded on top of them; merge "
+            "it into them, or give a folder without it"
+        )
     if index := _index(folder):
         return [folder / name for name in sorted(set(weight_map(index).values()))]
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    return [_weights(folder)]
+
+
+def _weights(folder: Path) -> Path:
+    for name in WEIGHT_NAMES:
         if (folder / name).is_file():
-            return [folder / name]
+            return folder / name
     raise InputError(
         f"{folder}: no weights (model*.safetensors or pytorch_model*.bin) in it; give a folder with them"
     )
 
 
 def _index(folder: Path) -> Path | None:
-    names = (INDEX_FILE, "pytorch_model.bin.index.json")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    """The index that names a folder's weight files; None where they are one file."""
+    found = _weights(folder)
+    return found if found.suffix == ".json" else None
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -105,12 +126,23 @@ def tensor_shapes(path: Path) -> dict[str, torch.Size]:
         raise InputError(f"{path}: not a whole file of weights ({error}); fetch the model again") from error
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a folder's first weights: what a config that names none leaves open."""
+    return next(t.dtype for t in read_tensors(weight_files(folder)[0]).values() if t.is_floating_point())
+
+
 def check_weights(folder: Path, config, attn_implementation: str = "auto") -> None:
     """Raise InputError unless a folder's weight files hold exactly what its (stock) config says.
 
     And unless the attention kernel that the model shall run with is installed.
     """
     options = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
+    family = FAMILIES[config.model_type.removeprefix(PREFIX)]
+    if family.caps_attention and attn_implementation in ("sdpa", "flex_attention"):
+        raise InputError(
+            f"--attn_implementation {attn_implementation}: leaves out that {config.model_type} caps its "
+            "attention's logits, so it would be another model; give eager or flash_attention_2"
+        )
     if quantization := getattr(config, "quantization_config", None):
         from transformers.quantizers.auto import AutoHfQuantizer  # prints what torchao says
 
@@ -154,11 +186,15 @@ def check_tensors(folder: Path, make: Callable, found: dict[str, torch.Size]) ->
         raise InputError(
             f"{folder / 'config.json'}: describes no model ({reason_of(error)}); make or fetch it again"
         ) from error
-    if get_checkpoint_conversion_mapping(model.config.model_type):
-        return  # its weights are stored under other names (experts); loading checks them
+    if getattr(model.config, "transformers_weights", None):
+        raise InputError(
+            f"{folder / 'config.json'}: transformers_weights names weight files of other names, which "
+            "is not supported; give them their usual names"
+        )
     tied = set(model.all_tied_weights_keys)
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     unread = "|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())])
+    found = _as_loaded(model, found, expected)
     found = {key: shape for key, shape in found.items() if key in expected or not re.search(unread, key)}
     made = "|".join(model._keys_to_ignore_on_load_missing or ["$^"])
     wrong = {
@@ -172,3 +208,25 @@ def check_tensors(folder: Path, make: Callable, found: dict[str, torch.Size]) ->
                 f"{folder}: {min(keys)} {what} ({len(keys)} such): weights and config.json must be one "
                 "model's; make or fetch it again"
             )
+
+
+def _as_loaded(model, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> dict[str, torch.Size]:
+    """Stored shapes under the names that the model gives them: experts lie apart in files, and make one.
+
+    What is made of several tensors has its expected shape where they hold as many numbers, else (numbers,).
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    shapes: dict[str, torch.Size] = {}
+    numbers: dict[str, int] = {}
+    for key, shape in found.items():
+        name, converted = (key, None) if key in expected else rename_source_key(key, renamings, converters)
+        if converted is None:
+            shapes[name] = shape
+        else:
+            numbers[name] = numbers.get(name, 0) + shape.numel()
+    for name, count in numbers.items():
+        whole = name in expected and expected[name].numel() == count
+        shapes[name] = expected[name] if whole else torch.Size([count])
+    return shapes

@@ -1,6 +1,7 @@
 """Processes that a launcher starts: what they share, and how they part."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,29 +13,53 @@ ROOT = Path(__file__).parent.parent
 # The second one ends by an error where it is told to.
 PARTS = """
 import atexit
+import pathlib
 import sys
 import torch
-from hopscotch_common.training.distributed import join_processes
+from hopscotch_common.errors import HopscotchError
+from hopscotch_common.training.distributed import join_processes, least
 
-atexit.register(lambda: print("together" if torch.distributed.is_initialized() else "parted"))
-with join_processes("cpu") as processes:
+
+def say_how_it_ends():
+    threads = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    together = torch.distributed.is_initialized() or any("gloo" in name for name in threads)
+    print("together" if together else "parted")
+
+
+def talk(processes, how):
     for number in (1, 2):
         processes.group(number)
     assert processes.gather(processes.rank) == [0, 1]
-    if processes.rank == 1 and "error" in sys.argv:
+    assert least(7 + processes.rank) == 7
+    processes.check_alike({"seed": 1})
+    assert processes.group(1).reduce(torch.ones(2)).tolist() == [2, 2]
+    if how == "other":
+        processes.check_alike({"seed": processes.rank})
+    if how in ("error", "lost") and processes.rank == 1:
         sys.exit(2)
+    if how == "lost":
+        processes.gather(0)
+
+
+atexit.register(say_how_it_ends)
+try:
+    with join_processes("cpu") as processes:
+        talk(processes, sys.argv[1])
+except HopscotchError as error:
+    print(error)
+    sys.exit(3)
 """
 
 
-def run_two(*arguments: str) -> list[tuple[int, str]]:
-    """Exit code and last word of each of two processes, started as a launcher starts them."""
+def run_two(how: str) -> list[tuple[int, str]]:
+    """Exit code and output of each of two processes, started as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PARTS, *arguments],
+            [sys.executable, "-c", PARTS, how],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             text=True,
@@ -48,9 +73,21 @@ def run_two(*arguments: str) -> list[tuple[int, str]]:
 def test_processes_part_in_good_order():
     """Where they stayed together, one in six such runs aborted while the interpreter closed."""
     for _ in range(3):
-        assert run_two() == [(0, "parted")] * 2
+        assert run_two("well") == [(0, "parted")] * 2
 
 
 def test_an_error_keeps_its_exit_code():
     for _ in range(3):
         assert run_two("error") == [(0, "parted"), (2, "parted")]
+
+
+def test_processes_that_were_started_otherwise_all_say_so():
+    line = "process 1 has seed = 1, and process 0 has 0: start all with one command"
+    for code, words in run_two("other"):
+        assert code == 3 and words.startswith(line) and words.endswith("\nparted")
+
+
+def test_one_that_loses_the_others_says_so_in_a_line():
+    (code, words), other = run_two("lost")
+    assert other == (2, "parted")
+    assert code == 3 and re.fullmatch("process 0 has lost the others.*\nparted", words)

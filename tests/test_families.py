@@ -71,6 +71,12 @@ def skipping_model(folder, family: str, skipped, granularity="layer", **options)
     return model
 
 
+def stock_model(folder, family: str, **options):
+    """The stock class; with eager attention where its sdpa would leave out a cap."""
+    kernel = "eager" if FAMILIES[family].caps_attention else None
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=kernel, **options).eval()
+
+
 def first(output):
     return output[0] if isinstance(output, tuple) else output
 
@@ -144,7 +150,7 @@ def test_a_model_is_one_graph(family_folder, family):
 def test_untrained_equals_stock_bit_for_bit(family_folder, family):
     folder = family_folder(family)
     for dtype in ("float32", "bfloat16"):
-        stock = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        stock = stock_model(folder, family, dtype=dtype)
         ours = load_model(model_ref(str(folder)), dtype=dtype, device="cpu")
         logits = ours(IDS, attention_mask=MASK).logits
         assert torch.equal(logits, stock(IDS, attention_mask=MASK).logits)
@@ -166,7 +172,7 @@ def test_scaled_and_skipped_equals_the_equations(family_folder, family):
     for granularity in ("layer", "channel") if family in CHANNEL else ("layer",):
         for skipped in some_skips(stock_config(family)):
             model = skipping_model(folder, family, skipped, granularity)
-            stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+            stock = stock_model(folder, family)
             apply_equations(stock, family, scales.snapshot(model), skipped)
             with torch.no_grad():
                 expected = stock(IDS, attention_mask=MASK, use_cache=False).logits
@@ -181,6 +187,20 @@ def test_cached_generation_equals_uncached(family_folder, family):
     for skipped in some_skips(stock_config(family)):
         model = skipping_model(folder, family, skipped)
         assert torch.equal(model.generate(IDS, **common), model.generate(IDS, use_cache=False, **common))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "exaone4"])
+def test_speculative_decoding_with_any_skips(family_folder, family):
+    """It cuts the cache back, the slots included that no layer fills; as drafter, too."""
+    common = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ids = torch.randint(3, 300, (1, 5), generator=torch.Generator().manual_seed(0)).repeat(1, 3)
+    whole = skipping_model(family_folder(family), family, [])
+    for skipped in some_skips(stock_config(family)):
+        model = skipping_model(family_folder(family), family, skipped)
+        expected = model.generate(ids, **common)
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **common), expected)
+        drafted = whole.generate(ids, assistant_model=model, **common)
+        assert torch.equal(drafted, whole.generate(ids, **common))
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -215,7 +235,7 @@ def test_gradients_of_scales_equal_those_of_the_equations(family_folder, family)
     skipped = attention_blocks(stock_config(family))[:1]
     model = skipping_model(folder, family, skipped, granularity)
     scales.freeze_base(model)
-    stock = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    stock = stock_model(folder, family).requires_grad_(False)
     values = scales.snapshot(model).requires_grad_()
     apply_equations(stock, family, values, skipped)
     weights = torch.randn(int(MASK.sum()), 300, generator=torch.Generator().manual_seed(2))

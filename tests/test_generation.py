@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT, check_refused, stock_config
+from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT, byte_tokenizer, check_refused, stock_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import generate_model_gt_data
 from hopscotch_common import checkpoints
 from hopscotch_common.answers import EngineOptions, decoding, engines, slot_cache
+from hopscotch_common.answers.prompts import answer_text
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import hopscotch_config, read_config
 from hopscotch_common.modeling_hopscotch import attention_blocks
@@ -475,3 +476,38 @@ def test_vllm_gives_the_same_answers(work, tiny_folder, tmp_path):
         assert len(run.stdout.splitlines()) == 1, run.stdout
         finals[backend] = read_lines(f"{backend}.jsonl")
     assert finals["vllm"] == finals["transformers"] and len(finals["vllm"]) == len(QUESTIONS)
+
+
+def test_longrope_rows_end_where_a_batch_would_turn_otherwise(tiny_folder, tmp_path):
+    """Beyond the original context transformers turns all rows' positions by other factors."""
+    rope = dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=1.0)
+    rope |= dict(short_factor=[1.0] * 4, long_factor=[4.0, 3.0, 5.0, 6.0])
+    rope |= dict(original_max_position_embeddings=32)
+    changes = dict(original_max_position_embeddings=32, rope_parameters=rope)
+    folder = shutil.copytree(tiny_folder("phi3"), tmp_path / "longrope")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    prompts = [list(range(5, 5 + length)) for length in (6, 9, 28)]
+    ref = model_ref(str(folder))
+    options = EngineOptions(backend="transformers", device="cpu")
+    found = {answer.index: answer for answer in engines.generate(ref, prompts, 16, options)}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for index, prompt in enumerate(prompts):
+        limit = min(16, 32 - len(prompt))
+        assert found[index].token_ids == stock_answer(model, prompt, limit, {2})
+
+
+def test_of_an_answer_in_channels_the_final_one_is_kept():
+    tokenizer = byte_tokenizer()
+    marks = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>"]
+
+    def text(answer: str) -> str:
+        return answer_text(tokenizer, tokenizer.encode(answer, add_special_tokens=False))
+
+    assert text("4<|im_start|>") == "4"
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    thought = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant"
+    assert text(thought + "<|channel|>final<|message|>It is 4.") == "It is 4."
+    assert text("<|channel|>final <|constrain|>json<|message|>{}") == "{}"
+    for unfinished in ("", "Easy.", thought, thought + "<|channel|>final", "<|channel|>analysis<|message|>E"):
+        assert text(unfinished) == ""

@@ -275,6 +275,37 @@ def test_training_resumes_after_the_last_epoch_whichever_are_left(work, tmp_path
     assert [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
 
 
+def test_resume_leaves_the_epochs_of_an_earlier_training(work, tmp_path, capsys):
+    common = flags(work, "--blocks_to_skip", "1", "--output_dir", "parts")
+    assert param_scale.main([*common, "--num_epochs", "4", "--learning_rate", "0.05"]) == 0
+    slower = [*common, "--learning_rate", "0.001"]
+    assert param_scale.main([*slower, "--num_epochs", "2"]) == 0
+    assert param_scale.main([*slower, "--num_epochs", "4", "--resume"]) == 0
+    warning = f"{work.name}_scaled_epoch_2 and later epochs there are of an earlier training"
+    assert warning in capsys.readouterr().err
+    whole = [*slower[:-3], "whole", *slower[-2:]]
+    assert param_scale.main([*whole, "--num_epochs", "4"]) == 0
+    (mine, theirs) = (
+        json.loads((tmp_path / f"{part}/report.json").read_text()) for part in ("parts", "whole")
+    )
+    assert [epoch["learning_rate"] for epoch in mine["epochs"]] == [0.001] * 4
+    assert mine["epochs"] == theirs["epochs"]
+
+
+def test_an_odd_padding_token_is_not_looked_up(work, tmp_path):
+    folder = shutil.copytree(work, tmp_path / "odd")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"pad_token_id": -1}))
+    arguments = ["--blocks_to_skip", "1", "--num_epochs", "1", "--max_tokens_per_batch", "64"]
+    losses = []
+    for model in (work, folder):
+        assert param_scale.main([*flags(model, *arguments), "--output_dir", f"out-{model.name}"]) == 0
+        losses.append(
+            json.loads((tmp_path / f"out-{model.name}/report.json").read_text())["epochs"][0]["loss"]
+        )
+    assert losses[0] == losses[1]
+
+
 def test_an_export_that_cannot_succeed_is_refused_before_training(work, tiny_folder, capsys):
     arguments = flags(tiny_folder("qwen3"), "--blocks_to_skip", "1", "--export", "nemotron_nas")
     check_refused(param_scale, arguments, "no place for the q and k norms of qwen3", capsys)

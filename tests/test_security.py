@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401  makes its cache now, and not among what a test watches
 import pytest
 from bad_inputs.cases import points_to
 from bad_inputs.makers import (
@@ -373,12 +374,22 @@ def code_elsewhere(work: Path) -> None:
     edit(CONFIG, auto_map=auto_map)(work)
 
 
+def code_of_a_repository(work: Path) -> None:
+    """transformers takes what stands before "--" for a repository, or a folder, that holds the code."""
+    values = json.loads((work / CONFIG).read_text())
+    name = values["auto_map"]["AutoModelForCausalLM"]
+    evil = {"AutoModelForCausalLM": f"{name}/evil--modeling_evil.{name.split('.')[1]}"}
+    edit(CONFIG, auto_map=values["auto_map"] | evil)(work)
+
+
 UNTRUE: dict[str, tuple[str, Spoil]] = {
     "code with a line more": ("modeling_hopscotch.py", append(CODE, "\n")),
     "code with a byte less": ("modeling_hopscotch.py", cut(CODE, 0.9999)),
     "no code": ("modeling_hopscotch.py", remove(CODE)),
     "code behind a link": ("modeling_hopscotch.py", link(CODE, "../../elsewhere.py")),
     "code by another name": ("(auto_map|modeling_other)", code_elsewhere),
+    "code of another repository": ("auto_map", code_of_a_repository),
+    "an adapter": ("adapter_config.json", write(f"{CHECKPOINT}/adapter_config.json", "{}")),
     "code of a tokenizer": (
         "tokenizer_config.json",
         edit(f"{CHECKPOINT}/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}),

@@ -23,8 +23,9 @@ from hopscotch_common.loading import (
     read_config,
     resolve_device,
 )
-from hopscotch_common.modeling_hopscotch import PREFIX
-from hopscotch_common.models import ModelRef
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
+from hopscotch_common.models import ModelRef, context_length
+from hopscotch_common.weights import stored_dtype
 
 PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads
 
@@ -49,9 +50,10 @@ def generate(
     """
     config = read_config(ref, checkpoint=True)
     backend = resolve_backend(options, config)
-    limits = [min(max_tokens, config.max_position_embeddings - len(prompt)) for prompt in prompts]
+    context = context_length(config)
+    limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     if min(limits, default=1) < 1:
-        raise ValueError(f"a prompt leaves no room in the context of {config.max_position_embeddings} tokens")
+        raise ValueError(f"a prompt leaves no room in the context of {context} tokens")
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
     yield from ENGINES[backend](ref, config, options, longest).answers(prompts, limits)
 
@@ -157,7 +159,9 @@ class TransformersEngine:
 
     def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
         attention = None if options.attn_implementation == "auto" else options.attn_implementation
-        if attention is None and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+        if attention is None and FAMILIES[config.model_type.removeprefix(PREFIX)].caps_attention:
+            attention = "eager"
+        elif attention is None and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
             attention = GROUPED_SDPA  # not for attention sinks, for example
         transformers_logging.disable_progress_bar()
         self.model = load_whole(
@@ -194,7 +198,7 @@ class VllmEngine:
         folder = ref.folder()
         dtype = options.dtype
         if dtype == "auto":  # vLLM's own "auto" would run a float32 checkpoint in bfloat16
-            dtype = str(config.dtype or "float32").removeprefix("torch.")
+            dtype = str(config.dtype or stored_dtype(folder)).removeprefix("torch.")
         size = tensor_parallel_size(options.tensor_parallel_size, config)
         self.llm = LLM(
             model=str(folder),

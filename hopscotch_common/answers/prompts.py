@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import read_jsonl
-from hopscotch_common.models import ModelRef
+from hopscotch_common.models import ModelRef, context_length
 
 EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl"
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
@@ -130,7 +130,7 @@ def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
     Raises InputError for one that the template refuses, that holds a token beyond the vocabulary of the
     model's config, or that leaves no room for an answer in its context.
     """
-    token_ids, context = [], config.max_position_embeddings
+    token_ids, context = [], context_length(config)
     for prompt in prompts:
         text = render(tokenizer, prompt.messages, prompt.where, add_generation_prompt=True)
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -142,3 +142,21 @@ def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
             )
         token_ids.append(ids)
     return token_ids
+
+
+def answer_text(tokenizer, ids: Sequence[int]) -> str:
+    """An answer's tokens, without the stop token, as text without special tokens.
+
+    gpt_oss answers in channels: what it says to the user is the final one, and that is the text; empty where
+    the answer ended before it.
+    """
+    channel, message = (tokenizer.added_tokens_encoder.get(mark) for mark in ("<|channel|>", "<|message|>"))
+    if channel is None or message is None:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    ids = list(ids)
+    last = ids[len(ids) - ids[::-1].index(channel) :] if channel in ids else []
+    if message not in last:
+        return ""
+    name, text = last[: last.index(message)], last[last.index(message) + 1 :]
+    final = tokenizer.decode(name).strip().startswith("final")
+    return tokenizer.decode(text, skip_special_tokens=True) if final else ""

@@ -10,7 +10,7 @@ A checkpoint folder holds
     tokenizer files, generation_config.json
 
 Checkpoints of one run share the base weights by hard links (copies where links do not work), so an
-epoch costs little more than a tokenizer, and deleting or editing one never changes another.
+epoch costs little more than a tokenizer, and deleting one, or replacing a file of it, never changes another.
 """
 
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hopscotch_common import modeling_hopscotch, scales
-from hopscotch_common.errors import InputError, reason_of
+from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import read_json
 from hopscotch_common.loading import (
     hopscotch_classes,
@@ -45,21 +45,21 @@ from hopscotch_common.weights import (
 )
 from hopscotch_common.writing import atomic_folder, link_or_copy, locked, recover_folder
 
+CODE = Path(modeling_hopscotch.__file__)
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
+LAYER_KEY = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)\.(\w+)\.")
 COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 
 
 def is_skipped_weight(key: str, config) -> bool:
     """Whether a weight belongs to an attention block that a Hopscotch config skips."""
-    parts = key.split(".")
-    if parts[:2] != ["model", "layers"] or len(parts) < 5:
-        return False
+    match = LAYER_KEY.match(key)
     modules = FAMILIES[config.model_type.removeprefix(PREFIX)].attention_modules
-    return int(parts[2]) in (config.skipped_attention_blocks or ()) and parts[3] in modules
+    return bool(match) and int(match[1]) in (config.skipped_attention_blocks or ()) and match[2] in modules
 
 
 def save_checkpoint(
@@ -99,16 +99,11 @@ def _write_base(target: Path, base: ModelRef, skipped: list[int], values: torch.
     source, stock = base.folder(), read_config(base)
     check_weights(source, stock)
     config = hopscotch_config(stock, sorted(skipped), scales.granularity(values))
-    config_class, base_class, model_class = modeling_hopscotch.family_classes(stock.model_type)
-    code = Path(modeling_hopscotch.__file__)
+    _, _, model_class = modeling_hopscotch.family_classes(stock.model_type)
     config.architectures = [model_class.__name__]
-    config.auto_map = {
-        "AutoConfig": f"{code.stem}.{config_class.__name__}",
-        "AutoModel": f"{code.stem}.{base_class.__name__}",
-        "AutoModelForCausalLM": f"{code.stem}.{model_class.__name__}",
-    }
+    config.auto_map = auto_map(stock.model_type)
     config.save_pretrained(target)
-    shutil.copyfile(code, target / code.name)
+    shutil.copyfile(CODE, target / CODE.name)
     copy_companions(source, target)
 
     files = weight_files(source)
@@ -135,6 +130,13 @@ def _write_base(target: Path, base: ModelRef, skipped: list[int], values: torch.
         "kv_cache_blocks": len(modeling_hopscotch.attention_blocks(config)),
         "kv_cache_blocks_removed": len(skipped),
     }
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """What a checkpoint's config says of its code, by the stock model type."""
+    classes = modeling_hopscotch.family_classes(model_type)
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    return {name: f"{CODE.stem}.{made.__name__}" for name, made in zip(names, classes, strict=True)}
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -282,7 +284,10 @@ def saved_epochs(output_dir: Path, name: str) -> list[int]:
 
 
 def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
-    """What the epochs there are recorded, in order; InputError unless they are of this very training."""
+    """What the epochs there recorded, in order; InputError unless they have this training's settings.
+
+    Each goes on from the one before: epochs that an earlier training left behind these are left out.
+    """
     runs = []
     for epoch in saved_epochs(output_dir, name):
         folder = epoch_folder(output_dir, name, epoch)
@@ -290,9 +295,13 @@ def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
         if (
             run.get("epoch") != epoch
             or not isinstance(run.get("settings"), dict)
-            or not {"held_out", "loss", "weights"} <= run.keys()
+            or not {"held_out", "loss", "weights", "learning_rates"} <= run.keys()
         ):
             raise InputError(f"--resume: {folder} is not an epoch of this script; name another --output_dir")
         check_settings(run["settings"], settings, f"--resume: {folder}", "name another --output_dir")
+        before = runs[-1]["learning_rates"] if runs else []
+        if run["learning_rates"][: len(before)] != before:
+            logger.warning("%s and later epochs there are of an earlier training: not gone on with", folder)
+            break
         runs.append(run)
     return runs

@@ -8,15 +8,13 @@ Nothing of the checkpoint runs: its code is compared byte by byte, never importe
 import hashlib
 from pathlib import Path
 
-from hopscotch_common import modeling_hopscotch
-from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, read_checkpoint, read_run
+from hopscotch_common.checkpoints import CODE, SCALES_FILE, STATE_FILE, auto_map, read_checkpoint, read_run
 from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
-from hopscotch_common.modeling_hopscotch import PREFIX
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
 from hopscotch_common.weights import INDEX_FILE, weight_map
 
-CODE = Path(modeling_hopscotch.__file__)
 # SHA-256 of the modeling_hopscotch.py of earlier releases, whose checkpoints are as good as ever.
 RELEASED: tuple[str, ...] = ()
 EXECUTABLE = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -27,9 +25,10 @@ def verify(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give that of a checkpoint")
     config = read_json(folder / "config.json", "give the folder of a checkpoint")
-    _check_code(folder, config)
-    if not str(config.get("model_type")).startswith(PREFIX):
+    kind = str(config.get("model_type"))
+    if not kind.startswith(PREFIX) or kind.removeprefix(PREFIX) not in FAMILIES:
         raise InputError(f"{folder}: config.json is not a checkpoint's; give the folder of one")
+    _check_code(folder, config, auto_map(kind.removeprefix(PREFIX)))
     named = {*weight_map(folder / INDEX_FILE).values(), STATE_FILE}
     unnamed = {path.name for path in folder.glob("*.safetensors")} - named
     if unnamed or SCALES_FILE not in named:
@@ -39,7 +38,7 @@ def verify(folder: Path) -> None:
     read_run(folder)
 
 
-def _check_code(folder: Path, config: dict) -> None:
+def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
     """Raise InputError unless all that could run from a folder is a known modeling_hopscotch.py."""
     code = folder / CODE.name
     for path in sorted(folder.iterdir()):
@@ -55,11 +54,11 @@ def _check_code(folder: Path, config: dict) -> None:
     if content != CODE.read_bytes() and hashlib.sha256(content).hexdigest() not in RELEASED:
         raise InputError(f"{code}: differs from this project's file of that name; do not run it")
     for name, target in (config.get("auto_map") or {}).items():
-        if not str(target).startswith(f"{CODE.stem}.Hopscotch"):
+        if target != known.get(name):  # "repo--module.Class" is code of another place
             raise InputError(f"{folder / 'config.json'}: auto_map names {target!r} for {name}; do not run it")
-    for other in ("tokenizer_config.json", "generation_config.json", "processor_config.json"):
-        if (folder / other).is_file() and "auto_map" in read_json(folder / other):
-            raise InputError(f"{folder / other}: has an auto_map, so it names code to run; do not trust it")
+    for other in sorted(folder.glob("*_config.json")):
+        if "auto_map" in read_json(other):
+            raise InputError(f"{other}: has an auto_map, so it names code to run; do not trust it")
 
 
 @command

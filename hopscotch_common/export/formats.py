@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import checkpoints, files, writing
+from hopscotch_common import checkpoints, files, weights, writing
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.export import check, decilm, folders, folding
 from hopscotch_common.loading import device_map, resolve_device
@@ -81,6 +81,8 @@ def export_checkpoint(
     if getattr(config, "quantization_config", None):
         raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
     FORMATS[format].check_config(config)
+    if config.dtype is None:
+        config.dtype = weights.stored_dtype(checkpoint)
     with writing.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values)

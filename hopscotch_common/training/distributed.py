@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import HopscotchError, InputError
 
 # All processes of a round have about as much to do, so one that is so late hangs.
 TIMEOUT = timedelta(hours=2)
@@ -39,6 +39,22 @@ class Processes:
     count: int = 1
     gather: Callable[[object], list] = lambda item: [item]
     _groups: dict[int, Group] = field(default_factory=dict)
+    _made: dict[int, object] = field(default_factory=dict)  # torch's group by number, while they are together
+
+    def check_alike(self, settings: dict) -> None:
+        """Raise InputError, in all processes, unless these settings are the same in all."""
+        everyone = self.gather(settings)
+        for rank, others in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if others.get(name) != value:
+                    raise InputError(
+                        f"process {rank} has {name} = {others.get(name)!r}, and process 0 has {value!r}: "
+                        "start all with one command, over the same data and model"
+                    )
+
+    def part(self) -> None:
+        """Let go of the groups, whose threads live as long as something holds them."""
+        self._made.clear()
 
     def group(self, number: int) -> Group:
         """This process's group where all are spread over so many groups, 1 to `count`.
@@ -58,13 +74,19 @@ class Processes:
         reduce = None
         if number < self.count:
             made = [torch.distributed.new_group(ranks, timeout=TIMEOUT) for ranks in members]
+            self._made[number] = made[mine]
             if len(ranks) > 1:
 
                 def reduce(tensor: torch.Tensor) -> torch.Tensor:
-                    torch.distributed.all_reduce(tensor, group=made[mine])
+                    torch.distributed.all_reduce(tensor, group=self._made[number])
                     return tensor
 
         return Group(mine, ranks.index(self.rank), len(ranks), 1 / min(map(len, members)), reduce)
+
+
+def least(value: int) -> int:
+    """The least of all processes' values, in all of them, which must all ask; alone, the value itself."""
+    return min(gather_object([value])) if torch.distributed.is_initialized() else value
 
 
 def check_launch(device: str) -> None:
@@ -80,18 +102,27 @@ def check_launch(device: str) -> None:
 def join_processes(device: str) -> Iterator[Processes]:
     """This process's place among those that accelerate launched; they part on leaving.
 
-    device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs.
+    device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs. Within it, an error of
+    that talk becomes a HopscotchError: another process ended, and says why itself.
     """
     check_launch(device)
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=TIMEOUT)
     if state.num_processes == 1:
         yield Processes()
         return
+    processes = Processes(state.process_index, state.num_processes, lambda item: gather_object([item]))
     failed = True
     try:
-        yield Processes(state.process_index, state.num_processes, lambda item: gather_object([item]))
+        yield processes
         failed = False
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise HopscotchError(
+            f"process {processes.rank} has lost the others: one of them ended, and says why in its own line"
+        ) from error
     finally:
+        processes.part()
         # A thread of gloo's that meets a closing interpreter aborts the process. NCCL would wait for all
         # processes, and after an error the others may hang in something else.
         if not failed or state.backend == "gloo":

@@ -12,6 +12,7 @@ from hopscotch_common.errors import Diverged, TrainingError
 from hopscotch_common.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Layout, Minibatch, Sample, make_batches
+from hopscotch_common.training.distributed import least
 from hopscotch_common.training.loss import SharedPrefix, summed_figures, summed_loss
 from hopscotch_common.training.memory import MinibatchRunner, is_out_of_memory, token_budget
 from hopscotch_common.training.originals import Originals
@@ -35,7 +36,8 @@ def prepare_model(model, options: TrainingOptions) -> None:
 class EpochBatches:
     """The batches of some samples for one model, by epoch and by the part that a process runs.
 
-    The token budget is found once, by what is free on the model's device then.
+    The token budget is found once, by what is free on the model's device then; of several processes by
+    the least, as their parts of a batch fit together only where all divide it alike.
     """
 
     def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions):
@@ -43,11 +45,12 @@ class EpochBatches:
         recurrent = len(attention_blocks(model.config)) < model.config.num_hidden_layers
         # A recurrent layer carries its state along a row, over the borders of what is packed.
         packed = "flash" in (model.config._attn_implementation or "") and not recurrent
-        self.layout = Layout(packed, model.config.pad_token_id or 0)
+        padding = model.config.pad_token_id
+        self.layout = Layout(packed, padding if padding in range(model.config.vocab_size) else 0)
         self.share_prefix = not (
             packed or recurrent or options.gradient_checkpointing or options.compile_layers
         )
-        self.max_tokens = token_budget(model, samples, self.layout, options.max_tokens_per_batch)
+        self.max_tokens = least(token_budget(model, samples, self.layout, options.max_tokens_per_batch))
 
     def __len__(self) -> int:
         return math.ceil(len(self.samples) / self.options.batch_size)
