@@ -75,8 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=list(SEARCHES),
         default="full",
         help="full: an epoch for each candidate; race: the worse ones drop out early, and the pick can be "
-        "another one that is about as good. Without training, in seconds: untrained, by the loss that a skip "
-        "costs with scales of 1; cosine, by how little a block turns the residual stream",
+        "another one that is about as good. Without training: untrained, by the loss that a skip costs with "
+        "scales of 1, a third of an epoch for each candidate; cosine, in seconds, by how little a block "
+        "turns the residual stream",
     )
     group.add_argument(
         "--screening",

@@ -3,7 +3,8 @@
     python unscaled_ckpt.py --model smollm --blocks_to_skip 15 8
     python unscaled_ckpt.py --model smollm --blocks_to_skip smollm_block_selection.json --export folded
 
-Writes unscaled_{model}_ckpts/{model}_unscaled/. Only files are copied; no model is loaded.
+Writes unscaled_{model}_ckpts/{model}_unscaled/. Only files are copied; a model is loaded
+to check an --export, and for nothing else.
 """
 
 import argparse

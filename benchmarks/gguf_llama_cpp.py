@@ -29,7 +29,7 @@ import measuring
 import torch
 
 from hopscotch_common import checkpoints, embedded, models
-from hopscotch_common.cli import ArgumentParser, command, number, positive_int
+from hopscotch_common.cli import ArgumentParser, command, positive_int
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.export.gguf import rewrite_gguf
@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="float32 checkpoint to take (default: one is made)")
     parser.add_argument(
         "--blocks_to_skip",
-        type=number,
+        type=int,
         nargs="+",
         default=[3, 5, 9, 12, 15, 18, 21, 24],
         help="blocks that the made one skips",

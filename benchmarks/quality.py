@@ -36,10 +36,11 @@ from growing import GrowingResults
 from matplotlib.figure import Figure
 from problems import Problem, gsm8k, parse_answer, puzzles
 
-from hopscotch_common import cli
 from hopscotch_common.answers.engines import kv_bytes_per_token, stop_token_ids
 from hopscotch_common.answers.prompts import Prompt, tokenize
+from hopscotch_common.errors import InputError
 from hopscotch_common.loading import load_tokenizer, read_config
+from hopscotch_common.models import model_ref
 from hopscotch_common.report.drawing import (
     BLUE,
     FAINT,
@@ -61,7 +62,9 @@ STDERR = 2  # the descriptor: where what is run here shall print
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=cli.model, required=True)
+    parser.add_argument(
+        "--model", required=True, help="as the scripts take it; its name is that of the results"
+    )
     parser.add_argument("--data_path", type=Path, help="processed data of step 2, to train and hold out")
     parser.add_argument("--selection", type=Path, help="report of block_selection.py")
     parser.add_argument("--counts", type=int, nargs="+", default=[0, 2, 4, 6, 8], help="blocks to skip")
@@ -323,14 +326,20 @@ STYLES = {  # of the variants in a picture: label, colour, marker
 
 
 def draw(figures: Sequence[dict], model: str, path: Path) -> None:
-    """Accuracy (with standard errors) and held-out KL over the number of skipped blocks, a line a variant."""
+    """Accuracy on GSM8K (with standard errors) and held-out KL over the blocks skipped, a line a variant.
+
+    SystemExit where no accuracy was measured.
+    """
     figure = quality_figure(figures, model)
     path.write_bytes(render(figure, path.suffix))
 
 
 @styled
 def quality_figure(figures: Sequence[dict], model: str) -> Figure:
-    (original,) = [f for f in figures if f["of"]["variant"] == "original"]
+    original = next((f for f in figures if f["of"]["variant"] == "original" and "gsm8k" in f), None)
+    figures = [figure for figure in figures if "gsm8k" in figure]
+    if original is None or len(figures) < 2:
+        raise SystemExit("nothing to draw: measure gsm8k first, with --counts 0 and others")
     picture = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     panels = picture.subplots(1, 2)
     measured = sorted({len(f["of"]["blocks"]) for f in figures} - {0})
@@ -382,14 +391,19 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.worker:
         run_worker(json.loads(arguments.worker.read_text()))
         return
-    result = arguments.result or measuring.RESULTS / f"quality_{arguments.model.name}.json"
-    if arguments.table or arguments.plot:
+    name = Path(arguments.model).name.removesuffix(".gguf")
+    result = arguments.result or measuring.RESULTS / f"quality_{name}.json"
+    if arguments.table or arguments.plot:  # of a model that need not be here
         figures = json.loads(result.read_text())["figures"]
         if arguments.table:
             print("\n".join(table(figures)))
         if arguments.plot:
-            draw(figures, arguments.model.name, arguments.plot)
+            draw(figures, name, arguments.plot)
         return
+    try:
+        arguments.model = model_ref(arguments.model)
+    except InputError as error:
+        parser.error(str(error))
     if not arguments.data_path or (max(arguments.counts) and not arguments.selection):
         parser.error("--data_path and --selection are needed to measure")
     if "gsm8k" in arguments.tasks and not arguments.test_file:
@@ -399,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{arguments.selection}: only {len(selected)} blocks")
     results = GrowingResults(result, settings_of(arguments))
     problems = all_problems(arguments)
-    work = arguments.work or Path(f"quality_{arguments.model.name}")
+    work = arguments.work or Path(f"quality_{name}")
     for count in arguments.counts:
         for variant in arguments.variants if count else ["original"]:
             folder = work / f"{variant}_{count}"

@@ -5,6 +5,8 @@
 Of a layer between others: what three layers save less what two save, with random weights.
 """
 
+import argparse
+
 import measuring
 import torch
 from transformers import LlamaConfig
@@ -39,6 +41,7 @@ def bytes_saved(shape: dict, layers: int, dtype: torch.dtype, padded: bool) -> i
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     results = []
     for name, shape in SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):

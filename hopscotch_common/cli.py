@@ -174,7 +174,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> N
         "--model",
         type=model,
         required=True,
-        help=f"{', '.join(models.ALIASES)} (smollm needs no hub), a Hugging Face id, or a local folder",
+        help=f"{', '.join(models.ALIASES)} (smollm needs no hub), a Hugging Face id, a local folder, or "
+        "a GGUF file",
     )
     if not load:
         return

@@ -11,8 +11,8 @@ Formats:
                   KV cache
     gguf          a file for llama.cpp, rewritten from the GGUF that its converter makes of `folded`
 
-Every export is compared with its source on real tokens. Past the tolerance it is refused, and
-leaves nothing behind.
+Folders are compared with their source on real tokens; past the tolerance an export is refused, and leaves
+nothing behind. A GGUF is rewritten tensor by tensor, and refused unless skipped blocks add zero in it.
 """
 
 import argparse
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if (arguments.format == "gguf") != (arguments.folded_gguf is not None):
         parser.error("--from goes with --format gguf, which needs it")
+    if arguments.format == "gguf" and arguments.tolerance is not None:
+        parser.error("--tolerance: a GGUF is rewritten, not compared; leave it out")
 
     from hopscotch_common.export.formats import export_checkpoint
     from hopscotch_common.export.gguf import rewrite_gguf
