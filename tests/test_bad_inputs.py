@@ -30,7 +30,7 @@ pytest_plugins = ["bad_inputs.fixtures"]
 
 CASES = [case for module in (flags, records, models, saved, outputs) for case in module.CASES]
 # What torchao, which only tests need, says when it is imported beside this torch.
-CHATTER = re.compile(r"Failed to load .*torchao|W\d{4} .* torch/utils/_pytree.py")
+CHATTER = re.compile(r"Failed to load .*torchao|W\d{4} .*\btorch/utils/_pytree.py")
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
