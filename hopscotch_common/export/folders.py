@@ -16,7 +16,7 @@ from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
 from hopscotch_common.export.folding import Folding, fold_factors, granite_multipliers
 from hopscotch_common.loading import hopscotch_classes, load_whole
-from hopscotch_common.modeling_hopscotch import PREFIX, SCALE_KEYS, HopscotchForCausalLM
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, SCALE_KEYS, HopscotchForCausalLM
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,9 @@ def load_exported(folder: Path, format: str, **options):
     """An export as a transformers model; every tensor must be read, and none be missing."""
     if format == "folded":
         model_class = AutoModelForCausalLM
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if FAMILIES[kind].caps_attention:
+            options |= {"attn_implementation": "eager"}
     else:
         shaped = decilm.as_hopscotch_config(json.loads((folder / "config.json").read_text()))
         _, model_class = hopscotch_classes(shaped.model_type)
