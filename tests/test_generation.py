@@ -113,8 +113,9 @@ def check_batched_answers(
     Returns (slots, of them in use, columns) of each step, and the tokens that the rows of each prefill had
     generated before.
     """
-    stock = load(folder, dtype=torch.float32)
-    model = load(folder, dtype=torch.float32, attn_implementation=attention_of(folder))
+    kernel = attention_of(folder)
+    stock = load(folder, dtype=torch.float32, attn_implementation="eager" if kernel == "eager" else None)
+    model = load(folder, dtype=torch.float32, attn_implementation=kernel)
     prompts = random_prompts(count)
     limits = [MAX_TOKENS - index % 3 for index in range(len(prompts))]
     steps, prefills = [], []
