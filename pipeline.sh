@@ -13,7 +13,7 @@ model=${1:?give a model: qwen, llama, granite, smollm, a Hugging Face id, a loca
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 name=$(basename -- "$model") # what file names begin with
 if [ -d "$model" ]; then
-    name=$(basename -- "$(realpath -- "$model")")
+    name=$(basename -- "$(cd -- "$model" && pwd -L)") # of a link, its own name
 elif [[ $name == *.[Gg][Gg][Uu][Ff] ]]; then
     name=${name%.*}
 fi

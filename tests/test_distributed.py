@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from test_search import write_data
+from test_training import random_samples
+
 ROOT = Path(__file__).parent.parent
 
 # Two processes that talk in all of their groups and leave at once, as a script does after its last write.
@@ -53,21 +57,28 @@ except HopscotchError as error:
 
 def run_two(how: str) -> list[tuple[int, str]]:
     """Exit code and output of each of two processes, started as a launcher starts them."""
+    return [(code, out.strip()) for code, out, _ in start_two(["-c", PARTS, how], ["-c", PARTS, how])]
+
+
+def start_two(*commands: list[str], **options) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of two Python processes that are to find one another."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PARTS, how],
+            [sys.executable, *command],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
+            **options,
         )
-        for rank in range(2)
+        for rank, command in enumerate(commands)
     ]
-    words = [process.communicate(timeout=120)[0].strip() for process in started]
-    return [(process.returncode, word) for process, word in zip(started, words, strict=True)]
+    said = [process.communicate(timeout=120) for process in started]
+    return [(process.returncode, *words) for process, words in zip(started, said, strict=True)]
 
 
 def test_processes_part_in_good_order():
@@ -91,3 +102,23 @@ def test_one_that_loses_the_others_says_so_in_a_line():
     (code, words), other = run_two("lost")
     assert other == (2, "parted")
     assert code == 3 and re.fullmatch("process 0 has lost the others.*\nparted", words)
+
+
+@pytest.mark.parametrize(
+    ("script", "more"), [("block_selection.py", []), ("param_scale.py", ["--blocks_to_skip", "1"])]
+)
+def test_scripts_refuse_processes_over_other_data(tiny_folder, tmp_path, script, more):
+    commands = []
+    for rank in range(2):
+        write_data(tmp_path / f"{rank}.jsonl", random_samples(8, seed=rank))
+        where = [
+            "--data_path",
+            f"{rank}.jsonl",
+            "--output" if script.startswith("block") else "--output_dir",
+            "out",
+        ]
+        commands.append([str(ROOT / script), "--model", str(tiny_folder()), "--device", "cpu", *where, *more])
+    for code, out, error in start_two(*commands, cwd=tmp_path):
+        assert code == 2 and out == ""
+        assert "error: process 1 has data = " in error.splitlines()[-1]
+    assert not list(tmp_path.glob("out*"))

@@ -19,12 +19,12 @@ from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, InputError, TrainingError
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
-from hopscotch_common.training import TrainingOptions, originals
+from hopscotch_common.training import TrainingOptions, originals, trainer
 from hopscotch_common.training import batches as data
 from hopscotch_common.training.batches import Batch, Layout, Sample
 from hopscotch_common.training.loss import LOGIT_ROWS, HeadLoss, summed_loss
 from hopscotch_common.training.originals import Originals
-from hopscotch_common.training.trainer import ScaleState, ScaleTrainer, evaluate, prepare_model
+from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer, evaluate, prepare_model
 
 
 def random_samples(count: int = 8, seed: int = 0) -> list[Sample]:
@@ -609,3 +609,12 @@ def test_bad_samples_are_refused_with_their_line(tmp_path, record, message):
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(InputError, match=f"line 2: .*{message}"):
         data.load_samples(path, vocab_size=300, max_tokens=50)
+
+
+def test_batches_are_divided_by_the_least_budget_of_all_processes(tiny_folder, monkeypatch):
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    asked = []
+    monkeypatch.setattr(trainer, "least", lambda budget: asked.append(budget) or 64)
+    batches = EpochBatches(model, random_samples(), TrainingOptions(1e-2, 8))
+    assert asked == [512] and batches.max_tokens == 64
+    assert all(part.num_tokens <= 64 for batch in batches.epoch() for part in batch.minibatches)
