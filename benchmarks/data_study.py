@@ -56,12 +56,9 @@ def baselines(model, blocks: Sequence[int], held_out: Sequence[Sample], options:
     return {name: dataclasses.asdict(figures) for name, figures in found.items()}
 
 
-def train(
-    model, blocks: Sequence[int], training: Sequence[Sample], held_out: Sequence[Sample], epochs: int, options
-) -> dict:
-    """The loss of each epoch, and the held-out figures after it."""
+def train(trained: EpochTraining, epochs: int) -> dict:
+    """The loss of each epoch from the start on, and the held-out figures after it."""
     start = time.perf_counter()
-    trained = EpochTraining(model, blocks, training, held_out, options, bar=cli.progress)
     trained.start()
     runs = []
     for number in range(epochs):
@@ -125,8 +122,12 @@ def main(argv: list[str] | None = None) -> None:
         options = TrainingOptions(arguments.learning_rate, arguments.batch_size, loss=loss)
         untrained = (model, arguments.blocks, held_out, options)
         results.measure(lambda work=untrained: baselines(*work), variant="none")
-        work = (model, arguments.blocks, samples[:answers], held_out, arguments.epochs, options)
-        figure = results.measure(lambda work=work: train(*work), variant=variant, answers=answers)
+        setting = (model, arguments.blocks, samples[:answers], held_out, options)
+        figure = results.measure(
+            lambda setting=setting: train(EpochTraining(*setting, bar=cli.progress), arguments.epochs),
+            variant=variant,
+            answers=answers,
+        )
         print(variant, answers, figure["epochs"][-1], file=sys.stderr, flush=True)
 
 

@@ -11,25 +11,25 @@ after each training; the next run adds to it.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import measuring
 import torch
+from data_study import train
 from growing import GrowingResults
 
 from hopscotch_common import cli
 from hopscotch_common.loading import load_model
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Sample, load_samples
-from hopscotch_common.training.originals import Originals
-from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, evaluate
+from hopscotch_common.training.epochs import EpochTraining
+from hopscotch_common.training.trainer import ScaleTrainer
 
 
 @dataclass(frozen=True)
@@ -122,27 +122,28 @@ def _norms(model) -> list[torch.nn.Module]:
     return found
 
 
-def train(arguments: argparse.Namespace, model, samples: Sequence[Sample], recipe: Recipe) -> dict:
-    """The loss of each epoch, and the held-out figures after it."""
-    start = time.perf_counter()
+class RecipeTraining(EpochTraining):
+    """An `EpochTraining` of so many epochs whose steps follow a recipe; `close` it."""
+
+    def __init__(self, recipe: Recipe, epochs: int, *setting, **more):
+        super().__init__(*setting, **more)
+        self.recipe, self.num_steps = recipe, epochs * len(self._training)
+
+    def start(self, state: None = None) -> None:
+        originals = self._originals if self.options.loss == "kl" else None
+        self._trainer = RecipeTrainer(self.model, self.recipe, self.num_steps, self.skipped, originals)
+
+    def close(self) -> None:
+        self._trainer.close()
+
+
+def measure(arguments: argparse.Namespace, model, samples: Sequence[Sample], recipe: Recipe) -> dict:
+    """What `data_study.train` tells of a recipe."""
+    held_out = samples[len(samples) - arguments.held_out :]
     options = TrainingOptions(recipe.learning_rate, arguments.batch_size, loss=arguments.loss)
-    training = EpochBatches(model, samples[: arguments.answers], options)
-    held_out = EpochBatches(model, samples[len(samples) - arguments.held_out :], options).in_order()
-    originals = Originals(model)
-    originals.keep(held_out)
-    towards = None
-    if arguments.loss == "kl":
-        originals.keep(training.in_order())
-        towards = originals
-    num_steps = arguments.epochs * len(training)
-    trainer = RecipeTrainer(model, recipe, num_steps, arguments.blocks, towards)
-    epochs = []
-    for number in range(arguments.epochs):
-        losses = trainer.run(training.epoch(number), f"epoch {number}")
-        figures = evaluate(model, held_out, f"epoch {number}", originals=originals)
-        epochs.append({"loss": sum(losses) / len(losses), "held_out": dataclasses.asdict(figures)})
-    trainer.close()
-    return {"epochs": epochs, "seconds": time.perf_counter() - start}
+    setting = (model, arguments.blocks, samples[: arguments.answers], held_out, options)
+    with contextlib.closing(RecipeTraining(recipe, arguments.epochs, *setting, bar=cli.progress)) as trained:
+        return train(trained, arguments.epochs)
 
 
 def table(figures: Sequence[dict]) -> list[str]:
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{arguments.data_path}: {len(samples)} answers are too few")
     for name in arguments.recipes:
         work = (arguments, model, samples, RECIPES[name])
-        figure = results.measure(lambda work=work: train(*work), recipe=name)
+        figure = results.measure(lambda work=work: measure(*work), recipe=name)
         print(name, figure["epochs"][-1], file=sys.stderr, flush=True)
 
 
