@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=3.0,
         help="race: a candidate that is this many standard errors worse than the leader drops out sooner",
     )
+    cli.add_replacement_argument(parser)
     cli.add_training_arguments(parser, learning_rate=1e-2)
     parser.add_argument(
         "--output",
@@ -162,6 +163,7 @@ def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> 
         "learning_rate": arguments.learning_rate,
         "dtype": arguments.dtype,
         "loss": arguments.loss,
+        "replacement_rank": arguments.replacement_rank or None,  # a journal without it had no maps
     }
 
 
@@ -214,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--prev: the scales behind its losses are not known, which this search needs")
     known = known_losses(arguments.prev, skipped, config.num_hidden_layers)
     check_outputs(arguments, output)
+    cli.check_rank(arguments.replacement_rank, config)
 
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
@@ -235,9 +238,17 @@ def main(argv: list[str] | None = None) -> int:
             records, append = [(f"{log.path}, line {n}", record) for n, record in log.records], log.append
         records = processes.gather(records)[0]  # only rank 0's disk is sure
         known_before = journal.Journal(records, append, math.ceil(len(training) / arguments.batch_size))
-        model = load_model(arguments.model, arguments.dtype, arguments.device, arguments.attn_implementation)
+        model = load_model(
+            arguments.model,
+            arguments.dtype,
+            arguments.device,
+            arguments.attn_implementation,
+            replacement_rank=arguments.replacement_rank,
+        )
         prepare_model(model, options)
         trainer = CandidateTrainer(model, training, options, held_out)
+        if arguments.replacement_rank:
+            trainer.fit_maps(processes.group(1))
         logger.info(
             "%d answers in %d batches, %d loss-counted tokens; %d layers, skipped already: %s; "
             "%d process(es)",

@@ -18,6 +18,7 @@ model's first choice).
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -28,11 +29,15 @@ from hopscotch_common.report.runs import describe_run, plain
 from hopscotch_common.training import MEASURES
 
 
+MAP_LEARNING_RATE = 1e-3
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     cli.add_model_arguments(parser)
     parser.add_argument("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
     cli.add_blocks_argument(parser)
+    cli.add_replacement_argument(parser)
     parser.add_argument("--num_epochs", type=cli.positive_int, default=10, help="passes over the data")
     cli.add_training_arguments(parser, learning_rate=3e-3)
     parser.add_argument(
@@ -78,6 +83,7 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], weights: str,
         "weights": weights,
         "data": data,
         "blocks_to_skip": sorted(blocks),
+        "replacement_rank": arguments.replacement_rank or None,
         **{name: getattr(arguments, name) for name in names},
     }
 
@@ -98,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
     config = read_config(arguments.model)
     blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
+    cli.check_rank(arguments.replacement_rank, config)
     files.check_writable(output_dir)
     inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
     files.check_output(output_dir / "report.json", "--output_dir", inputs)
@@ -106,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     samples = cli.load_samples(arguments, config)
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
-    check_exports(arguments.export, config, export_target(output_dir, name))
+    check_exports(arguments.export, config, export_target(output_dir, name), arguments.replacement_rank)
     for epoch in range(arguments.num_epochs):
         checkpoints.check_replaceable(checkpoints.epoch_folder(output_dir, name, epoch))
     settings = run_settings(
@@ -123,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
                 runs = checkpoints.resumable_epochs(output_dir, name, settings)
             if runs:
                 last = checkpoints.epoch_folder(output_dir, name, runs[-1]["epoch"])
-                before = ScaleState(checkpoints.load_training_state(last))
+                state = checkpoints.load_training_state(last)
+                before = ScaleState(state.pop("scale_state"), state)
         runs, before = processes.gather((runs, before))[0]  # only rank 0's disk is sure to hold the epochs
         model = load_model(
             arguments.model,
@@ -132,10 +140,13 @@ def main(argv: list[str] | None = None) -> int:
             arguments.attn_implementation,
             arguments.quantization,
             arguments.granularity,
+            arguments.replacement_rank,
         )
-        options = cli.training_options(arguments)
+        options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=MAP_LEARNING_RATE)
         prepare_model(model, options)
         trained = EpochTraining(model, blocks, training, held_out, options, processes.group(1), cli.progress)
+        if arguments.replacement_rank and not runs:
+            trained.fit_maps()
         if runs:
             baselines = runs[-1]["held_out"]
         else:
@@ -168,8 +179,9 @@ def main(argv: list[str] | None = None) -> int:
                     blocks,
                     epoch.values,
                     run,
-                    {"scale_state": epoch.state.tensors},
+                    {"scale_state": epoch.state.tensors} | epoch.state.maps,
                     share_with=next((folder for folder in reversed(earlier) if folder.is_dir()), None),
+                    maps=epoch.maps,
                 )
                 scaled = run["held_out"]["scaled"]
                 tail = f", held-out {scaled[MEASURES[options.loss]]:.4f}" if scaled else ""

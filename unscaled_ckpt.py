@@ -1,10 +1,12 @@
-"""Step 4b: a checkpoint with attention blocks skipped and all scales 1: no training, no data.
+"""Step 4b: a checkpoint with attention blocks skipped and all scales 1: nothing is trained.
 
     python unscaled_ckpt.py --model smollm --blocks_to_skip 15 8
     python unscaled_ckpt.py --model smollm --blocks_to_skip smollm_block_selection.json --export folded
+    python unscaled_ckpt.py --model smollm --blocks_to_skip smollm_block_selection.json \\
+        --replacement_rank 16 --data_path data/smollm-processed-data/data.jsonl
 
-Writes unscaled_{model}_ckpts/{model}_unscaled/. Only files are copied; a model is loaded
-to check an --export, and for nothing else.
+Writes unscaled_{model}_ckpts/{model}_unscaled/. Files are copied; a model is loaded only to fit the maps
+of --replacement_rank, and to check an --export.
 """
 
 import argparse
@@ -12,21 +14,46 @@ import sys
 from pathlib import Path
 
 from hopscotch_common import cli, files
+from hopscotch_common.errors import InputError
 from hopscotch_common.report.runs import describe_run
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
-    cli.add_model_arguments(parser, load=False)
+    cli.add_model_arguments(parser)
     cli.add_blocks_argument(parser)
+    cli.add_replacement_argument(parser)
+    parser.add_argument(
+        "--data_path",
+        type=Path,
+        help="processed data of step 2, which the maps of --replacement_rank are fitted on",
+    )
     parser.add_argument(
         "--output_dir", type=Path, help="folder of the checkpoint (default: unscaled_{model}_ckpts)"
     )
     cli.add_export_argument(parser, "also export the checkpoint")
-    parser.add_argument(
-        "--device", default="auto", help="where an export's check runs: cpu, cuda, auto or split"
-    )
     return parser
+
+
+def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dict:
+    """The maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
+    from hopscotch_common import models, scales
+    from hopscotch_common.loading import load_model
+    from hopscotch_common.training import TrainingOptions, batches
+    from hopscotch_common.training.epochs import EpochTraining
+
+    samples = batches.load_samples(arguments.data_path, config.vocab_size, models.context_length(config))
+    cli.seed_everything(arguments.seed)
+    model = load_model(
+        arguments.model,
+        arguments.dtype,
+        arguments.device,
+        arguments.attn_implementation,
+        replacement_rank=arguments.replacement_rank,
+    )
+    EpochTraining(model, blocks, samples, [], TrainingOptions(0.0), bar=cli.progress).fit_maps()
+    scales.reset(model, blocks)
+    return scales.maps_of(model)
 
 
 @cli.command
@@ -43,16 +70,24 @@ def main(argv: list[str] | None = None) -> int:
 
     config = read_config(arguments.model)
     blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
+    cli.check_rank(arguments.replacement_rank, config)
+    if arguments.replacement_rank and not arguments.data_path:
+        raise InputError("--replacement_rank: its maps are fitted on data; give --data_path, too")
     files.check_writable(output_dir)
     folder = output_dir / f"{arguments.model.name}_unscaled"
     resolve_device(arguments.device)
     checkpoints.check_replaceable(folder)
-    check_exports(arguments.export, config, folder)
-    weights.check_weights(arguments.model.folder(), config)
+    check_exports(arguments.export, config, folder, arguments.replacement_rank)
+    weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     values = torch.ones(config.num_hidden_layers, len(SCALE_NAMES))
-    values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
+    maps = {}
+    if arguments.replacement_rank:
+        maps = fitted_maps(arguments, config, blocks)
+    else:
+        values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
     run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}
-    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run | describe_run(vars(arguments)))
+    run |= describe_run(vars(arguments))
+    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run, maps=maps)
     cli.result(str(folder))
     for name, report in run_exports(arguments.export, folder, folder, arguments.device).items():
         cli.result(f"Exported {name}: {report['folder']}")

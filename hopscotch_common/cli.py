@@ -153,6 +153,7 @@ def number(kind: type, condition: Callable[[float], bool], needed: str) -> Calla
 
 
 positive_int = number(int, lambda value: 0 < value < 2**31, "a whole number above 0 and below 2^31")
+whole_number = number(int, lambda value: 0 <= value < 2**31, "a whole number, 0 or above")
 positive_float = number(float, lambda value: 0 < value < 1e30, "a finite number above 0")
 share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 part = number(float, lambda value: 0 < value < 1, "above 0 and below 1")
@@ -281,6 +282,24 @@ def load_samples(arguments: argparse.Namespace, config) -> list:
         arguments.max_tokens_per_batch,
         arguments.max_samples,
     )
+
+
+def add_replacement_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--replacement_rank`; `check_rank` checks it."""
+    parser.add_argument(
+        "--replacement_rank",
+        type=whole_number,
+        default=0,
+        metavar="RANK",
+        help="put a linear map of this rank, fitted to what the block did, in each skipped block's place "
+        "(0: nothing); it takes no KV cache",
+    )
+
+
+def check_rank(rank: int, config) -> None:
+    """Raise InputError for a rank that no map of the model's hidden states has."""
+    if rank > config.hidden_size:
+        raise InputError(f"--replacement_rank {rank}: at most {config.hidden_size}, the model's hidden size")
 
 
 def add_blocks_argument(parser: argparse.ArgumentParser) -> None:

@@ -76,14 +76,19 @@ def hopscotch_classes(model_type: str) -> tuple[type, type]:
     return config_class, model_class
 
 
-def hopscotch_config(base_config, skipped_blocks=(), scale_granularity: str = "layer"):
+def hopscotch_config(
+    base_config, skipped_blocks=(), scale_granularity: str = "layer", replacement_rank: int = 0
+):
     """The Hopscotch config of a stock one. A model read with it may be read from base weights."""
     config_class, _ = hopscotch_classes(base_config.model_type)
     values = base_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
         values.pop(key, None)
     config = config_class(
-        **values, skipped_attention_blocks=list(skipped_blocks) or None, scale_granularity=scale_granularity
+        **values,
+        skipped_attention_blocks=list(skipped_blocks) or None,
+        scale_granularity=scale_granularity,
+        replacement_rank=replacement_rank,
     )
     config.dtype = base_config.dtype
     config.new_scales = True
@@ -138,14 +143,18 @@ def load_model(
     attn_implementation: str = "auto",
     quantization: str | None = None,
     scale_granularity: str = "layer",
+    replacement_rank: int = 0,
 ):
     """The model with scaled decoder layers, no block skipped, all scales 1, in eval mode.
 
     With scales of 1 its logits equal the stock class's bit for bit. Weights are frozen; only the
     scales require gradients. quantization: None, or one of QUANTIZATIONS (weight only).
-    scale_granularity: one of GRANULARITIES.
+    scale_granularity: one of GRANULARITIES. replacement_rank: above 0, each block has a map for when it is
+    skipped, zero until `fit_maps`.
     """
-    config = hopscotch_config(read_config(ref), scale_granularity=scale_granularity)
+    config = hopscotch_config(
+        read_config(ref), scale_granularity=scale_granularity, replacement_rank=replacement_rank
+    )
     _, model_class = hopscotch_classes(config.model_type)
     resolved = resolve_device(device)
     options = {"config": config, "dtype": dtype, "device_map": device_map(resolved)}

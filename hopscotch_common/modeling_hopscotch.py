@@ -3,6 +3,9 @@
     x1   = b_attn * Attention(Norm(x_in)) + s_attn * x_in
     xout = b_mlp  * MLP(Norm(x1))         + s_mlp  * x1           (arXiv 2506.03303)
 
+Where attention is skipped, its place is empty (b_attn = 0), or a low-rank map of the same input stands
+there: x1 = b_attn * up down Norm(x_in) + s_attn * x_in, down: [rank, hidden], up: [hidden, rank].
+
 A copy of this file travels in every saved checkpoint, so that `AutoModelForCausalLM.from_pretrained(
 path, trust_remote_code=True)` works where this project is not installed. It therefore imports torch
 and transformers only, and nothing of its own package; of transformers' models, it imports those of
@@ -21,6 +24,7 @@ import torch
 import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 from transformers import initialization
 from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import (
@@ -33,7 +37,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 PREFIX = "hopscotch_"  # of the model types
 CLASS_PREFIX = "Hopscotch"
 SCALE_NAMES = ("b_scale_attn", "s_scale_attn", "b_scale_mlp", "s_scale_mlp")
-SCALE_KEYS = r"\.[bs]_scale_(attn|mlp)$"
+REPLACEMENT_NAMES = ("replacement_down", "replacement_up")
+OWN_KEYS = r"\.([bs]_scale_(attn|mlp)|replacement_(down|up))$"  # of what this file adds to a layer
 GRANULARITIES = ("layer", "channel")
 ATTENTION_ARGUMENTS = (
     "attention_mask",
@@ -62,10 +67,10 @@ class Family:
     recurrent: str | None = None  # what layers without attention have in its place
     caps_attention: bool = False  # attention's logits, softly; sdpa would leave that out
 
-    @property
-    def attention_modules(self) -> tuple[str, ...]:
-        """What a layer with skipped attention does without."""
-        names = (self.norm_before_attention, self.attention, self.norm_after_attention)
+    def skipped_modules(self, replaced: bool) -> tuple[str, ...]:
+        """What a layer with skipped attention does without; `replaced`: where a map reads the normed input."""
+        before = None if replaced else self.norm_before_attention
+        names = (before, self.attention, self.norm_after_attention)
         return tuple(name for name in names if name is not None)
 
 
@@ -183,8 +188,16 @@ class ScaledDecoderLayer:
             size = config.hidden_size if by_channel else 1
             setattr(self, name, nn.Parameter(torch.ones(size, dtype=torch.float32)))
         self.skip_attention = layer_idx in (config.skipped_attention_blocks or ())
+        rank, hidden = config.replacement_rank, config.hidden_size
+        # Where blocks are still to be skipped, each may need its map.
+        has_map = rank and (
+            self.skip_attention or (config.new_scales and hasattr(self, self.family.attention))
+        )
+        for name, shape in zip(REPLACEMENT_NAMES, ((rank, hidden), (hidden, rank)), strict=True):
+            made = nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if has_map else None
+            self.register_parameter(name, made)
         if self.skip_attention:  # a checkpoint's skip is for good: no weights are held for it
-            for name in self.family.attention_modules:
+            for name in self.family.skipped_modules(bool(rank)):
                 delattr(self, name)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -195,13 +208,28 @@ class ScaledDecoderLayer:
     def after_attention(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """The residual stream between the layer's two blocks; same arguments and shape as the layer's."""
         stream = scaled(hidden_states, self.s_scale_attn)
-        if self.skip_attention:
+        if not self.skip_attention:
+            branch = self.attention_branch(hidden_states, kwargs)
+        elif self.replacement_up is not None:
+            branch = self._replacement(hidden_states)
+        else:
             return stream
-        return stream + scaled(self._attention_branch(hidden_states, kwargs), self.b_scale_attn)
+        return stream + scaled(branch, self.b_scale_attn)
 
-    def _attention_branch(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    def attention_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the attention block, or the map in its place, reads of a stream [batch, sequence, hidden]."""
+        return self._normed(self.family.norm_before_attention, hidden_states)
+
+    def _replacement(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """up down Norm(x) in the activations' dtype; the maps themselves are float32, as the scales are."""
+        normed = self.attention_input(hidden_states)
+        down, up = self.replacement_down.to(normed.dtype), self.replacement_up.to(normed.dtype)
+        return linear(linear(normed, down), up)
+
+    def attention_branch(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """What the layer's attention adds to the stream at b_attn = 1, same shape as the stream."""
         family = self.family
-        normed = self._normed(family.norm_before_attention, hidden_states)
+        normed = self.attention_input(hidden_states)
         attention = getattr(self, family.attention, None)
         if attention is not None:
             output = output_of(attention, hidden_states=normed, **kwargs)
@@ -232,7 +260,7 @@ class ScaledDecoderLayer:
 
 
 class HopscotchConfig:
-    """Mixin over a stock config, which adds `skipped_attention_blocks` and `scale_granularity`.
+    """Mixin over a stock config: `skipped_attention_blocks`, `scale_granularity`, `replacement_rank`.
 
     new_scales: whether the weights that will be read have no scales yet, so that these start at 1. It
     holds for a base model's weights. in_vllm_plugin: whether vLLM builds the model by this project's
@@ -246,13 +274,15 @@ class HopscotchConfig:
         values = super().to_dict()
         for name in ("new_scales", "in_vllm_plugin"):
             values.pop(name, None)
+        if not values.get("replacement_rank"):
+            values.pop("replacement_rank", None)
         return values
 
 
 class HopscotchPreTrained:
     """What base model and causal LM share: how their scales are kept and read."""
 
-    _keep_in_fp32_modules_strict = SCALE_NAMES
+    _keep_in_fp32_modules_strict = SCALE_NAMES + REPLACEMENT_NAMES
 
     def _init_weights(self, module):
         """Raises ValueError for weights without scales, unless `config.new_scales` expects just that."""
@@ -260,13 +290,16 @@ class HopscotchPreTrained:
         if not isinstance(module, ScaledDecoderLayer):
             return
         read = {name for name, tensor in module.named_parameters() if hasattr(tensor, "_is_hf_initialized")}
-        if read and not read.issuperset(SCALE_NAMES) and not self.config.new_scales:
+        maps = [name for name in REPLACEMENT_NAMES if getattr(module, name) is not None]
+        if read and not read.issuperset([*SCALE_NAMES, *maps]) and not self.config.new_scales:
             raise ValueError(
-                f"{self.config.name_or_path}: a layer's scales are missing ({', '.join(SCALE_NAMES)}), and "
-                "without them it would be another model"
+                f"{self.config.name_or_path}: a layer's scales are missing ({', '.join((*SCALE_NAMES, *maps))}), "
+                "and without them it would be another model"
             )
         for name in SCALE_NAMES:
             initialization.ones_(getattr(module, name))  # leaves alone what was read
+        for name in maps:
+            initialization.zeros_(getattr(module, name))
 
 
 class HopscotchModel(HopscotchPreTrained):
@@ -295,11 +328,11 @@ class HopscotchModel(HopscotchPreTrained):
             layer.__class__ = scaled_layer_class(type(layer), self.family)
             layer.add_scales(config, index)
         self._no_split_modules = {type(layer).__name__ for layer in self.layers}
-        modules = "|".join(self.family.attention_modules)
+        modules = "|".join(self.family.skipped_modules(bool(config.replacement_rank)))
         unexpected = {rf"layers\.{index}\.({modules})\." for index in skipped}
         self._keys_to_ignore_on_load_unexpected |= unexpected
         if config.new_scales:
-            self._keys_to_ignore_on_load_missing |= {SCALE_KEYS}
+            self._keys_to_ignore_on_load_missing |= {OWN_KEYS}
         self.number_cache_slots()
 
     def number_cache_slots(self) -> None:
@@ -418,10 +451,15 @@ def family_config(model_type: str) -> type:
         f"{CLASS_PREFIX}{stock.__name__}",
         (HopscotchConfig, stock),
         {
-            "__annotations__": {"skipped_attention_blocks": list[int] | None, "scale_granularity": str},
+            "__annotations__": {
+                "skipped_attention_blocks": list[int] | None,
+                "scale_granularity": str,
+                "replacement_rank": int,
+            },
             "model_type": PREFIX + model_type,
             "skipped_attention_blocks": None,
             "scale_granularity": "layer",
+            "replacement_rank": 0,
         },
     )
 

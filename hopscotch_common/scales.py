@@ -6,6 +6,8 @@ and what skipping an attention block does to them.
 Outside of a model all scales are one float32 tensor [layers, width]. A row holds a layer's scales one
 after another in SCALE_NAMES order: 4 numbers where each is a scalar, and 2 * hidden + 2 where b is a
 vector (`scale_granularity: channel`). `columns` takes it apart.
+
+A model with a `replacement_rank` has low-rank maps besides, which stand in the skipped blocks' place.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hopscotch_common.modeling_hopscotch import SCALE_NAMES, check_skipped_blocks
+from hopscotch_common.modeling_hopscotch import REPLACEMENT_NAMES, SCALE_NAMES, check_skipped_blocks
 from hopscotch_common.recomputation import recompute_elementwise
 
 
@@ -24,22 +26,45 @@ def named_scales(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
             yield f"model.layers.{index}.{name}", getattr(layer, name)
 
 
+def named_maps(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(state-dict key, parameter) of the maps in skipped blocks' place: down [rank, hidden], up [hidden, rank]."""
+    for index, layer in enumerate(model.model.layers):
+        if layer.skip_attention and layer.replacement_up is not None:
+            for name in REPLACEMENT_NAMES:
+                yield f"model.layers.{index}.{name}", getattr(layer, name)
+
+
+def maps_of(model) -> dict[str, torch.Tensor]:
+    """Copies of `named_maps` on the CPU, by state-dict key."""
+    return {key: parameter.detach().cpu().clone() for key, parameter in named_maps(model)}
+
+
+def rank_of(maps: dict[str, torch.Tensor]) -> int:
+    """The config's `replacement_rank` of maps by state-dict key: 0 where there are none."""
+    return next((len(tensor) for key, tensor in maps.items() if key.endswith(REPLACEMENT_NAMES[0])), 0)
+
+
 def freeze_base(model) -> None:
-    """Freeze every parameter but the scales, and of those b_scale_attn of skipped blocks."""
+    """Freeze every parameter but the scales, and of those b_scale_attn where nothing is in attention's place."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in model.model.layers:
         for name in SCALE_NAMES:
-            trains = not (name == "b_scale_attn" and layer.skip_attention)
-            getattr(layer, name).requires_grad_(trains)
+            getattr(layer, name).requires_grad_(name != "b_scale_attn" or not _empty(layer))
     recompute_elementwise(model)
 
 
+def _empty(layer) -> bool:
+    """Whether nothing stands in the place of a layer's attention."""
+    return layer.skip_attention and layer.replacement_up is None
+
+
 def trainable_scales(model) -> list[torch.nn.Parameter]:
-    """The parameters that train; fails loudly if any of them is not a scale."""
+    """The scales that train; fails loudly if a parameter trains that is neither scale nor map."""
     scales = [scale for _, scale in named_scales(model) if scale.requires_grad]
+    maps = [parameter for _, parameter in named_maps(model) if parameter.requires_grad]
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trainable == {id(scale) for scale in scales}, "a parameter other than the scales trains"
+    assert trainable == {id(p) for p in [*scales, *maps]}, "a parameter other than scales and maps trains"
     return scales
 
 
@@ -58,17 +83,17 @@ def skippable_blocks(model, skipped) -> list[int]:
 
 @torch.no_grad()
 def reset(model, skipped=()) -> None:
-    """Set all scales to 1 and skip exactly the attention blocks in `skipped`.
+    """Set all scales to 1 and skip exactly the attention blocks in `skipped`. Maps stay as they are.
 
-    Skipping is b_attn = 0, fixed, with attention not computed. s_attn of that layer stays
-    trainable: with s_attn = 0 too, the residual stream would be wiped out.
+    Skipping is b_attn = 0, fixed, with attention not computed; or where the model has maps, b_attn = 1 of
+    the map. s_attn of that layer stays trainable: with s_attn = 0 too, the residual stream would be wiped out.
     """
     skipped = set(skipped)
     for index, layer in enumerate(model.model.layers):
         layer.skip_attention = index in skipped
         for name in SCALE_NAMES:
             getattr(layer, name).fill_(1.0)
-        if layer.skip_attention:
+        if _empty(layer):
             layer.b_scale_attn.zero_()
     model.model.number_cache_slots()
     freeze_base(model)

@@ -4,7 +4,7 @@ A checkpoint folder holds
 
     config.json, modeling_hopscotch.py     what `trust_remote_code=True` needs, nothing else
     base-0000i-of-0000n.safetensors        the base weights, bit for bit as they were read
-    scales.safetensors                     the scales of each layer, float32
+    scales.safetensors                     the scales of each layer, and maps in skipped blocks' place, float32
     model.safetensors.index.json           which tensor is in which file
     hopscotch.json                         the run that made it: arguments, losses, versions
     tokenizer files, generation_config.json
@@ -32,7 +32,7 @@ from hopscotch_common.loading import (
     read_config,
 )
 from hopscotch_common.log import check_settings
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, SCALE_NAMES
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, REPLACEMENT_NAMES, SCALE_NAMES
 from hopscotch_common.models import ModelRef
 from hopscotch_common.weights import (
     INDEX_FILE,
@@ -58,7 +58,8 @@ COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 def is_skipped_weight(key: str, config) -> bool:
     """Whether a weight belongs to an attention block that a Hopscotch config skips."""
     match = LAYER_KEY.match(key)
-    modules = FAMILIES[config.model_type.removeprefix(PREFIX)].attention_modules
+    family = FAMILIES[config.model_type.removeprefix(PREFIX)]
+    modules = family.skipped_modules(bool(config.replacement_rank))
     return bool(match) and int(match[1]) in (config.skipped_attention_blocks or ()) and match[2] in modules
 
 
@@ -70,17 +71,18 @@ def save_checkpoint(
     run: dict,
     training_state: dict[str, torch.Tensor] | None = None,
     share_with: Path | None = None,
+    maps: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a checkpoint, atomically.
 
-    values: the scales [layers, width]. run: what goes into hopscotch.json. training_state: optimizer
+    values: the scales [layers, width]. maps: what stands in the skipped blocks' place (`scales.maps_of`). run: what goes into hopscotch.json. training_state: optimizer
     moments for resuming. share_with: an earlier checkpoint of the same base and skips, whose
     weights are linked instead of written again.
     """
     check_replaceable(folder)
     with atomic_folder(folder) as target:
         if share_with is None:
-            run = run | {"weights": _write_base(target, base, skipped, values)}
+            run = run | {"weights": _write_base(target, base, skipped, values, maps or {})}
         else:
             run = run | {"weights": read_run(share_with)["weights"]}
             for path in share_with.iterdir():
@@ -88,17 +90,19 @@ def save_checkpoint(
                     link_or_copy(path, target / path.name)
                 elif path.name not in OWN_FILES:
                     shutil.copyfile(path, target / path.name)
-        save_tensors(scales.as_state_dict(values), target / SCALES_FILE)
+        save_tensors(scales.as_state_dict(values) | (maps or {}), target / SCALES_FILE)
         if training_state is not None:
             save_tensors(training_state, target / STATE_FILE)
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
 
 
-def _write_base(target: Path, base: ModelRef, skipped: list[int], values: torch.Tensor) -> dict:
+def _write_base(
+    target: Path, base: ModelRef, skipped: list[int], values: torch.Tensor, maps: dict[str, torch.Tensor]
+) -> dict:
     """Write everything that checkpoints of one run share; counts of weights kept and removed."""
     source, stock = base.folder(), read_config(base)
     check_weights(source, stock)
-    config = hopscotch_config(stock, sorted(skipped), scales.granularity(values))
+    config = hopscotch_config(stock, sorted(skipped), scales.granularity(values), scales.rank_of(maps))
     _, _, model_class = modeling_hopscotch.family_classes(stock.model_type)
     config.architectures = [model_class.__name__]
     config.auto_map = auto_map(stock.model_type)
@@ -121,8 +125,10 @@ def _write_base(target: Path, base: ModelRef, skipped: list[int], values: torch.
         if kept:
             save_tensors(kept, target / name)
             weight_map |= dict.fromkeys(kept, name)
-    weight_map |= dict.fromkeys(scales.as_state_dict(values), SCALES_FILE)
-    index = {"metadata": {"total_size": total_bytes + values.nbytes}, "weight_map": weight_map}
+    own = scales.as_state_dict(values) | maps
+    weight_map |= dict.fromkeys(own, SCALES_FILE)
+    total_bytes += sum(tensor.nbytes for tensor in own.values())
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return {
         "parameters": total,
@@ -189,13 +195,30 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
     return scales.from_state_dict(found, config.num_hidden_layers)
 
 
-def load_training_state(folder: Path) -> torch.Tensor:
-    """What training goes on from, [4, layers, width] (`ScaleState`); InputError where it is none."""
+def load_maps(folder: Path) -> dict[str, torch.Tensor]:
+    """The maps in skipped blocks' place, by state-dict key; InputError where a number is not finite."""
+    own = folder / SCALES_FILE
+    tensors = read_tensors(own) if own.is_file() else {}
+    maps = {key: tensor for key, tensor in tensors.items() if key.endswith(REPLACEMENT_NAMES)}
+    for key, tensor in maps.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{folder}: {key} is not finite; train it again")
+    return maps
+
+
+def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
+    """What training goes on from (`ScaleState`); InputError where it is none.
+
+    "scale_state", [4, layers, width], and the same four of each map that trains, by its key.
+    """
     remedy = "so training cannot resume from it; train anew into another --output_dir"
     if not (folder / STATE_FILE).is_file():
         raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
-    state = read_tensors(folder / STATE_FILE).get("scale_state", torch.empty(0))
-    if state.shape != (4, *load_scales(folder).shape) or not state.isfinite().all():
+    state = read_tensors(folder / STATE_FILE)
+    wanted = {"scale_state": load_scales(folder)} | load_maps(folder)
+    shapes = {key: (4, *tensor.shape) for key, tensor in wanted.items()}
+    finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
+    if {key: tuple(tensor.shape) for key, tensor in state.items()} != shapes or not finite:
         raise InputError(f"{folder / STATE_FILE}: not finite numbers for each of the scales, {remedy}")
     return state
 
@@ -241,6 +264,7 @@ def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
     _, model_class = hopscotch_classes(config.model_type)
     found = stored_shapes(folder)
     values = load_scales(folder, config)
+    load_maps(folder)
     if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
         check_tensors(folder, lambda: model_class(config), found)
     return config, values

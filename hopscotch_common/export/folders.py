@@ -16,7 +16,7 @@ from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
 from hopscotch_common.export.folding import Folding, fold_factors, granite_multipliers
 from hopscotch_common.loading import hopscotch_classes, load_whole
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, SCALE_KEYS, HopscotchForCausalLM
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, OWN_KEYS, HopscotchForCausalLM
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
         name = "model.safetensors" if len(sources) == 1 else name
         tensors = {}
         for key, tensor in weights.read_tensors(path).items():
-            known = key in target.shapes or (target.renamed and not re.search(SCALE_KEYS, key))
+            known = key in target.shapes or (target.renamed and not re.search(OWN_KEYS, key))
             if not known or checkpoints.is_skipped_weight(key, config):
                 continue
             tensors[key] = _filled_up(target.folding.fold(key, tensor), target.shapes.get(key))

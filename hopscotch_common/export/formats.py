@@ -37,11 +37,21 @@ FORMATS = {
 }
 
 
-def check_exports(formats: Sequence[str], config, target: Path) -> None:
+def check_exports(formats: Sequence[str], config, target: Path, replacement_rank: int = 0) -> None:
     """Raise InputError where `run_exports` is bound to fail for a model of this (stock) config."""
     for name in formats:
+        check_maps(name, replacement_rank)
         check_output(export_folder(target, name))
         FORMATS[name].check_config(config)
+
+
+def check_maps(format: str, replacement_rank: int) -> None:
+    """Raise InputError where a checkpoint has maps and the format cannot hold them."""
+    if replacement_rank and format == "folded":
+        raise InputError(
+            "folded has no place for maps (--replacement_rank), as the stock class has none; export "
+            "nemotron_nas for mlx-lm, or serve the checkpoint itself, with vLLM or transformers"
+        )
 
 
 def export_folder(target: Path, format: str) -> Path:
@@ -78,6 +88,7 @@ def export_checkpoint(
     """
     config, values = checkpoints.read_checkpoint(checkpoint)
     check_output(output)
+    check_maps(format, config.replacement_rank)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
     FORMATS[format].check_config(config)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged
+from hopscotch_common.modeling_hopscotch import attention_blocks
 from hopscotch_common.search.distances import stream_distances
 from hopscotch_common.search.schedule import Candidate
 from hopscotch_common.search.screening import untrained_losses
@@ -13,6 +14,7 @@ from hopscotch_common.training.batches import Batch, Sample
 from hopscotch_common.training.distributed import Group
 from hopscotch_common.training.memory import MinibatchRunner
 from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.replacement import fit_maps
 from hopscotch_common.training.trainer import (
     EpochBatches,
     HeldOut,
@@ -42,6 +44,7 @@ class CandidateTrainer:
         if options.loss == "kl":
             self._originals.keep(self.batches.epoch())
         self._originals.keep(self._held_out)
+        self._wrong: dict[int, float] = {}  # by block, once maps are fitted
         self._parts: dict[tuple[int, int], list[Batch]] = {}  # by rank and size of a group
 
     @property
@@ -53,6 +56,12 @@ class CandidateTrainer:
         if place not in self._parts:
             self._parts[place] = self.batches.epoch(0, *place)
         return self._parts[place]
+
+    def fit_maps(self, group: Group) -> None:
+        """Fit the map of every block, for when it is skipped; `group`: all processes, which share the work."""
+        blocks = attention_blocks(self.model.config)
+        batches = self.batches.in_order(group.rank, group.size)
+        self._wrong = fit_maps(self.model, batches, blocks, group.reduce)
 
     def candidates(self, skipped: Sequence[int]) -> list[int]:
         """The blocks of which each could be skipped next."""
@@ -114,7 +123,12 @@ class CandidateTrainer:
         )
 
     def distances(self, skipped: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
-        """How far each block turns the residual stream, over all batches (`stream_distances`)."""
+        """How far each block turns the residual stream, over all batches (`stream_distances`).
+
+        With maps: the share of the stream behind a block that its map gets wrong (`fit_maps`).
+        """
+        if self._wrong:
+            return {block: self._wrong[block] for block in blocks}
         return stream_distances(self.model, self._part(Group()), skipped, blocks, self._runner)
 
     def original_loss(self) -> float:

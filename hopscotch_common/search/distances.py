@@ -11,9 +11,9 @@ from accelerate.utils import send_to_device
 from torch.nn.functional import cosine_similarity
 
 from hopscotch_common import scales
-from hopscotch_common.search.screening import layer_calls
 from hopscotch_common.training.batches import Batch, Minibatch
 from hopscotch_common.training.memory import MinibatchRunner
+from hopscotch_common.training.replacement import layer_calls
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from hopscotch_common.training.batches import Batch, Minibatch
 from hopscotch_common.training.loss import summed_head_loss
 from hopscotch_common.training.memory import MinibatchRunner
 from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.replacement import layer_calls
 
 
 @torch.no_grad()
@@ -68,20 +69,3 @@ def _loss_without(
     finally:
         layers[block].skip_attention = False
     return summed_head_loss(model, model.model.norm(hidden), minibatch, original)
-
-
-def layer_calls(model, minibatch: Minibatch) -> list[tuple[torch.Tensor, dict]]:
-    """(input [rows, length, hidden], keyword arguments) of every decoder layer in a forward pass."""
-    calls: list[tuple[torch.Tensor, dict]] = []
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, arguments, keywords: calls.append((arguments[0], keywords)), with_kwargs=True
-        )
-        for layer in model.model.layers
-    ]
-    try:
-        model.model(**minibatch.inputs, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls

@@ -13,7 +13,8 @@ class TrainingOptions:
 
     max_tokens_per_batch: most tokens that run at once, padding included; None: what suits the device.
     It bounds memory and does not change the result, as gradient_checkpointing and compile_layers.
-    seed: of the order of the data. loss: one of MEASURES.
+    seed: of the order of the data. loss: one of MEASURES. map_learning_rate: Adam's for the maps in skipped
+    blocks' place; None: they stay as they were fitted.
     """
 
     learning_rate: float
@@ -23,3 +24,4 @@ class TrainingOptions:
     compile_layers: bool = False
     seed: int = 42
     loss: str = "ce"
+    map_learning_rate: float | None = None

@@ -11,6 +11,7 @@ from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Sample
 from hopscotch_common.training.distributed import Group
 from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.replacement import fit_maps
 from hopscotch_common.training.trainer import EpochBatches, HeldOut, ScaleState, ScaleTrainer, evaluate
 
 
@@ -18,13 +19,15 @@ from hopscotch_common.training.trainer import EpochBatches, HeldOut, ScaleState,
 class Epoch:
     """What an epoch came to. losses: one a batch; held_out: None where nothing is held out.
 
-    values: the scales [layers, width]; state: all that it takes to go on.
+    values: the scales [layers, width]; maps: those in skipped blocks' place, by state-dict key, on the CPU;
+    state: all that it takes to go on.
     """
 
     number: int
     losses: list[float]
     held_out: HeldOut | None
     values: torch.Tensor
+    maps: dict[str, torch.Tensor]
     state: ScaleState
 
     @property
@@ -62,6 +65,12 @@ class EpochTraining:
             self._originals.keep(self._training.in_order())
         self._trainer: ScaleTrainer | None = None
 
+    def fit_maps(self) -> None:
+        """Put a map fitted to the original model on the training answers into each skipped block's place."""
+        batches = self._training.in_order(**self._share)
+        with self.bar(len(batches), "fitting the maps") as bar:
+            fit_maps(self.model, batches, self.skipped, self.group.reduce, bar.update)
+
     def baselines(self) -> dict[str, HeldOut | None]:
         """Held-out figures without training: of the original model, and with the blocks skipped."""
         figures = {}
@@ -79,6 +88,7 @@ class EpochTraining:
             state,
             self.group.reduce,
             originals=self._originals if self.options.loss == "kl" else None,
+            map_learning_rate=self.options.map_learning_rate,
         )
 
     def epoch(self, number: int) -> Epoch:
@@ -88,7 +98,8 @@ class EpochTraining:
             losses = self._trainer.run(batches, f"epoch {number}", on_batch=bar.update_loss)
         self._trainer.check_sound(batches, f"epoch {number}, batch {len(batches) - 1}")
         held_out = self._held_out_figures(f"epoch {number}")
-        return Epoch(number, losses, held_out, scales.snapshot(self.model), self._trainer.state())
+        values, maps = scales.snapshot(self.model), scales.maps_of(self.model)
+        return Epoch(number, losses, held_out, values, maps, self._trainer.state())
 
     def _held_out_figures(self, what: str) -> HeldOut | None:
         if not self._held_out:

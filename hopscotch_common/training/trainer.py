@@ -3,7 +3,7 @@
 import base64
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -179,9 +179,11 @@ class ScaleState:
 
     Rows: values (as `scales.snapshot` gives them), Adam's first and second moments, and step counts.
     Small enough to keep for every candidate of a search, so pausing one costs nothing.
+    maps: of maps that train, too, the same four [4, *shape] by state-dict key; a search trains none.
     """
 
     tensors: torch.Tensor
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def encode(self) -> str:
         """As ASCII, exactly: the number of layers, a colon, and the numbers in base64."""
@@ -216,18 +218,24 @@ class ScaleTrainer:
         reduce: Reduce | None = None,
         runner: MinibatchRunner | None = None,
         originals: Originals | None = None,
+        map_learning_rate: float | None = None,
     ):
         """Skip exactly `skipped`; go on from `state`, or start from scales of 1.
 
         reduce: sums a tensor over the processes that share each batch. runner: kept by the caller, so that
         what it learnt of memory outlives this trainer. originals: the loss is the divergence from them; None:
-        cross entropy on the answers' tokens.
+        cross entropy on the answers' tokens. map_learning_rate: as `TrainingOptions` has it.
         """
         self.model, self.reduce, self.runner = model, reduce, runner or MinibatchRunner()
         self.originals = originals
         scales.reset(model, skipped)
-        self.parameters = scales.trainable_scales(model)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate)
+        groups = [{"params": scales.trainable_scales(model), "lr": learning_rate}]
+        self._maps = {}
+        if map_learning_rate is not None and (maps := dict(scales.named_maps(model))):
+            self._maps = {key: parameter.requires_grad_() for key, parameter in maps.items()}
+            groups.append({"params": list(maps.values()), "lr": map_learning_rate})
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = torch.optim.Adam(groups)
         if state is not None:
             self._go_on_from(state)
 
@@ -236,23 +244,37 @@ class ScaleTrainer:
         rows = [scales.as_state_dict(row) for row in state.tensors[1:]]
         for key, scale in scales.named_scales(self.model):
             if scale.requires_grad:
-                first, second, step = (row[key] for row in rows)
-                self.optimizer.state[scale] = {
-                    "step": step[0].clone(),
-                    "exp_avg": first.to(scale.device, copy=True),
-                    "exp_avg_sq": second.to(scale.device, copy=True),
-                }
+                self._set_moments(scale, *(row[key] for row in rows))
+        for key, parameter in self._maps.items():
+            parameter.data.copy_(state.maps[key][0])
+            self._set_moments(parameter, *state.maps[key][1:])
+
+    def _set_moments(self, parameter: torch.Tensor, first, second, step) -> None:
+        self.optimizer.state[parameter] = {
+            "step": step.flatten()[0].clone(),
+            "exp_avg": first.to(parameter.device, copy=True),
+            "exp_avg_sq": second.to(parameter.device, copy=True),
+        }
+
+    def _moment(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """Of Adam's state, on the CPU and in the parameter's shape; 0 before the first step."""
+        moment = self.optimizer.state.get(parameter, {}).get(name, torch.zeros(()))
+        return moment.detach().cpu().float().expand_as(parameter).clone()
 
     def state(self) -> ScaleState:
         """The present state, a copy."""
-        moments = []
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            found = {}
-            for key, scale in scales.named_scales(self.model):
-                moment = self.optimizer.state.get(scale, {}).get(name, torch.zeros(()))
-                found[key] = moment.detach().cpu().float().expand_as(scale).clone()
-            moments.append(scales.from_state_dict(found, len(self.model.model.layers)))
-        return ScaleState(torch.stack([scales.snapshot(self.model), *moments]))
+        names, layers = ("exp_avg", "exp_avg_sq", "step"), len(self.model.model.layers)
+        moments = [
+            scales.from_state_dict(
+                {key: self._moment(name, scale) for key, scale in scales.named_scales(self.model)}, layers
+            )
+            for name in names
+        ]
+        maps = {
+            key: torch.stack([parameter.detach().cpu(), *(self._moment(name, parameter) for name in names)])
+            for key, parameter in self._maps.items()
+        }
+        return ScaleState(torch.stack([scales.snapshot(self.model), *moments]), maps)
 
     def step(self, batch: Batch, where: str) -> torch.Tensor:
         """One optimizer step; the batch's mean loss, a detached scalar on the model's device.
@@ -358,8 +380,8 @@ class ScaleTrainer:
         The losses of `run` are those before each step, so they cannot tell what the last one did.
         """
         remedy = "lower --learning_rate, or use --dtype float32 (with --resume, earlier epochs stay)"
-        for name, scale in scales.named_scales(self.model):
-            if not bool(scale.isfinite().all()):
+        for name, parameter in [*scales.named_scales(self.model), *self._maps.items()]:
+            if not bool(parameter.isfinite().all()):
                 raise Diverged(f"{where}: {name} is not finite after it; {remedy}")
         try:
             mean_loss(self.model, batches[-1:], where, self.originals, self.reduce)

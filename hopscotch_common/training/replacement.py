@@ -1,0 +1,145 @@
+"""Low-rank maps in the place of skipped attention blocks, fitted in closed form.
+
+With X a block's normed inputs and Y what it adds to the stream, both [tokens, hidden] of the original
+model, ridge regression gives S = (X'X + lambda I)^-1 X'Y, and the `rank` leading eigenvectors P of the fitted
+outputs' covariance S'(X'X)S its best map of that rank: down = (S P)', up = P (reduced-rank regression).
+Full maps, fitted alike, stand in NBL (arXiv 2505.21077).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import send_to_device
+
+from hopscotch_common import scales
+from hopscotch_common.errors import TrainingError
+from hopscotch_common.training.batches import Batch, Minibatch
+from hopscotch_common.training.memory import MinibatchRunner
+
+RIDGE = 1e-3  # lambda, in means of the diagonal of X'X
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes, in place
+
+
+@dataclass
+class Sums:
+    """Of one block, over tokens, float32 on its layer's device: X'X and X'Y, [hidden, hidden].
+
+    energies: [2], of Y'Y's trace and of the squared norms of the stream behind the block.
+    """
+
+    inputs: torch.Tensor
+    products: torch.Tensor
+    energies: torch.Tensor
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def fit_maps(
+    model,
+    batches: Sequence[Batch],
+    blocks: Sequence[int],
+    reduce: Reduce | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[int, float]:
+    """Fit the maps of `blocks` to the original model on all tokens of some batches, and put them in place.
+
+    The batches run once. For each block two float32 [hidden, hidden] sums are kept: 134 MB with 4096
+    channels. reduce: sums over the processes, which have a part of every batch each.
+    Returns the share of the stream behind each block that its map gets wrong: the squared norm of the
+    difference over that of the stream. Raises TrainingError for states that are not finite.
+    """
+    sums = collect(model, batches, blocks, on_batch)
+    left = {}
+    for block in blocks:
+        layer, found = model.model.layers[block], sums.pop(block)
+        if reduce is not None:
+            for tensor in (found.inputs, found.products, found.energies):
+                reduce(tensor)
+        rank = len(layer.replacement_down)
+        try:
+            down, up, wrong = solve(found, rank)
+        except torch.linalg.LinAlgError as error:
+            raise TrainingError(
+                f"block {block}: no map can be fitted, as what passes through it is not finite; use "
+                "--dtype float32, or leave --replacement_rank out"
+            ) from error
+        layer.replacement_down.copy_(down)
+        layer.replacement_up.copy_(up)
+        left[block] = wrong
+    return left
+
+
+def collect(
+    model, batches: Sequence[Batch], blocks: Sequence[int], on_batch: Callable[[], None] = lambda: None
+) -> dict[int, Sums]:
+    """The sums of blocks over all tokens of some batches, in the original model."""
+    scales.reset(model)
+    sums = {block: _no_sums(model.model.layers[block], model.config.hidden_size) for block in blocks}
+
+    def add(minibatch: Minibatch) -> bool:
+        on_device = minibatch.to(model.device)
+        calls = layer_calls(model, on_device)
+        parts = [_part(model.model.layers[b], *calls[b], on_device.attention_mask) for b in blocks]
+        for block, part in zip(blocks, parts, strict=True):  # all or none: what does not fit runs again
+            for name, value in vars(part).items():
+                getattr(sums[block], name).add_(value)
+        return True
+
+    runner = MinibatchRunner()
+    for batch in batches:
+        for _ in runner.run([each.whole() for each in batch.minibatches], add, "fitting the maps"):
+            pass
+        on_batch()
+    return sums
+
+
+def _no_sums(layer, hidden: int) -> Sums:
+    device = layer.s_scale_attn.device
+    square = [torch.zeros(hidden, hidden, device=device) for _ in range(2)]
+    return Sums(*square, torch.zeros(2, device=device))
+
+
+def _part(layer, stream: torch.Tensor, keywords: dict, mask: torch.Tensor | None) -> Sums:
+    """A minibatch's part of a layer's sums; mask: [rows, length], 0 at padding."""
+    stream, keywords = send_to_device((stream, keywords), layer.s_scale_attn.device)  # of a split model
+    rows = slice(None) if mask is None else mask.to(stream.device).bool()
+    x, y = layer.attention_input(stream)[rows].float(), layer.attention_branch(stream, keywords)[rows].float()
+    x, y = x.flatten(0, -2), y.flatten(0, -2)
+    behind = stream[rows].float().flatten(0, -2) + y
+    return Sums(x.T @ x, x.T @ y, torch.stack([y.square().sum(), behind.square().sum()]))
+
+
+def solve(sums: Sums, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(down [rank, hidden], up [hidden, rank], the share of the stream that they get wrong), in float64.
+
+    Raises LinAlgError where the sums are not finite.
+    """
+    inputs, products, energies = (value.double() for value in vars(sums).values())
+    ridge = RIDGE * inputs.diagonal().mean()
+    factor = torch.linalg.cholesky(inputs + ridge * torch.eye(len(inputs)).to(inputs))
+    whole = torch.cholesky_solve(products, factor)
+    _, directions = torch.linalg.eigh(whole.T @ inputs @ whole)
+    up = directions[:, -rank:]
+    down = (whole @ up).T
+    fitted = down @ products @ up
+    wrong = energies[0] - 2 * fitted.trace() + (down @ inputs @ down.T).trace()
+    return down, up, (wrong / energies[1]).item()
+
+
+def layer_calls(model, minibatch: Minibatch) -> list[tuple[torch.Tensor, dict]]:
+    """(input [rows, length, hidden], keyword arguments) of every decoder layer in a forward pass."""
+    calls: list[tuple[torch.Tensor, dict]] = []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, arguments, keywords: calls.append((arguments[0], keywords)), with_kwargs=True
+        )
+        for layer in model.model.layers
+    ]
+    try:
+        model.model(**minibatch.inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls

@@ -1,0 +1,294 @@
+"""Low-rank maps in skipped blocks' place: the fit, the layer, training, search, checkpoints, scripts."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILY_SIZES, MORE_FAMILIES, check_refused
+from safetensors.torch import load_file
+from test_training import make_batches, originals_for, random_samples
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+import block_selection
+import param_scale
+import unscaled_ckpt
+from hopscotch_common import checkpoints, scales
+from hopscotch_common.checkpoints.verify import verify
+from hopscotch_common.loading import load_model
+from hopscotch_common.modeling_hopscotch import FAMILIES, RECURRENT_TYPES, attention_types
+from hopscotch_common.models import model_ref
+from hopscotch_common.search.screening import untrained_losses
+from hopscotch_common.training.replacement import RIDGE, fit_maps
+from hopscotch_common.training.trainer import ScaleTrainer
+
+RANK = 4
+PROMPTS = torch.tensor([[0, 0, 5, 6, 7, 8], [0, 9, 10, 11, 12, 13], [14, 15, 16, 17, 18, 19]])
+MASK = (PROMPTS != 0).long()
+
+
+def load(folder, rank: int = RANK, **options):
+    return load_model(model_ref(str(folder)), device="cpu", replacement_rank=rank, **options)
+
+
+def stock_model(folder, family: str):
+    options = {"attn_implementation": "eager"} if FAMILIES[family].caps_attention else {}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+class Hooked:
+    """What passes through the attention blocks of a stock model, and `maps` (down, up) in their place.
+
+    Everything is told by forward hooks on the stock modules: what the block reads, and what it adds to the
+    stream, behind the norm that some families have there and times Granite's multiplier.
+    """
+
+    def __init__(self, stock, maps: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None):
+        self.read, self.added, self.maps = {}, {}, maps or {}
+        family = FAMILIES[stock.config.model_type]
+        for index, layer in enumerate(stock.model.layers):
+            if attention_types(stock.config)[index] in RECURRENT_TYPES:
+                continue
+            multiplier = getattr(layer, "residual_multiplier", 1.0)
+            if family.norm_before_attention:
+                getattr(layer, family.norm_before_attention).register_forward_hook(
+                    lambda _, __, output, index=index: self.read.__setitem__(index, output)
+                )
+            else:
+                layer.register_forward_pre_hook(
+                    lambda _, arguments, index=index: self.read.__setitem__(index, arguments[0])
+                )
+            last = getattr(layer, family.norm_after_attention or family.attention)
+            last.register_forward_hook(
+                lambda _, __, output, index=index, multiplier=multiplier: self.see(index, output, multiplier)
+            )
+
+    def see(self, index: int, output, multiplier: float):
+        found = output[0] if isinstance(output, tuple) else output
+        self.added[index] = multiplier * found
+        if index not in self.maps:
+            return None
+        down, up = self.maps[index]
+        mapped = self.read[index] @ down.T @ up.T / multiplier
+        return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
+
+
+def maps_by_block(model) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        index: (layer.replacement_down.detach(), layer.replacement_up.detach())
+        for index, layer in enumerate(model.model.layers)
+        if layer.replacement_up is not None
+    }
+
+
+def fitted(folder, blocks, samples=None, **options):
+    """A model with fitted maps, `blocks` skipped, and the samples that they were fitted on."""
+    samples = samples or random_samples(12)
+    model = load(folder, **options)
+    wrong = fit_maps(model, make_batches(samples, 3, 40), blocks)
+    scales.reset(model, blocks)
+    return model, wrong, samples
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "olmo2"])
+def test_the_closed_form_is_the_best_map_of_its_rank(tiny_folder, family):
+    folder, block = tiny_folder(family), 2
+    model, wrong, samples = fitted(folder, [block])
+    stock = stock_model(folder, family)
+    hooked, reads, adds, streams = Hooked(stock), [], [], []
+    for sample in samples:
+        with torch.no_grad():
+            stream = []
+            handle = stock.model.layers[block].register_forward_pre_hook(lambda _, a: stream.append(a[0]))
+            stock(torch.tensor([sample.input_ids]))
+            handle.remove()
+        reads.append(hooked.read[block][0])
+        adds.append(hooked.added[block][0])
+        streams.append(stream[0][0] + adds[-1])
+    x, y, behind = (torch.cat(parts).double() for parts in (reads, adds, streams))
+    weight = (RIDGE * x.square().sum(0).mean()).sqrt()
+    padded = torch.cat([x, weight * torch.eye(x.shape[1], dtype=x.dtype)])
+    whole = torch.linalg.lstsq(padded, torch.cat([y, torch.zeros_like(padded[: x.shape[1], : y.shape[1]])]))
+    directions = torch.linalg.svd(x @ whole.solution).Vh[:RANK].T
+    expected = whole.solution @ directions @ directions.T
+
+    down, up = maps_by_block(model)[block]
+    assert_close((up @ down).T.double(), expected, rtol=1e-3, atol=1e-4)
+    error = (y - x @ expected).square().sum() / behind.square().sum()
+    assert wrong[block] == pytest.approx(error.item(), rel=1e-3)
+    assert error < y.square().sum() / behind.square().sum()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_SIZES | MORE_FAMILIES))
+def test_a_model_with_maps_is_the_stock_one_with_maps_in_the_blocks_place(tiny_folder, tmp_path, family):
+    folder = tiny_folder(family)
+    present = [
+        i
+        for i, kind in enumerate(attention_types(stock_model(folder, family).config))
+        if kind not in RECURRENT_TYPES
+    ]
+    blocks = present[1:3]
+    model, _, _ = fitted(folder, blocks)
+    checkpoints.save_checkpoint(
+        tmp_path / "c", model_ref(str(folder)), blocks, scales.snapshot(model), {}, maps=scales.maps_of(model)
+    )
+    verify(tmp_path / "c")
+    saved = checkpoints.load_checkpoint(tmp_path / "c")
+    stock = stock_model(folder, family)
+    maps = {block: maps_by_block(model)[block] for block in blocks}
+    Hooked(stock, maps)
+    with torch.no_grad():
+        expected = stock(PROMPTS, attention_mask=MASK).logits[2]
+        for ours in (model, saved):
+            assert_close(ours(PROMPTS, attention_mask=MASK).logits[2], expected, rtol=1e-4, atol=1e-4)
+    common = dict(attention_mask=MASK, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens = saved.generate(PROMPTS, **common)
+    if len(present) == len(stock.model.layers):  # what is recurrent has no other way to go on
+        assert torch.equal(tokens, stock.generate(PROMPTS, use_cache=False, **common))
+    assert torch.equal(tokens, model.generate(PROMPTS, **common))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}])
+def test_generation_with_maps(tiny_folder, options):
+    model, _, _ = fitted(tiny_folder("llama"), [0, 2])
+    stock = stock_model(tiny_folder("llama"), "llama")
+    Hooked(stock, {block: maps_by_block(model)[block] for block in (0, 2)})
+    common = dict(attention_mask=MASK, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    beams = {key: value for key, value in options.items() if key == "num_beams"}
+    expected = stock.generate(PROMPTS, use_cache=False, **common, **beams)
+    assert torch.equal(model.generate(PROMPTS, **common, **options), expected)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_maps_train_with_the_scales(tiny_folder, loss):
+    """Two steps against Adam on a plain loop over the same model, without any of the trainer's machinery."""
+    folder, blocks, samples = tiny_folder("llama"), [1, 2], random_samples(6)
+    model, _, _ = fitted(folder, blocks, samples)
+    before = scales.maps_of(model)
+    trainer = ScaleTrainer(model, 1e-2, blocks, originals=originals_for(loss, model), map_learning_rate=1e-3)
+    batches = make_batches(samples, 3, 40)
+    losses = trainer.run(batches, "test")
+
+    plain, _, _ = fitted(folder, blocks, samples)
+    own = [scale for _, scale in scales.named_scales(plain)]
+    maps = [parameter.requires_grad_() for _, parameter in scales.named_maps(plain)]
+    adam = torch.optim.Adam([{"params": own, "lr": 1e-2}, {"params": maps, "lr": 1e-3}])
+    stock = stock_model(folder, "llama")
+    for batch, loss_of_batch in zip(batches, losses, strict=True):
+        total, tokens = 0, 0
+        for sample in [sample for part in batch.minibatches for sample in part.samples]:
+            ids, counted = torch.tensor([sample.input_ids]), torch.tensor(sample.labels)[1:] != -100
+            logits = plain(ids).logits[0, :-1][counted].log_softmax(-1)
+            if loss == "ce":
+                total -= logits.gather(1, ids[0, 1:][counted][:, None]).sum()
+            else:
+                theirs = stock(ids).logits[0, :-1][counted].log_softmax(-1).detach()
+                total += (theirs.exp() * (theirs - logits)).sum()
+            tokens += int(counted.sum())
+        mean = total / tokens
+        assert loss_of_batch == pytest.approx(mean.item(), rel=1e-4)
+        mean.backward()
+        adam.step()
+        adam.zero_grad()
+    for key, parameter in scales.named_maps(plain):
+        assert_close(trainer.state().maps[key][0], parameter.detach(), rtol=1e-3, atol=1e-5)
+        assert not torch.equal(before[key], parameter)
+    assert_close(scales.snapshot(model), scales.snapshot(plain), rtol=1e-3, atol=1e-4)
+
+
+def test_a_search_sees_the_maps(tiny_folder):
+    folder, samples = tiny_folder("llama"), random_samples(6)
+    model = load(folder)
+    (batch,) = make_batches(samples, 6, 200)
+    fit_maps(model, [batch], range(4))
+    found = untrained_losses(model, batch, [3], [0, 1, 2], "test")
+    for block in range(3):
+        stock = stock_model(folder, "llama")
+        Hooked(stock, {index: maps_by_block(model)[index] for index in (3, block)})
+        total = tokens = 0
+        for sample in samples:
+            ids, counted = torch.tensor([sample.input_ids]), torch.tensor(sample.labels)[1:] != -100
+            with torch.no_grad():
+                logits = stock(ids).logits[0, :-1][counted].log_softmax(-1)
+            total -= logits.gather(1, ids[0, 1:][counted][:, None]).sum().item()
+            tokens += int(counted.sum())
+        assert found[block] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_a_model_that_is_not_finite_gets_no_maps(tiny_folder):
+    from hopscotch_common.errors import TrainingError
+
+    model = load(tiny_folder("llama"))
+    model.model.layers[0].self_attn.o_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="no map can be fitted"):
+        fit_maps(model, make_batches(random_samples(4), 4, 80), [1])
+
+
+@pytest.fixture
+def work(tiny_folder, tmp_path, monkeypatch):
+    """A folder with data, in which the scripts run; the flags that they share."""
+    monkeypatch.chdir(tmp_path)
+    with open("data.jsonl", "w") as file:
+        for sample in random_samples(12):
+            file.write(json.dumps({"input_ids": sample.input_ids, "labels": sample.labels}) + "\n")
+    return ["--model", str(tiny_folder("llama")), "--device", "cpu", "--data_path", "data.jsonl"]
+
+
+def test_the_scripts_with_maps(work, tmp_path, tiny_folder):
+    rank = ["--replacement_rank", "3"]
+    for search in ("full", "race", "untrained", "cosine"):
+        output = tmp_path / f"{search}.json"
+        more = ["--batch_size", "4", "--search", search, "--num_blocks", "2", "--output", str(output)]
+        assert block_selection.main([*work, *rank, *more]) == 0
+        assert len(json.loads(output.read_text())["skipped_blocks"]) == 2
+    blocks = json.loads((tmp_path / "full.json").read_text())["skipped_blocks"]
+    common = [*work, *rank, "--blocks_to_skip", str(tmp_path / "full.json")]
+    training = ["--granularity", "channel", "--loss", "kl", "--batch_size", "4", "--validation_split", "0.25"]
+    assert param_scale.main([*common, *training, "--num_epochs", "2", "--output_dir", "whole"]) == 0
+    assert param_scale.main([*common, *training, "--num_epochs", "1", "--output_dir", "parts"]) == 0
+    assert (
+        param_scale.main([*common, *training, "--num_epochs", "2", "--output_dir", "parts", "--resume"]) == 0
+    )
+    name = tiny_folder("llama").name
+    whole, parts = (tmp_path / folder / f"{name}_scaled_epoch_1" for folder in ("whole", "parts"))
+    assert (whole / "scales.safetensors").read_bytes() == (parts / "scales.safetensors").read_bytes()
+    config = json.loads((whole / "config.json").read_text())
+    assert config["replacement_rank"] == 3
+    assert set(checkpoints.load_maps(whole)) == {
+        f"model.layers.{block}.replacement_{part}" for block in blocks for part in ("down", "up")
+    }
+    assert unscaled_ckpt.main([*common, "--output_dir", "unscaled"]) == 0
+    unscaled = checkpoints.load_maps(tmp_path / "unscaled" / f"{name}_unscaled")
+    assert unscaled.keys() == checkpoints.load_maps(whole).keys()
+    epoch = json.loads((whole / "hopscotch.json").read_text())
+    assert epoch["held_out"]["scaled"]["kl"] < epoch["held_out"]["unscaled"]["kl"]
+
+
+def test_a_checkpoint_without_maps_says_nothing_of_them(tiny_folder, tmp_path):
+    folder = tiny_folder("llama")
+    checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(folder)), [1], torch.ones(4, 4), {})
+    assert "replacement_rank" not in json.loads((tmp_path / "c" / "config.json").read_text())
+    assert not any("replacement" in key for key in load_file(tmp_path / "c" / "scales.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "message"),
+    [
+        (param_scale, ["--replacement_rank", "33"], "at most 32"),
+        (param_scale, ["--replacement_rank", "-1"], "0 or above"),
+        (block_selection, ["--replacement_rank", "33"], "at most 32"),
+        (param_scale, ["--replacement_rank", "2", "--export", "folded"], "folded has no place for maps"),
+    ],
+)
+def test_impossible_ranks_are_refused(work, capsys, script, more, message):
+    blocks = [] if script is block_selection else ["--blocks_to_skip", "1"]
+    check_refused(script, [*work, *blocks, *more], message, capsys)
+
+
+def test_maps_without_data_are_refused(work, capsys):
+    check_refused(
+        unscaled_ckpt,
+        [*work[:4], "--blocks_to_skip", "1", "--replacement_rank", "2"],
+        "give --data_path",
+        capsys,
+    )
