@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from hopscotch_common import weights
     from hopscotch_common.answers import engines
-    from hopscotch_common.loading import load_tokenizer, read_config
+    from hopscotch_common.loading import read_config
+    from hopscotch_common.tokenization import load_tokenizer
 
     config = read_config(args.model, checkpoint=True)
     backend = engines.resolve_backend(options, config)

@@ -249,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in (data_file, report_file):
         files.check_output(path, "--output_dir", [input_file])
 
-    from hopscotch_common.loading import load_tokenizer, read_config
+    from hopscotch_common.loading import read_config
+    from hopscotch_common.tokenization import load_tokenizer
 
     config = read_config(args.model)
     tokenizer = load_tokenizer(args.model)

@@ -1,4 +1,4 @@
-"""Configs, tokenizers and weights of the models that `models.py` names: checked, then loaded."""
+"""Configs and weights of the models that `models.py` names: checked, then loaded."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
@@ -93,27 +93,6 @@ def hopscotch_config(
     config.dtype = base_config.dtype
     config.new_scales = True
     return config
-
-
-def load_tokenizer(ref: ModelRef):
-    """The model's tokenizer, padding on the left as generation needs it.
-
-    Raises InputError when it has no chat template: prompts and answers could not be told apart.
-    """
-    folder = ref.folder(weights=False)
-    try:
-        # Said out loud, as otherwise a folder with code of its own asks on the terminal to run it.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries raise at a file that is broken or missing
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({reason_of(error)}); check its files"
-        ) from error
-    if not tokenizer.chat_template:
-        raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    return tokenizer
 
 
 def resolve_device(device: str):

@@ -68,7 +68,7 @@ class Family:
     caps_attention: bool = False  # attention's logits, softly; sdpa would leave that out
 
     def skipped_modules(self, replaced: bool) -> tuple[str, ...]:
-        """What a layer with skipped attention does without; `replaced`: where a map reads the normed input."""
+        """What a layer with skipped attention does without; `replaced`: a map reads the normed input."""
         before = None if replaced else self.norm_before_attention
         names = (before, self.attention, self.norm_after_attention)
         return tuple(name for name in names if name is not None)
@@ -293,8 +293,8 @@ class HopscotchPreTrained:
         maps = [name for name in REPLACEMENT_NAMES if getattr(module, name) is not None]
         if read and not read.issuperset([*SCALE_NAMES, *maps]) and not self.config.new_scales:
             raise ValueError(
-                f"{self.config.name_or_path}: a layer's scales are missing ({', '.join((*SCALE_NAMES, *maps))}), "
-                "and without them it would be another model"
+                f"{self.config.name_or_path}: a layer's scales are missing "
+                f"({', '.join((*SCALE_NAMES, *maps))}), and without them it would be another model"
             )
         for name in SCALE_NAMES:
             initialization.ones_(getattr(module, name))  # leaves alone what was read

@@ -27,7 +27,7 @@ def named_scales(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def named_maps(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(state-dict key, parameter) of the maps in skipped blocks' place: down [rank, hidden], up [hidden, rank]."""
+    """(state-dict key, parameter) of skipped blocks' maps: down [rank, hidden], up [hidden, rank]."""
     for index, layer in enumerate(model.model.layers):
         if layer.skip_attention and layer.replacement_up is not None:
             for name in REPLACEMENT_NAMES:
@@ -45,7 +45,7 @@ def rank_of(maps: dict[str, torch.Tensor]) -> int:
 
 
 def freeze_base(model) -> None:
-    """Freeze every parameter but the scales, and of those b_scale_attn where nothing is in attention's place."""
+    """Freeze every parameter but the scales; of those, b_scale_attn where attention's place is empty."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in model.model.layers:
@@ -85,8 +85,8 @@ def skippable_blocks(model, skipped) -> list[int]:
 def reset(model, skipped=()) -> None:
     """Set all scales to 1 and skip exactly the attention blocks in `skipped`. Maps stay as they are.
 
-    Skipping is b_attn = 0, fixed, with attention not computed; or where the model has maps, b_attn = 1 of
-    the map. s_attn of that layer stays trainable: with s_attn = 0 too, the residual stream would be wiped out.
+    Skipping is b_attn = 0, fixed, with attention not computed; or where the model has maps, b_attn = 1 of the
+    map. s_attn of that layer stays trainable: with s_attn = 0 too, the residual stream would be wiped out.
     """
     skipped = set(skipped)
     for index, layer in enumerate(model.model.layers):

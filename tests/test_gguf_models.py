@@ -21,9 +21,10 @@ import process_gt_data
 import unscaled_ckpt
 from hopscotch_common import gguf_files
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import load_model, load_tokenizer, read_config
+from hopscotch_common.loading import load_model, read_config
 from hopscotch_common.modeling_hopscotch import FAMILIES
 from hopscotch_common.models import model_ref
+from hopscotch_common.tokenization import load_tokenizer
 
 WIDE = dict(intermediate_size=64)  # rows that blocks of 32 divide
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])

@@ -98,13 +98,10 @@ def test_the_closed_form_is_the_best_map_of_its_rank(tiny_folder, family):
     hooked, reads, adds, streams = Hooked(stock), [], [], []
     for sample in samples:
         with torch.no_grad():
-            stream = []
-            handle = stock.model.layers[block].register_forward_pre_hook(lambda _, a: stream.append(a[0]))
-            stock(torch.tensor([sample.input_ids]))
-            handle.remove()
+            states = stock(torch.tensor([sample.input_ids]), output_hidden_states=True).hidden_states
         reads.append(hooked.read[block][0])
         adds.append(hooked.added[block][0])
-        streams.append(stream[0][0] + adds[-1])
+        streams.append(states[block][0] + adds[-1])
     x, y, behind = (torch.cat(parts).double() for parts in (reads, adds, streams))
     weight = (RIDGE * x.square().sum(0).mean()).sqrt()
     padded = torch.cat([x, weight * torch.eye(x.shape[1], dtype=x.dtype)])

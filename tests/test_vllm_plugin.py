@@ -45,6 +45,7 @@ QUICK = {
     "gemma2": ([0], "layer"),
     "olmo2": ([0, 2], "layer"),
 }
+WITH_MAPS = ("llama", "gemma2", "olmo2", "starcoder2")  # in the skipped blocks' place
 COMPILED = ("llama", "gemma2")  # as vLLM does unless told otherwise; it takes half a minute
 SLOW = {
     "qwen3": ([0], "layer"),
@@ -215,8 +216,20 @@ def make_tiny(root: Path, tiny_folder, family: str, skipped: list[int], granular
     larger = {name: size for name, size in LARGER.items() if name in own}
     folder = tiny_folder(family, **SIZES, **larger)
     layers = own.get("num_hidden_layers", 4)
-    values = random_scales(layers, SIZES["hidden_size"], skipped, granularity)
-    checkpoints.save_checkpoint(root / family, ModelRef(family, str(folder)), skipped, values, {})
+    hidden, maps = SIZES["hidden_size"], {}
+    values = random_scales(layers, hidden, skipped, granularity)
+    if family in WITH_MAPS:
+        values[values == 0] = 1.2  # b_attn of the maps
+        random = torch.Generator().manual_seed(0)
+        maps = {
+            f"model.layers.{block}.{name}": 0.2 * torch.randn(shape, generator=random)
+            for block in skipped
+            for name, shape in zip(
+                modeling_hopscotch.REPLACEMENT_NAMES, ((8, hidden), (hidden, 8)), strict=True
+            )
+        }
+    ref = ModelRef(family, str(folder))
+    checkpoints.save_checkpoint(root / family, ref, skipped, values, {}, maps=maps)
     return root / family
 
 

@@ -18,13 +18,13 @@ from hopscotch_common.answers.slot_cache import GROUPED_SDPA
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import (
     device_map,
-    load_tokenizer,
     load_whole,
     read_config,
     resolve_device,
 )
 from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
 from hopscotch_common.models import ModelRef, context_length
+from hopscotch_common.tokenization import load_tokenizer
 from hopscotch_common.weights import stored_dtype
 
 PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads

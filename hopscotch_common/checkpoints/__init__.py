@@ -4,7 +4,7 @@ A checkpoint folder holds
 
     config.json, modeling_hopscotch.py     what `trust_remote_code=True` needs, nothing else
     base-0000i-of-0000n.safetensors        the base weights, bit for bit as they were read
-    scales.safetensors                     the scales of each layer, and maps in skipped blocks' place, float32
+    scales.safetensors                     the scales of each layer, and maps of skipped blocks, float32
     model.safetensors.index.json           which tensor is in which file
     hopscotch.json                         the run that made it: arguments, losses, versions
     tokenizer files, generation_config.json
@@ -34,6 +34,7 @@ from hopscotch_common.loading import (
 from hopscotch_common.log import check_settings
 from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, REPLACEMENT_NAMES, SCALE_NAMES
 from hopscotch_common.models import ModelRef
+from hopscotch_common.tokenization import copy_tokenizer
 from hopscotch_common.weights import (
     INDEX_FILE,
     check_tensors,
@@ -75,16 +76,17 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint, atomically.
 
-    values: the scales [layers, width]. maps: what stands in the skipped blocks' place (`scales.maps_of`). run: what goes into hopscotch.json. training_state: optimizer
-    moments for resuming. share_with: an earlier checkpoint of the same base and skips, whose
-    weights are linked instead of written again.
+    values: the scales [layers, width]. maps: what stands in the skipped blocks' place (`scales.maps_of`).
+    run: what goes into hopscotch.json. training_state: optimizer moments for resuming. share_with: an earlier
+    checkpoint of the same base and skips, whose weights are linked instead of written again.
     """
     check_replaceable(folder)
     with atomic_folder(folder) as target:
         if share_with is None:
-            run = run | {"weights": _write_base(target, base, skipped, values, maps or {})}
+            run = run | _write_base(target, base, skipped, values, maps or {})
         else:
-            run = run | {"weights": read_run(share_with)["weights"]}
+            shared = read_run(share_with)
+            run = run | {key: shared[key] for key in ("weights", "tokenizer") if key in shared}
             for path in share_with.iterdir():
                 if path.match(SHARED_FILES):
                     link_or_copy(path, target / path.name)
@@ -99,7 +101,10 @@ def save_checkpoint(
 def _write_base(
     target: Path, base: ModelRef, skipped: list[int], values: torch.Tensor, maps: dict[str, torch.Tensor]
 ) -> dict:
-    """Write everything that checkpoints of one run share; counts of weights kept and removed."""
+    """Write everything that checkpoints of one run share; what hopscotch.json says of it.
+
+    Its `weights` are the counts kept and removed, its `tokenizer` a `tokenization.probe`.
+    """
     source, stock = base.folder(), read_config(base)
     check_weights(source, stock)
     config = hopscotch_config(stock, sorted(skipped), scales.granularity(values), scales.rank_of(maps))
@@ -109,6 +114,7 @@ def _write_base(
     config.save_pretrained(target)
     shutil.copyfile(CODE, target / CODE.name)
     copy_companions(source, target)
+    tokenizer = copy_tokenizer(source, target, base.source)
 
     files = weight_files(source)
     weight_map, total, removed, total_bytes = {}, 0, 0, 0
@@ -130,12 +136,13 @@ def _write_base(
     total_bytes += sum(tensor.nbytes for tensor in own.values())
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return {
+    counts = {
         "parameters": total,
         "parameters_removed": removed,
         "kv_cache_blocks": len(modeling_hopscotch.attention_blocks(config)),
         "kv_cache_blocks_removed": len(skipped),
     }
+    return {"weights": counts, "tokenizer": tokenizer}
 
 
 def auto_map(model_type: str) -> dict[str, str]:
@@ -164,6 +171,11 @@ def check_replaceable(folder: Path) -> None:
 def read_run(folder: Path) -> dict:
     """hopscotch.json of a checkpoint."""
     return read_json(folder / RUN_FILE)
+
+
+def tokenizer_probe(folder: Path) -> dict | None:
+    """The base's `tokenization.probe`, as the checkpoint recorded it; None where it did not."""
+    return read_run(folder).get("tokenizer") if (folder / RUN_FILE).is_file() else None
 
 
 def load_scales(folder: Path, config=None) -> torch.Tensor:

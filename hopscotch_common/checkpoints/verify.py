@@ -13,10 +13,11 @@ from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
 from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
+from hopscotch_common.tokenization import check_tokens
 from hopscotch_common.weights import INDEX_FILE, weight_map
 
 # SHA-256 of the modeling_hopscotch.py of earlier releases, whose checkpoints are as good as ever.
-RELEASED: tuple[str, ...] = ()
+RELEASED = ("7ac0b0248ea9ccdd321c0067c0059e37dfc5dfd94f1d3517438a2ac2b134f9fc",)
 EXECUTABLE = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -35,7 +36,8 @@ def verify(folder: Path) -> None:
         name = min(unnamed, default=SCALES_FILE)
         raise InputError(f"{folder / INDEX_FILE}: does not name {name}; make the checkpoint again")
     read_checkpoint(folder)
-    read_run(folder)
+    if probe := read_run(folder).get("tokenizer"):
+        check_tokens(folder, probe)
 
 
 def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hopscotch_common.errors import logger
 
@@ -68,10 +68,7 @@ def check_prompts(folder: Path, vocab_size: int) -> tuple[list[tuple[list[int], 
     Random token ids stand in where the folder has no tokenizer that fits the model.
     """
     try:
-        # With a config at hand, the folder's own config class (remote code) is not asked for.
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=AutoConfig.for_model("llama"), trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         prompts = [_conversation_ids(tokenizer, *texts) for texts in CONVERSATIONS]
     except (OSError, ValueError, KeyError, ImportError) as error:
         logger.warning("%s: no usable tokenizer (%s); checking with random tokens", folder, error)

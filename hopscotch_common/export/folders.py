@@ -16,7 +16,7 @@ from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
 from hopscotch_common.export.folding import Folding, fold_factors, granite_multipliers
 from hopscotch_common.loading import hopscotch_classes, load_whole
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, OWN_KEYS, HopscotchForCausalLM
+from hopscotch_common.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, HopscotchForCausalLM
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hopscotch_common import checkpoints, files, weights, writing
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.export import check, decilm, folders, folding
 from hopscotch_common.loading import device_map, resolve_device
+from hopscotch_common.tokenization import copy_tokenizer
 from hopscotch_common.training.memory import is_out_of_memory
 
 REPORT_FILE = "hopscotch_export.json"
@@ -98,6 +99,8 @@ def export_checkpoint(
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values)
         folders.write_weights(checkpoint, folder, config, target)
+        wanted = checkpoints.tokenizer_probe(checkpoint)
+        copy_tokenizer(checkpoint, folder, wanted=wanted)
         report = {
             "format": format,
             "checkpoint": str(checkpoint),

@@ -58,7 +58,7 @@ class CandidateTrainer:
         return self._parts[place]
 
     def fit_maps(self, group: Group) -> None:
-        """Fit the map of every block, for when it is skipped; `group`: all processes, which share the work."""
+        """Fit the map of every block, for when it is skipped; `group`: all processes, to share the work."""
         blocks = attention_blocks(self.model.config)
         batches = self.batches.in_order(group.rank, group.size)
         self._wrong = fit_maps(self.model, batches, blocks, group.reduce)

@@ -1,0 +1,136 @@
+"""Tokenizers: a model's own, and one in a checkpoint or export that every reader takes for the same.
+
+transformers chooses a tokenizer's class by the config's model type and the hub id where it knows these,
+and by `tokenizer_class` otherwise; some classes then build the tokenizer anew, whatever tokenizer.json says.
+A type of ours would so read the same files as another tokenizer. So a checkpoint gets what the base's
+tokenizer effectively is, in a tokenizer.json, under the one class that takes that file as it is.
+"""
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.files import read_json
+from hopscotch_common.modeling_hopscotch import PREFIX
+from hopscotch_common.models import ModelRef
+
+AS_IT_IS = (
+    "PreTrainedTokenizerFast"  # what TokenizersBackend was called before transformers 5, and still may be
+)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+PROBE = "In 2023, 650,841 apples;  two spaces,\ta tab\n\nand lines: naïve café, 你好 😀 don't x_1=3.14e-5 "
+
+
+def load_tokenizer(ref: ModelRef):
+    """The model's tokenizer, padding on the left as generation needs it.
+
+    Raises InputError when it has no chat template: prompts and answers could not be told apart.
+    """
+    tokenizer = _read(ref.folder(weights=False), ref.source)
+    if not tokenizer.chat_template:
+        raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def read_tokenizer(folder: Path, source: str | None = None):
+    """The tokenizer of a base model or checkpoint; no code in the folder runs. source: the model's hub id.
+
+    Raises what the libraries raise at files that are broken or missing.
+    """
+    values = read_json(folder / "config.json")
+    kind = str(values.get("model_type"))
+    stock_kind, named = kind.removeprefix(PREFIX), folder / TOKENIZER_CONFIG
+    as_it_is = named.is_file() and read_json(named).get("tokenizer_class") == AS_IT_IS
+    if stock_kind not in CONFIG_MAPPING or (kind != stock_kind and as_it_is):
+        config = PreTrainedConfig()
+    else:  # of a checkpoint that was made before, the class is the base's
+        config = CONFIG_MAPPING[stock_kind]()
+        config.tokenizer_class = values.get("tokenizer_class")
+    config._name_or_path = source or str(folder)  # transformers has rules for some ids
+    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+
+
+def _read(folder: Path, source: str):
+    try:
+        return read_tokenizer(folder, source)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the libraries raise at a file that is broken or missing
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded ({reason_of(error)}); check its files"
+        ) from error
+
+
+def probe(tokenizer) -> dict:
+    """What tells tokenizers apart: a text with the special tokens, and its ids."""
+    text = PROBE + " ".join(tokenizer.all_special_tokens)
+    return {"text": text, "ids": tokenizer.encode(text)}
+
+
+def write_tokenizer(tokenizer, folder: Path, wanted: dict | None = None) -> dict:
+    """Write a tokenizer into a folder with a config.json, so that any reader takes it for the same.
+
+    Returns its `probe`. wanted: the base's, where the tokenizer is a copy itself. Raises InputError, naming the first
+    token, where what is read back gives other ids or another text.
+    """
+    wanted = wanted or probe(tokenizer)
+    tokenizer.save_pretrained(folder)
+    if isinstance(tokenizer, TokenizersBackend):
+        path = folder / TOKENIZER_CONFIG
+        path.write_text(json.dumps(read_json(path) | {"tokenizer_class": AS_IT_IS}, indent=2) + "\n")
+    check_tokens(folder, wanted, tokenizer.decode(wanted["ids"]))
+    return wanted
+
+
+def check_tokens(folder: Path, wanted: dict, decoded: str | None = None) -> None:
+    """Raise InputError unless a folder's tokenizer, as a stranger reads it, gives a `probe`'s ids."""
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        ids = found.encode(wanted["text"])
+    except Exception as error:
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason_of(error)})") from error
+    if ids != wanted["ids"]:
+        pairs = enumerate(zip([*ids, None], [*wanted["ids"], None], strict=False))
+        place, (ours, theirs) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+        raise InputError(
+            f"{folder}: its tokenizer reads text otherwise than the base model's: token {place} of a probe "
+            f"is {ours}, not {theirs}; copy the base's tokenizer into it, or make it again"
+        )
+    if decoded is not None and found.decode(ids) != decoded:
+        raise InputError(
+            f"{folder}: its tokenizer writes tokens otherwise than the base model's; make it again"
+        )
+
+
+def copy_tokenizer(
+    source: Path, folder: Path, hub_id: str | None = None, wanted: dict | None = None
+) -> dict | None:
+    """Give `folder` the tokenizer of the model in `source`; its `probe`, None where `source` has none.
+
+    wanted: the `probe` that it must have. Raises InputError as `write_tokenizer`.
+    """
+    try:
+        tokenizer = read_tokenizer(source, hub_id)
+    except Exception as error:
+        logger.warning(
+            "%s: has no tokenizer that can be loaded (%s); its files are copied", source, reason_of(error)
+        )
+        return None
+    return write_tokenizer(tokenizer, folder, wanted)
+
+
+def check_copies(ref: ModelRef) -> None:
+    """Raise InputError now where a checkpoint of a model could not have its tokenizer."""
+    folder = ref.folder()
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(OSError):
+        kind = read_json(folder / "config.json").get("model_type")
+        (Path(scratch) / "config.json").write_text(json.dumps({"model_type": f"{PREFIX}{kind}"}))
+        copy_tokenizer(folder, Path(scratch), ref.source)

@@ -1,0 +1,173 @@
+"""A checkpoint, and what is made of it, reads and writes text as its base model does."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT, stock_config
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from hopscotch_common import checkpoints, tokenization
+from hopscotch_common.checkpoints.verify import verify
+from hopscotch_common.errors import InputError
+from hopscotch_common.export.formats import export_checkpoint
+from hopscotch_common.models import model_ref
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "<|im_end|>"]
+TEXT = "In 2023, 650,841 apples;  two\ttabs\n\n naïve café 你好 😀 [INST] x<|im_end|></s> y=3.14"
+WORDS = ["2023 2023 650 650 841 841 In the year 2023, 650 apples"] * 4
+# The classes that the hub's models of a family name in tokenizer_config.json.
+CLASSES = {
+    "llama": ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer"],
+    "mistral": ["LlamaTokenizerFast", "LlamaTokenizer", "PreTrainedTokenizerFast"],
+    "ministral3": ["TokenizersBackend", "LlamaTokenizerFast"],
+    "mixtral": ["LlamaTokenizerFast", "LlamaTokenizer"],
+    "phi3": ["LlamaTokenizer", "GPT2Tokenizer", "LlamaTokenizerFast"],
+    "phimoe": ["LlamaTokenizerFast"],
+    "gemma": ["GemmaTokenizer", "GemmaTokenizerFast"],
+    "gemma2": ["GemmaTokenizer", "GemmaTokenizerFast"],
+    "gemma3_text": ["GemmaTokenizer", "GemmaTokenizerFast"],
+    "granite": ["GPT2Tokenizer", "GPT2TokenizerFast"],
+    "granite_swa": ["GPT2Tokenizer"],
+    "granitemoehybrid": ["GPT2Tokenizer"],
+    "starcoder2": ["GPT2Tokenizer", "GPT2TokenizerFast"],
+    "olmo2": ["GPT2Tokenizer", "PreTrainedTokenizerFast"],
+    "olmo3": ["GPT2Tokenizer"],
+    "olmoe": ["GPTNeoXTokenizer", "GPTNeoXTokenizerFast"],
+    "glm": ["PreTrainedTokenizerFast"],
+    "glm4": ["PreTrainedTokenizer", "PreTrainedTokenizerFast"],
+}
+QWEN = ["Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast"]
+CASES = [
+    (family, name)
+    for family in sorted(FAMILY_SIZES | MORE_FAMILIES)
+    for name in CLASSES.get(family, QWEN if "qwen" in family else ["PreTrainedTokenizerFast"])
+]
+
+
+def digits_apart() -> Tokenizer:
+    """A byte-level BPE that splits digits one by one, though its merges know more of them."""
+    made = Tokenizer(models.BPE())
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer, made.decoder = whole, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=296, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    made.train_from_iterator(WORDS, trainer)
+    digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([digits, whole])
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
+def with_spaces_as_letters() -> Tokenizer:
+    """A BPE in sentencepiece's manner: ▁ for a space, bytes for what is unknown."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=299, special_tokens=special))
+    return made
+
+
+def write_base(folder, family: str, tokenizer: Tokenizer, name: str | None, **more):
+    """A tiny model whose tokenizer_config.json names a class; None: no class."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(stock_config(family)).save_pretrained(folder)
+    special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **more)
+    wrapped.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": name}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+def says(folder) -> tuple[list[int], str]:
+    """TEXT's ids, and what they decode to, as anybody reads a folder that has no code of ours."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids = tokenizer.encode(TEXT)
+    return ids, tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("make", [digits_apart, with_spaces_as_letters])
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_checkpoint_reads_text_as_its_base(tmp_path, family, name, make):
+    base = write_base(tmp_path / "base", family, make(), name)
+    expected = says(base)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | {"model_type": f"hopscotch_{family}"})
+    )
+    tokenization.copy_tokenizer(base, checkpoint)
+    assert says(checkpoint) == expected
+    for folder in (base, checkpoint):
+        tokenizer = tokenization.read_tokenizer(folder)
+        assert (tokenizer.encode(TEXT), tokenizer.decode(expected[0])) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("granite", "GPT2Tokenizer"), ("mistral", "LlamaTokenizerFast")]
+)
+def test_so_do_its_exports_and_vllm(tmp_path, family, name):
+    base = write_base(tmp_path / "base", family, digits_apart(), name, chat_template="{{ messages }}")
+    values = torch.ones(4, 4)
+    values[1, 0] = 0
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", model_ref(str(base)), [1], values, {})
+    for form in ("folded", "nemotron_nas"):
+        export_checkpoint(tmp_path / "checkpoint", form, tmp_path / form, device="cpu")
+    folders = [tmp_path / "checkpoint", tmp_path / "folded", tmp_path / "nemotron_nas"]
+    for folder in folders:
+        assert says(folder) == says(base)
+        assert (
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template == "{{ messages }}"
+        )
+    if importlib.util.find_spec("vllm") is not None:
+        program = (
+            "import json, sys\n"
+            "from hopscotch_common import vllm_plugin\nfrom vllm.tokenizers import get_tokenizer\n"
+            "vllm_plugin.register()\n"
+            "print(json.dumps([get_tokenizer(f).encode(sys.argv[1]) for f in sys.argv[2:]]))\n"
+        )
+        run = [sys.executable, "-c", program, TEXT, *map(str, folders)]
+        found = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=os.environ, check=True)
+        assert json.loads(found.stdout.splitlines()[-1]) == [says(base)[0]] * 3
+
+
+def test_an_older_checkpoint_is_still_read_as_its_base(tmp_path):
+    """One whose files are the base's, with a class that transformers takes from them."""
+    base = write_base(tmp_path / "base", "granite", digits_apart(), "GPT2Tokenizer")
+    expected = says(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "hopscotch_granite"}))
+    assert says(base) != expected  # what transformers makes of it by itself
+    assert tokenization.read_tokenizer(base).encode(TEXT) == expected[0]
+
+
+def test_verify_finds_another_tokenizer(tmp_path):
+    base = write_base(tmp_path / "base", "granite", digits_apart(), "GPT2Tokenizer")
+    checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(base)), [1], torch.ones(4, 4), {})
+    verify(tmp_path / "c")
+    path = tmp_path / "c" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    with pytest.raises(InputError, match="reads text otherwise than the base model's: token"):
+        verify(tmp_path / "c")
+
+
+def test_a_hub_id_has_its_own_rule(tmp_path):
+    """transformers reads DeepSeek-R1-Distill-Llama's tokenizer.json as it is, and a folder's by its class."""
+    base = write_base(tmp_path / "base", "llama", digits_apart(), "LlamaTokenizerFast")
+    by_folder = tokenization.read_tokenizer(base).encode(TEXT)
+    by_id = tokenization.read_tokenizer(base, "deepseek-ai/DeepSeek-R1-Distill-Llama-8B").encode(TEXT)
+    assert by_id == [1, *digits_apart().encode(TEXT, add_special_tokens=False).ids] != by_folder
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text('{"model_type": "hopscotch_llama"}')
+    tokenization.copy_tokenizer(base, tmp_path / "checkpoint", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B")
+    assert says(tmp_path / "checkpoint")[0] == by_id
