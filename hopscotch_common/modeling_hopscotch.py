@@ -26,7 +26,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers import initialization
-from transformers.cache_utils import DynamicLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -187,12 +186,16 @@ class ScaledDecoderLayer:
             by_channel = config.scale_granularity == "channel" and name.startswith("b")
             size = config.hidden_size if by_channel else 1
             setattr(self, name, nn.Parameter(torch.ones(size, dtype=torch.float32)))
+        size = self.b_scale_attn.shape
         self.skip_attention = layer_idx in (config.skipped_attention_blocks or ())
         rank, hidden = config.replacement_rank, config.hidden_size
         # Where blocks are still to be skipped, each may need its map.
         has_map = rank and (
             self.skip_attention or (config.new_scales and hasattr(self, self.family.attention))
         )
+        if self.skip_attention and not has_map:  # a 0 that multiplies nothing is no trainable thing
+            del self.b_scale_attn
+            self.register_buffer("b_scale_attn", torch.zeros(size, dtype=torch.float32))
         for name, shape in zip(REPLACEMENT_NAMES, ((rank, hidden), (hidden, rank)), strict=True):
             made = nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if has_map else None
             self.register_parameter(name, made)
@@ -264,19 +267,54 @@ class HopscotchConfig:
 
     new_scales: whether the weights that will be read have no scales yet, so that these start at 1. It
     holds for a base model's weights. in_vllm_plugin: whether vLLM builds the model by this project's
-    plugin. Both are set by hand, and never saved.
+    plugin. uncached_layers: those that a model skips at present. These three are never saved.
     """
 
     new_scales = False
     in_vllm_plugin = False
+    uncached_layers = None
+
+    def get_text_config(self, decoder=None, **options):
+        """The config or, where caches are made by it (`decoder`), a view of the layers that keep something."""
+        if not decoder or self.in_vllm_plugin or not self._uncached():
+            return super().get_text_config(decoder=decoder, **options)
+        view = object.__new__(cached_layers_config(type(self)))
+        view.__dict__ = self.__dict__  # what is set in the one is set in the other
+        return view
+
+    def _uncached(self) -> tuple[int, ...]:
+        now = self.__dict__.get("uncached_layers")
+        return tuple(self.skipped_attention_blocks or ()) if now is None else now
 
     def to_dict(self) -> dict:
         values = super().to_dict()
-        for name in ("new_scales", "in_vllm_plugin"):
+        for name in ("new_scales", "in_vllm_plugin", "uncached_layers"):
             values.pop(name, None)
         if not values.get("replacement_rank"):
             values.pop("replacement_rank", None)
         return values
+
+
+@functools.cache
+def cached_layers_config(config_class: type) -> type:
+    """A config class whose layers are those of another one's that have a slot in the cache."""
+
+    def kept(config) -> list[int]:
+        uncached = config._uncached()
+        return [i for i in range(config.__dict__["num_hidden_layers"]) if i not in uncached]
+
+    def kept_types(config) -> list[str] | None:
+        types = config.__dict__.get("layer_types")
+        return types and [types[i] for i in kept(config)]
+
+    def viewed(name: str, get) -> property:
+        return property(get, lambda config, value: config.__dict__.__setitem__(name, value))
+
+    members = {
+        "num_hidden_layers": viewed("num_hidden_layers", lambda config: len(kept(config))),
+        "layer_types": viewed("layer_types", kept_types),
+    }
+    return type(config_class.__name__, (config_class,), members)
 
 
 class HopscotchPreTrained:
@@ -336,21 +374,18 @@ class HopscotchModel(HopscotchPreTrained):
         self.number_cache_slots()
 
     def number_cache_slots(self) -> None:
-        """Number the attention blocks that are computed 0, 1, 2, … among the KV cache's slots of their type.
+        """Number the layers that have something to keep 0, 1, 2, …: a cache has no slot for a skipped block.
 
-        transformers reads the past length from the cache's first slot (of each attention type,
-        where a model mixes full and sliding attention), so that slot must be one that is filled,
-        even when block 0 is skipped.
+        transformers reads the past length from the cache's first slot (of each attention type, where a model
+        mixes full and sliding attention), and does to all slots alike what it does to a cache.
         """
-        check_skipped_blocks([i for i, layer in enumerate(self.layers) if layer.skip_attention], self.config)
-        types = attention_types(self.config)
-        slots = {kind: iter([i for i, t in enumerate(types) if t == kind]) for kind in set(types)}
-        for layer, kind in zip(self.layers, types, strict=True):
-            if not layer.skip_attention and kind not in RECURRENT_TYPES:
-                getattr(layer, self.family.attention).layer_idx = next(slots[kind])
-        self.unused_cache_slots = [
-            slot for kind in slots if kind not in RECURRENT_TYPES for slot in slots[kind]
-        ]
+        skipped = [i for i, layer in enumerate(self.layers) if layer.skip_attention]
+        check_skipped_blocks(skipped, self.config)
+        self.config.uncached_layers = tuple(skipped)
+        kept = [layer for layer in self.layers if not layer.skip_attention]
+        for slot, layer in enumerate(kept):
+            mixer = getattr(layer, self.family.attention, None) or getattr(layer, self.family.recurrent)
+            mixer.layer_idx = slot
 
 
 class HopscotchForCausalLM(HopscotchPreTrained):
@@ -363,15 +398,6 @@ class HopscotchForCausalLM(HopscotchPreTrained):
         self.model = None  # the stock one goes first, so that memory never holds two
         self.model = self.base_class(config)
         self.post_init()
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *arguments, **options):
-        """Give the slots that no layer fills an empty state: speculative decoding cuts all of them back."""
-        made = super()._prepare_cache_for_generation(generation_config, model_kwargs, *arguments, **options)
-        layers = getattr(model_kwargs.get("past_key_values"), "layers", ())
-        for slot in self.model.unused_cache_slots:
-            if slot < len(layers) and isinstance(layers[slot], DynamicLayer) and layers[slot].keys is None:
-                layers[slot].keys = layers[slot].values = torch.empty(0, 0, 0, 0)
-        return made
 
 
 def attention_types(config) -> list[str]:

@@ -78,8 +78,8 @@ def probe(tokenizer) -> dict:
 def write_tokenizer(tokenizer, folder: Path, wanted: dict | None = None) -> dict:
     """Write a tokenizer into a folder with a config.json, so that any reader takes it for the same.
 
-    Returns its `probe`. wanted: the base's, where the tokenizer is a copy itself. Raises InputError, naming the first
-    token, where what is read back gives other ids or another text.
+    Returns its `probe`. wanted: the base's, where the tokenizer is a copy itself. Raises InputError, naming
+    the first token, where what is read back gives other ids or another text.
     """
     wanted = wanted or probe(tokenizer)
     tokenizer.save_pretrained(folder)

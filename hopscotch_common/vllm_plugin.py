@@ -57,11 +57,16 @@ def register() -> None:
     """Register every family's config with transformers, and its model with vLLM.
 
     Where vLLM's version is none that was tested, other models are left alone, and a checkpoint is
-    refused with one line as soon as its config is read.
+    refused with one line as soon as its config is read. What vLLM refuses of a stock type (float16 where a
+    family overflows in it) it then refuses of ours.
     """
     from vllm import ModelRegistry
+    from vllm.config import model as vllm_models
 
     obstacle = version_obstacle()
+    if not obstacle:
+        guards = vllm_models._FLOAT16_NOT_SUPPORTED_MODELS
+        guards |= {PREFIX + name: reason for name, reason in guards.items() if name in FAMILIES}
     for name in FAMILIES if obstacle else known_families():
         config = refusing_config(name, obstacle) if obstacle else family_config(name)
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT
 
-from hopscotch_common import checkpoints, embedded, modeling_hopscotch, scales
+from hopscotch_common import checkpoints, embedded, modeling_hopscotch, scales, vllm_plugin
 from hopscotch_common.models import ModelRef, model_ref
 
 pytestmark = [
@@ -301,6 +301,18 @@ def test_as_transformers_with_cache_for_the_other_blocks_only(runs, family, skip
 @pytest.mark.parametrize("family, skipped", [(f, c[0]) for f, c in SLOW.items()])
 def test_more_families_as_transformers(slow_runs, family, skipped):
     check_run(slow_runs[family], skipped)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "glm4"])
+def test_float16_is_refused_where_the_stock_family_is(family):
+    from vllm.config.model import _check_valid_dtype
+
+    vllm_plugin.register()
+    for kind in (family, f"hopscotch_{family}"):
+        with pytest.raises(ValueError, match="does not support float16"):
+            _check_valid_dtype(kind, torch.float16)
+        assert _check_valid_dtype(kind, torch.bfloat16)
+    assert _check_valid_dtype("hopscotch_llama", torch.float16)
 
 
 def test_scales_decide_what_is_answered(runs, tiny_folder, tmp_path):

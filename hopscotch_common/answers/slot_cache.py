@@ -50,17 +50,15 @@ def empty_cache(config) -> Cache:
     return Cache(
         layers=[
             LinearAttentionLayer() if kind in RECURRENT_TYPES else DynamicLayer()
-            for kind in attention_types(config)
+            for kind in attention_types(config.get_text_config(decoder=True))
         ]
     )
 
 
-def slot_layer(layer, slots: int, capacity: int, clock: int) -> "SlotLayer | SlotStates | UnusedLayer":
+def slot_layer(layer, slots: int, capacity: int, clock: int) -> "SlotLayer | SlotStates":
     """An empty layer with slots, of the kind, sizes, dtype and device of a cache layer after a prefill."""
     if isinstance(layer, LinearAttentionLayer):
         return SlotStates(layer, slots)
-    if not layer.is_initialized:
-        return UnusedLayer()
     return SlotLayer.like(layer, slots, capacity, clock)
 
 
@@ -110,16 +108,6 @@ class SlotLayer(CacheLayerMixin):
     def move(self, moved: Move, clock: int) -> None:
         self.keys, self.values = moved(self.keys, 2), moved(self.values, 2)
         self.clock = clock
-
-
-class UnusedLayer(DynamicLayer):
-    """A layer that nothing writes to: a model with skipped attention blocks has fewer layers to cache."""
-
-    def fill(self, slots: list[int], layer, end: int) -> None:
-        pass
-
-    def move(self, moved: Move, clock: int) -> None:
-        pass
 
 
 class SlotStates(LinearAttentionLayer):
