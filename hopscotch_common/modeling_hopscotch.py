@@ -18,7 +18,9 @@ A family whose layer has Llama's shape is one line: `"model_type": Family()`.
 """
 
 import functools
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import transformers
@@ -33,6 +35,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+CODE = Path(__file__)
 PREFIX = "hopscotch_"  # of the model types
 CLASS_PREFIX = "Hopscotch"
 SCALE_NAMES = ("b_scale_attn", "s_scale_attn", "b_scale_mlp", "s_scale_mlp")
@@ -275,7 +278,7 @@ class HopscotchConfig:
     uncached_layers = None
 
     def get_text_config(self, decoder=None, **options):
-        """The config or, where caches are made by it (`decoder`), a view of the layers that keep something."""
+        """The config or, where caches are made by it (`decoder`), a view of the layers that keep anything."""
         if not decoder or self.in_vllm_plugin or not self._uncached():
             return super().get_text_config(decoder=decoder, **options)
         view = object.__new__(cached_layers_config(type(self)))
@@ -321,6 +324,14 @@ class HopscotchPreTrained:
     """What base model and causal LM share: how their scales are kept and read."""
 
     _keep_in_fp32_modules_strict = SCALE_NAMES + REPLACEMENT_NAMES
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **options):
+        """As the stock class, and this file beside the weights: the config's `auto_map` names it."""
+        self.config.auto_map = auto_map(self.config.model_type.removeprefix(PREFIX))
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
+        target = Path(save_directory) / CODE.name
+        if is_main_process and not (target.exists() and target.samefile(CODE)):
+            shutil.copyfile(CODE, target)
 
     def _init_weights(self, module):
         """Raises ValueError for weights without scales, unless `config.new_scales` expects just that."""
@@ -505,6 +516,15 @@ def family_classes(model_type: str) -> tuple[type, type, type]:
     if conversion is not None:
         register_checkpoint_conversion_mapping(PREFIX + model_type, conversion, overwrite=True)
     return config, base, causal
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """What a checkpoint's config says of its code, by the stock model type."""
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    return {
+        name: f"{CODE.stem}.{CLASS_PREFIX}{stock}"
+        for name, stock in zip(names, stock_names(model_type), strict=True)
+    }
 
 
 def __getattr__(name: str) -> type:

@@ -1,4 +1,4 @@
-"""A checkpoint's KV cache from end to end: all that transformers does to its layers, and no slot that is empty.
+"""A checkpoint's KV cache: all that transformers does to its layers, and no slot that stays empty.
 
 Each operation is held against the same model run over whole sequences, without a cache.
 """

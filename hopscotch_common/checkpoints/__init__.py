@@ -32,7 +32,14 @@ from hopscotch_common.loading import (
     read_config,
 )
 from hopscotch_common.log import check_settings
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, REPLACEMENT_NAMES, SCALE_NAMES
+from hopscotch_common.modeling_hopscotch import (
+    CODE,
+    FAMILIES,
+    PREFIX,
+    REPLACEMENT_NAMES,
+    SCALE_NAMES,
+    auto_map,
+)
 from hopscotch_common.models import ModelRef
 from hopscotch_common.tokenization import copy_tokenizer
 from hopscotch_common.weights import (
@@ -46,7 +53,6 @@ from hopscotch_common.weights import (
 )
 from hopscotch_common.writing import atomic_folder, link_or_copy, locked, recover_folder
 
-CODE = Path(modeling_hopscotch.__file__)
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
@@ -143,13 +149,6 @@ def _write_base(
         "kv_cache_blocks_removed": len(skipped),
     }
     return {"weights": counts, "tokenizer": tokenizer}
-
-
-def auto_map(model_type: str) -> dict[str, str]:
-    """What a checkpoint's config says of its code, by the stock model type."""
-    classes = modeling_hopscotch.family_classes(model_type)
-    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    return {name: f"{CODE.stem}.{made.__name__}" for name, made in zip(names, classes, strict=True)}
 
 
 def copy_companions(source: Path, target: Path) -> None:

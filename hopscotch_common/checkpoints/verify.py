@@ -8,11 +8,11 @@ Nothing of the checkpoint runs: its code is compared byte by byte, never importe
 import hashlib
 from pathlib import Path
 
-from hopscotch_common.checkpoints import CODE, SCALES_FILE, STATE_FILE, auto_map, read_checkpoint, read_run
+from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, read_checkpoint, read_run
 from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
+from hopscotch_common.modeling_hopscotch import CODE, FAMILIES, PREFIX, auto_map
 from hopscotch_common.tokenization import check_tokens
 from hopscotch_common.weights import INDEX_FILE, weight_map
 

@@ -1,0 +1,174 @@
+"""What people do next to a checkpoint: train it on, over processes, adapt it, save it, load it elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hopscotch_common import checkpoints, scales
+from hopscotch_common.models import model_ref
+
+SKIPPED = [0, 2]
+IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+MAPS = {
+    f"model.layers.{block}.replacement_{name}": 0.1
+    * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    for block in SKIPPED
+    for name, shape in (("down", (3, 32)), ("up", (32, 3)))
+}
+
+
+@pytest.fixture(params=["skips", "maps"])
+def checkpoint(request, tiny_folder, tmp_path):
+    values = 1 + 0.02 * torch.arange(16.0).view(4, 4)
+    maps = MAPS if request.param == "maps" else {}
+    if not maps:
+        values[SKIPPED, 0] = 0
+    base = model_ref(str(tiny_folder("llama")))
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", base, SKIPPED, values, {}, maps=maps)
+    return tmp_path / "checkpoint"
+
+
+def elsewhere(program: str, *arguments, processes: int = 1) -> str:
+    """Run a program where this project is not installed; stdout."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(arguments[0]) + ".modules", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    path = arguments[0].parent / "program.py"
+    path.write_text(program)
+    found = subprocess.run(
+        [*launch, str(path), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=arguments[0].parent,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+def loss_of(model) -> torch.Tensor:
+    return model(IDS, labels=IDS).loss
+
+
+def test_everything_that_trains_gets_a_gradient(checkpoint):
+    model = checkpoints.load_checkpoint(checkpoint)
+    model.requires_grad_(True)
+    model.train()
+    loss_of(model).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+    plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_of(model).backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, plain[name])
+
+
+def test_saved_again_it_loads_where_this_project_is_not(checkpoint, tmp_path):
+    model = checkpoints.load_checkpoint(checkpoint)
+    model.save_pretrained(tmp_path / "again")
+    program = (
+        "import sys, json, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert 'hopscotch_common' not in sys.modules\n"
+        "model.save_pretrained(sys.argv[2])\n"
+        f"print(json.dumps(model(torch.tensor({IDS.tolist()})).logits.tolist()))\n"
+    )
+    for source, target in (("again", "third"), ("third", "fourth")):
+        logits = json.loads(elsewhere(program, tmp_path / source, tmp_path / target))
+        assert_close(torch.tensor(logits), model(IDS).logits)
+    assert_close(scales.snapshot(checkpoints.load_checkpoint(tmp_path / "again")), scales.snapshot(model))
+
+
+PARALLEL = """
+import sys, torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+ids = torch.tensor(eval(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+if sys.argv[3] == "ddp":
+    wrapped = DistributedDataParallel(model)
+else:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh("cpu", (2,))
+    model = model.float()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    wrapped = fully_shard(model, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    loss = wrapped(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+total = loss.detach().clone()
+torch.distributed.all_reduce(total)
+if rank == 0:
+    print("mean", total.item() / 2)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_several_processes_train_it_on(checkpoint, how):
+    output = elsewhere(PARALLEL, checkpoint, str(IDS.tolist()), how, processes=2)
+    model = checkpoints.load_checkpoint(checkpoint)
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = loss_of(model)  # rows of equal length: the mean of the processes' means
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(output.split()[-1]) == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_trainer_trains_and_saves_it(checkpoint, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = checkpoints.load_checkpoint(checkpoint)
+    model.requires_grad_(True)
+    before = loss_of(model).item()
+    rows = [{"input_ids": row, "labels": row} for row in IDS.tolist()]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=4, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    after = loss_of(model).item()
+    assert after < before
+    assert loss_of(checkpoints.load_checkpoint(tmp_path / "saved")).item() == pytest.approx(after, rel=1e-5)
+
+
+def test_an_adapter_on_it_is_merged_and_saved(checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = checkpoints.load_checkpoint(checkpoint)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
+    loss_of(adapted).backward()
+    without = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    expected = adapted(IDS).logits
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert_close(checkpoints.load_checkpoint(tmp_path / "merged")(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_older_checkpoint_has_its_zero_scale_read(checkpoint):
+    """Its b_scale_attn of a skipped block is a tensor among the scales, as now."""
+    scale = checkpoints.load_scales(checkpoint)[SKIPPED[0], 0]
+    model = checkpoints.load_checkpoint(checkpoint)
+    assert model.state_dict()[f"model.layers.{SKIPPED[0]}.b_scale_attn"] == scale
