@@ -105,9 +105,10 @@ def _summary(kind: str, origin: dict, config, run: dict) -> str:
     uncached = {"checkpoint": skipped, "folded": [], "nemotron_nas": [i for i in skipped if i]}[kind]
     left = len(present) - len(uncached)
     base = origin.get("base_model")
-    base = (
-        f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(run.get('base_model', '?')).name}`"
-    )
+    if base:
+        base = f"[{base}](https://huggingface.co/{base})"
+    else:
+        base = f"`{Path(run['base_model']).name}`" if "base_model" in run else "A model"
     licence = f"`{origin['license']}`" if "license" in origin else "not known here: see there"
     return (
         f"{base} without {len(skipped)} of its {len(present)} attention blocks "
