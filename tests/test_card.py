@@ -150,3 +150,10 @@ def test_channel_scales_are_told_from_layer_scales(base, tmp_path):
     values = torch.full((4, 2 * config.hidden_size + 2), 1.1)
     card.write_card(tmp_path, "x", "checkpoint", {}, config, values, {})
     assert "one a channel" in read(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    "run", [{"settings": {}}, {"held_out": {"scaled": 1}}, {"base_model": 1, "settings": 2}]
+)
+def test_a_record_of_another_kind_is_not_guessed_at(base, tmp_path, run):
+    assert "not on record" in read(save(tmp_path / "checkpoint", base, 1.1, run)).text

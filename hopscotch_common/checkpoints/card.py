@@ -91,8 +91,11 @@ def write_card(
         tags=["hopscotch", "attention-skipping"],
         **origin,
     )
-    parts = [f"# {name}", _summary(kind, origin, config, run), _training(config, values, run)]
-    parts += [_held_out(run.get("held_out") or {})]
+    parts = [f"# {name}", _summary(kind, origin, config, run)]
+    try:
+        parts += [_training(config, values, run), _held_out(run.get("held_out") or {})]
+    except (AttributeError, KeyError, TypeError, ValueError):  # of an earlier release, or edited
+        parts += ["How its scales were trained is not on record."]
     parts += [f"Compared with its checkpoint: {check}."] if check else []
     parts += ["## Loading", "`MODEL` is this folder, or its id on the hub.", LOADING[kind]]
     parts += ["## Citation", CITATION]
@@ -108,7 +111,7 @@ def _summary(kind: str, origin: dict, config, run: dict) -> str:
     if base:
         base = f"[{base}](https://huggingface.co/{base})"
     else:
-        base = f"`{Path(run['base_model']).name}`" if "base_model" in run else "A model"
+        base = f"`{Path(str(run['base_model'])).name}`" if "base_model" in run else "A model"
     licence = f"`{origin['license']}`" if "license" in origin else "not known here: see there"
     return (
         f"{base} without {len(skipped)} of its {len(present)} attention blocks "

@@ -78,6 +78,7 @@ def export_checkpoint(
     the tolerance; nothing is left behind then.
     """
     config, values = checkpoints.read_checkpoint(checkpoint)
+    run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
     check_output(output)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
@@ -95,7 +96,6 @@ def export_checkpoint(
         }
         report |= _check(checkpoint, config, folder, format, tolerance, device)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-        run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
         origin = card.inherited(checkpoint)
         card.write_card(folder, output.name, format, origin, config, values, run, report["summary"])
     logger.info("%s: %s", output, report["summary"])
