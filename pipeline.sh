@@ -62,3 +62,12 @@ python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_blo
 say "what came of it"
 PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_report.json" \
     "data/$name-processed-data" "./${name}_block_selection.json" "${scaled[@]}"
+
+say "to publish a folder, with the model card in it"
+for folder in "${scaled[@]}"; do
+    epoch=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_epoch"])' "./$folder/report.json")
+    for kind in "epoch_$epoch" $export_formats; do
+        printf 'hf upload OWNER/%q %q . --exclude training_state.safetensors\n' \
+            "$name-hopscotch" "./$folder/${name}_scaled_$kind"
+    done
+done

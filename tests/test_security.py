@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -352,6 +353,10 @@ def test_the_whole_pipeline_runs_on_a_folder_with_such_a_name(name, work, tiny_f
     assert not list(work.rglob("pwned"))
     assert (work / f"scaled_{name}_ckpts" / f"{name}_scaled_folded/config.json").is_file()
     assert (work / f"unscaled_{name}_ckpts" / f"{name}_unscaled/config.json").is_file()
+    for command in result.stdout.splitlines()[-2:]:
+        hf, upload, repository, folder, *_ = shlex.split(command)
+        assert (hf, upload, repository) == ("hf", "upload", f"OWNER/{name}-hopscotch")
+        assert "hopscotch" in (work / folder / "README.md").read_text()
 
 
 # A checkpoint that is verified -------------------------------------------------------------------

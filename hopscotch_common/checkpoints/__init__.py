@@ -7,6 +7,7 @@ A checkpoint folder holds
     scales.safetensors                     the scales of each layer, and maps of skipped blocks, float32
     model.safetensors.index.json           which tensor is in which file
     hopscotch.json                         the run that made it: arguments, losses, versions
+    README.md                              the model card
     tokenizer files, generation_config.json
 
 Checkpoints of one run share the base weights by hard links (copies where links do not work), so an
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hopscotch_common import modeling_hopscotch, scales
+from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import read_json
 from hopscotch_common.loading import (
@@ -56,10 +58,10 @@ from hopscotch_common.writing import atomic_folder, link_or_copy, locked, recove
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
-OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE)  # of each checkpoint
+OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, card.CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
 LAYER_KEY = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)\.(\w+)\.")
-COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 
 
 def is_skipped_weight(key: str, config) -> bool:
@@ -102,6 +104,8 @@ def save_checkpoint(
         if training_state is not None:
             save_tensors(training_state, target / STATE_FILE)
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+        origin = share_with and card.inherited(share_with) or card.origin_of(base)
+        card.write_card(target, folder.name, "checkpoint", origin, checkpoint_config(target), values, run)
 
 
 def _write_base(

@@ -46,6 +46,8 @@ def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(stock)
     stock.architectures = [type(model).__name__]
+    # transformers 5.19 reads this key and acts on it in no model. One that does will leave out what is zero.
+    stock.per_layer_config = {block: {"skip": ["attention"]} for block in skipped_blocks(config)} or None
     stock.save_pretrained(folder)
     folding = Folding(stock, fold_factors(values, skipped_blocks(config)))
     renamed = get_checkpoint_conversion_mapping(stock.model_type) is not None

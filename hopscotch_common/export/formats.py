@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files, weights, writing
+from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.export import check, decilm, folders, folding
 from hopscotch_common.loading import device_map, resolve_device
@@ -88,6 +89,7 @@ def export_checkpoint(
     the tolerance; nothing is left behind then.
     """
     config, values = checkpoints.read_checkpoint(checkpoint)
+    run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
     check_output(output)
     check_maps(format, config.replacement_rank)
     if getattr(config, "quantization_config", None):
@@ -108,6 +110,8 @@ def export_checkpoint(
         }
         report |= _check(checkpoint, config, folder, format, tolerance, device)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        origin = card.inherited(checkpoint)
+        card.write_card(folder, output.name, format, origin, config, values, run, report["summary"])
     logger.info("%s: %s", output, report["summary"])
     return report
 
