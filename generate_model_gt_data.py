@@ -2,8 +2,11 @@
 
     python generate_model_gt_data.py --model smollm
     python generate_model_gt_data.py --model qwen --input_file prompts.jsonl
+    python generate_model_gt_data.py --model qwen --dataset openai/gsm8k --dataset_config main
 
-Prompts are JSONL lines with `question`, or with `messages` (assistant messages are left out).
+Prompts are records with `question`, `messages`, `prompt`, `instruction` or `conversations`, in JSONL, JSON,
+Parquet or CSV files, or in a data set of the hub. The model answers what was asked; answers that are there
+are left out.
 Answers go to {model}_math_final.jsonl, in input order. While they come they are kept in
 {model}_math.jsonl, so that the same command goes on where an interrupted one stopped.
 """
@@ -20,7 +23,14 @@ from tqdm import tqdm
 from hopscotch_common import cli, files, writing
 from hopscotch_common.answers import BACKENDS, EngineOptions
 from hopscotch_common.answers.partial import PartialAnswers
-from hopscotch_common.answers.prompts import HUB_PROMPTS, LOCAL_PROMPTS, answer_text, find_prompts, tokenize
+from hopscotch_common.answers.prompts import (
+    HUB_PROMPTS,
+    LOCAL_PROMPTS,
+    PromptSource,
+    answer_text,
+    find_prompts,
+    tokenize,
+)
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.models import ModelRef
 from hopscotch_common.report.runs import describe_run
@@ -52,13 +62,14 @@ def answer_missing(partial: PartialAnswers, tokenizer, stop_ids: set[int], answe
         started = time.perf_counter()
         for answer in answers:
             index = missing[answer.index]
-            text_ids = [token for token in answer.token_ids if token not in stop_ids]
-            text = answer_text(tokenizer, text_ids)
+            ended = answer.finish_reason == "stop" and answer.token_ids[-1] in stop_ids
+            text = answer_text(tokenizer, answer.token_ids[:-1] if ended else answer.token_ids)
             record = {
                 "index": index,
                 "messages": [*partial.prompts[index].messages, {"role": "assistant", "content": text}],
                 "finish_reason": answer.finish_reason,
                 "num_generated_tokens": len(answer.token_ids),
+                "answer_token_ids": list(answer.token_ids),  # the text alone may be read as other tokens
             }
             partial.add(record)
             tokens += len(answer.token_ids)
@@ -87,11 +98,18 @@ def select_answers(records: dict[int, dict], keep_truncated: bool) -> tuple[list
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     cli.add_model_arguments(parser)
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--input_file",
         type=Path,
-        help="JSONL prompts with 'question' or 'messages'; default: for smollm the embedded problems, "
-        f"otherwise {LOCAL_PROMPTS} in this folder, otherwise {HUB_PROMPTS} from the hub",
+        help="prompts: .jsonl, .json, either with .gz, .jsonl.zst, .parquet or .csv; default: for smollm the "
+        f"embedded problems, otherwise {LOCAL_PROMPTS} in this folder, otherwise {HUB_PROMPTS} from the hub",
+    )
+    source.add_argument("--dataset", metavar="OWNER/NAME", help="prompts: a data set of the hub, or a folder")
+    parser.add_argument("--dataset_config", metavar="NAME", help="its configuration")
+    parser.add_argument("--split", default="train", help="its split")
+    parser.add_argument(
+        "--prompt_field", metavar="NAME", help="the field that holds text or messages, if it has another name"
     )
     parser.add_argument(
         "--output_file",
@@ -134,12 +152,13 @@ def main(argv: list[str] | None = None) -> int:
     options = EngineOptions(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineOptions)}
     )
-    prompts = find_prompts(args.input_file, args.model)[: args.num_samples]
+    source = PromptSource(args.input_file, args.dataset, args.dataset_config, args.split, args.prompt_field)
+    prompts = find_prompts(source, args.model)[: args.num_samples]
 
     from hopscotch_common import weights
     from hopscotch_common.answers import engines
     from hopscotch_common.loading import read_config
-    from hopscotch_common.tokenization import load_tokenizer
+    from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 
     config = read_config(args.model, checkpoint=True)
     backend = engines.resolve_backend(options, config)
@@ -166,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         if missing:
             cli.seed_everything(args.seed)
             answers = engines.generate(args.model, [prompt_ids[i] for i in missing], args.max_tokens, options)
-            stop_ids = engines.stop_token_ids(args.model.folder(weights=False), tokenizer)
+            stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
             answer_missing(partial, tokenizer, stop_ids, answers)
         kept, figures = select_answers(partial.records, args.keep_truncated)
         if not kept:

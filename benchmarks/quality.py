@@ -36,7 +36,7 @@ from growing import GrowingResults
 from matplotlib.figure import Figure
 from problems import Problem, gsm8k, parse_answer, puzzles
 
-from hopscotch_common.answers.engines import kv_bytes_per_token, stop_token_ids
+from hopscotch_common.answers.engines import kv_bytes_per_token
 from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import read_config
@@ -52,7 +52,7 @@ from hopscotch_common.report.drawing import (
     render,
     styled,
 )
-from hopscotch_common.tokenization import load_tokenizer
+from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.writing import write_json
 
 VARIANTS = ("unscaled", "layer-ce", "layer-kl", "channel-ce", "channel-kl")

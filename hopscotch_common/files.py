@@ -17,15 +17,20 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     JSON object.
     """
     check_input(path)
-    empty = True
     with open(path, "rb") as file:
-        for number, line in enumerate(_lines(file, path), 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-            if not line.strip():
-                continue
-            empty = False
-            yield number, parse_record(line, f"{path}, line {number}")
+        yield from lines_of_file(_lines(file, path), path)
+
+
+def lines_of_file(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict]]:
+    """`read_jsonl` of lines that were read before."""
+    empty = True
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        if not line.strip():
+            continue
+        empty = False
+        yield number, parse_record(line, f"{path}, line {number}")
     if empty:
         raise InputError(f"{path}: holds no records; name another file, or make it again")
 

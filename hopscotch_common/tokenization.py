@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from hopscotch_common.errors import InputError, logger, reason_of
@@ -38,6 +38,15 @@ def load_tokenizer(ref: ModelRef):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def stop_token_ids(folder: Path, tokenizer) -> set[int]:
+    """Tokens that end an answer: the tokenizer's end of sequence and the generation config's."""
+    stop = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if (folder / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(folder).eos_token_id
+        stop.update([configured] if isinstance(configured, int) else configured or [])
+    return stop
 
 
 def read_tokenizer(folder: Path, source: str | None = None):

@@ -283,12 +283,13 @@ def expected_records(folder: str) -> list[dict]:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         tokens = stock_answer(model, prompt, MAX_TOKENS, SCRIPT_STOP)
         stopped = tokens[-1] in SCRIPT_STOP
-        text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True)
+        text = tokenizer.decode(tokens[:-1] if stopped else tokens)
         records.append(
             {
                 "messages": [*messages, {"role": "assistant", "content": text}],
                 "finish_reason": "stop" if stopped else "length",
                 "num_generated_tokens": len(tokens),
+                "answer_token_ids": tokens,
             }
         )
     return records
@@ -414,11 +415,11 @@ def forbid_models(monkeypatch):
         (None, "prompts.jsonl: no such file"),
         ([], "prompts.jsonl: holds no records"),
         (['{"question": "1?"}', "not json"], "prompts.jsonl, line 2: not JSON"),
-        (['{"question": "1?"}', "", '{"answer": "2"}'], "line 3: needs 'messages' or 'question'"),
-        (['{"question": "  "}'], "line 1: needs 'messages' or 'question'"),
-        (['{"messages": []}'], "line 1: 'messages' must be a list"),
+        (['{"question": "1?"}', "", '{"answer": "2"}'], "line 3: has 'answer', and needs 'messages'"),
+        (['{"question": "  "}'], "line 1: 'question' must be text"),
+        (['{"messages": []}'], "line 1: its list of messages is empty"),
         (['{"messages": [{"role": "user", "content": ""}]}'], "line 1: the user message has no content"),
-        (['{"messages": [{"role": "tool", "content": "x"}]}'], "line 1: role 'tool'"),
+        (['{"messages": [{"role": "judge", "content": "x"}]}'], "line 1: role 'judge'"),
         (['{"messages": [{"role": "system", "content": "x"}]}'], "line 1: no user message"),
         (['{"messages": [{"role": "assistant", "content": "x"}]}'], "line 1: only assistant"),
         ([json.dumps({"question": "x" * 500})], "line 1: 5.. tokens leave no room .* context of 512"),
@@ -505,7 +506,7 @@ def test_of_an_answer_in_channels_the_final_one_is_kept():
     def text(answer: str) -> str:
         return answer_text(tokenizer, tokenizer.encode(answer, add_special_tokens=False))
 
-    assert text("4<|im_start|>") == "4"
+    assert text("4<|im_start|>") == "4<|im_start|>"
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
     thought = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant"
     assert text(thought + "<|channel|>final<|message|>It is 4.") == "It is 4."

@@ -4,12 +4,12 @@ import json
 import os
 from pathlib import Path
 
-import datasets
 import pytest
 from conftest import CHAT_TEMPLATE, byte_tokenizer, check_refused
 from transformers import AutoTokenizer
 
 import process_gt_data
+from hopscotch_common.answers import labels
 
 CONVERSATIONS = [
     [("user", "What is 3 + 4?"), ("assistant", "3 + 4 = 7.")],
@@ -79,8 +79,8 @@ def test_long_and_short_samples_are_dropped_and_counted(work, capsys):
     tokenizer = AutoTokenizer.from_pretrained(work[1])
 
     def of_length(tokens: int):
-        """A conversation of so many tokens: the template's 31, and an answer to fill up."""
-        turns = [("u", "?"), ("assistant", "")]
+        """A conversation of so many tokens: the template's 34, and an answer to fill up."""
+        turns = [("user", "?"), ("assistant", "")]
         missing = tokens - len(expected_sample(turns, tokenizer)[0])
         return [turns[0], ("assistant", "x" * missing)]
 
@@ -100,7 +100,7 @@ def test_when_every_sample_is_dropped_nothing_is_written(work, capsys):
     )
     write_lines([messages_of([("assistant", "y")])])
     check_refused(process_gt_data, work, "no sample is left, 0 .* 1 fewer than 20", capsys)
-    assert os.listdir("out") == []
+    assert not Path("out").exists()
 
 
 def test_earlier_data_is_replaced_whole_or_not_at_all(work, monkeypatch):
@@ -127,32 +127,16 @@ def test_no_more_processes_than_cores_or_than_the_work_pays_for(monkeypatch):
     assert process_gt_data.processes_worth(2, 10**6) == 2
 
 
-def test_one_process_for_little_work_and_no_stale_cache(work, monkeypatch, tmp_path):
-    asked = []
-    real_map = datasets.Dataset.map
-
-    def counting(self, *args, **kwargs):
-        asked.append(kwargs.get("num_proc"))
-        return real_map(self, *args, **kwargs)
-
-    monkeypatch.setattr(datasets.Dataset, "map", counting)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "users-cache")
-    assert process_gt_data.main([*work, "--num_cpu_procs", "8"]) == 0
-    assert set(asked) == {None}
-    assert len(read_samples()) == 3
-    assert not (tmp_path / "users-cache").exists()
-
-
 def test_reasoning_is_kept_where_the_template_sets_it_apart():
     tokenizer = byte_tokenizer()
     message = {"role": "assistant", "content": "<think>\n3 and 4\n</think>\n\n7"}
-    assert process_gt_data.split_reasoning(message, tokenizer) == message
+    assert labels.split_reasoning(message, tokenizer) == message
     tokenizer.chat_template = CHAT_TEMPLATE.replace(
         "{{ message['content'] }}",
         "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
         "{{ message['content'] }}",
     )
-    split = process_gt_data.split_reasoning(message, tokenizer)
+    split = labels.split_reasoning(message, tokenizer)
     assert split == {"role": "assistant", "content": "7", "reasoning_content": "3 and 4"}
     text = tokenizer.apply_chat_template([split], tokenize=False)
     assert text == "<|im_start|>assistant\n<think>3 and 4</think>7<|im_end|>\n"
@@ -168,11 +152,12 @@ ANSWER = {"role": "assistant", "content": "2"}
         (None, "answers.jsonl: no such file; make it with generate_model_gt_data.py"),
         ([], "answers.jsonl: holds no records"),
         (["{"], "line 1: not JSON"),
-        ([{"question": "1 + 1?"}], "line 1: needs 'messages'"),
+        ([{"ask": "1 + 1?"}], "line 1: has 'ask', and needs 'messages'"),
         ([{"messages": [USER, ANSWER]}, {"messages": [USER]}], "line 2: the last message is not the ass"),
         ([{"messages": [USER, {"role": "assistant", "content": " "}]}], "line 1: the assistant message has"),
         ([{"messages": [USER, {"content": "2"}]}], "line 1: each message needs a 'role'"),
-        ([{"messages": [USER, {**ANSWER, "content": "<|UNMASK_BEGIN|>"}]}], "line 1: contains <|UNMASK_"),
+        ([{"messages": [USER, ANSWER], "unmask": True}], "line 1: has 'unmask', which is not supported"),
+        ([{"messages": [USER, {**ANSWER, "weight": 1}]}], "line 1: the assistant message has 'weight'"),
         ([{"messages": [{"role": "pretraining", "content": "x"}, ANSWER]}], "line 1: role 'pretraining'"),
     ],
 )
@@ -193,9 +178,9 @@ def test_what_the_chat_template_refuses_or_leaves_out_names_the_line(work, tiny_
     )
     where = "answers.jsonl, line 2"
     with pytest.raises(process_gt_data.InputError, match=f"{where}: .* no system role"):
-        process_gt_data.check_conversation(messages_of(CONVERSATIONS[1]), where, tokenizer)
+        labels.samples_of((where, messages_of(CONVERSATIONS[1])), tokenizer, set())
     with pytest.raises(process_gt_data.InputError, match=f"{where}: .* rewrites part of the user message"):
-        process_gt_data.check_conversation(messages_of(CONVERSATIONS[0]), where, tokenizer)
+        labels.samples_of((where, messages_of(CONVERSATIONS[0])), tokenizer, set())
 
 
 @pytest.mark.parametrize(

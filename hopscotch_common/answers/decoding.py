@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
-from hopscotch_common.answers.slot_cache import SlotLayer, SlotStates, UnusedLayer, empty_cache, slot_layer
+from hopscotch_common.answers.slot_cache import SlotLayer, SlotStates, empty_cache, slot_layer
 
 HEADROOM = 128  # columns that a rebuilt cache has left to grow into
 PREFILL_TOKENS = 4096  # padded prompt tokens that are prefilled at once; bounds activation memory
@@ -75,7 +75,7 @@ class GreedyDecoder:
         ]
         self.waiting = sorted(rows, key=_longest_first)  # the next one is the last, the shortest
         self.slots: list[Row | None] = []
-        self.layers: list[SlotLayer | SlotStates | UnusedLayer] = []
+        self.layers: list[SlotLayer | SlotStates] = []
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self.clock = 0
         self.ended, self.generated = 0, 0

@@ -5,10 +5,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import vllm_plugin
@@ -24,7 +23,7 @@ from hopscotch_common.loading import (
 )
 from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
 from hopscotch_common.models import ModelRef, context_length
-from hopscotch_common.tokenization import load_tokenizer
+from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.weights import stored_dtype
 
 PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads
@@ -143,15 +142,6 @@ def tensor_parallel_obstacle(size: int, config) -> str | None:
     if width % size:
         return f"does not divide the MLP's width of {width}"
     return None
-
-
-def stop_token_ids(folder: Path, tokenizer) -> set[int]:
-    """Tokens that end an answer: the tokenizer's end of sequence and the generation config's."""
-    stop = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    if (folder / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        stop.update([configured] if isinstance(configured, int) else configured or [])
-    return stop
 
 
 class TransformersEngine:

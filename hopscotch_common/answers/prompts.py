@@ -4,14 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.files import read_jsonl
 from hopscotch_common.models import ModelRef, context_length
 
 EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl"
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
-ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts are: a file, or a data set of the hub (or a folder) with its config and split.
+
+    field: the one that holds text or messages, where it has a name of its own.
+    """
+
+    input_file: Path | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -22,25 +35,16 @@ class Prompt:
     where: str
 
 
-def check_messages(messages, where: str) -> list[dict]:
-    """The messages of a record, checked: a non-empty list of {role, content} with text in each."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: 'messages' must be a list with at least one message")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(f"{where}: each message needs a 'role' and a 'content'")
-        content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
-            raise InputError(f"{where}: the {message['role']} message has no content")
-    return messages
-
-
 def render(tokenizer, messages: list[dict], where: str, **options) -> str:
     """The messages in the tokenizer's chat template, as text.
 
-    Raises InputError for whatever the template raises, and where it leaves out or rewrites what was
-    asked or the last answer. Of earlier answers, some leave out the reasoning.
+    A developer's message is a system message where the template knows no developer. Raises InputError for
+    whatever the template raises, and where it leaves out or rewrites what was asked or the last answer. Of
+    earlier answers, some leave out the reasoning.
     """
+    if "developer" not in tokenizer.chat_template:
+        system = {"role": "system"}
+        messages = [m | system if m["role"] == "developer" else m for m in messages]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is code of the model's: it may raise anything
@@ -66,62 +70,38 @@ def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a JSONL file, every line checked. InputError names file and line."""
-    return [prompt_of(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+def prompt_of(record: dict, where: str, field: str | None = None) -> Prompt:
+    """What a record asks; InputError when there is nothing to answer.
+
+    Answers are left out, the last one always; of earlier ones those stay that a tool's message follows up.
+    """
+    messages = messages_of(record, where, field)
+    uses_tools = any(message["role"] == "tool" for message in messages)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not uses_tools:
+        messages = [message for message in messages if message["role"] != "assistant"]
+    if not messages:
+        raise InputError(f"{where}: only assistant messages, there is nothing to answer")
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise InputError(f"{where}: no user message after the {messages[-1]['role']} message")
+    return Prompt(messages, where)
 
 
-def prompt_of(record: dict, where: str) -> Prompt:
-    """The prompt of one record with `messages` or `question`; InputError when there is none."""
-    if "messages" in record:
-        messages = record["messages"]
-        if isinstance(messages, list):
-            messages = [m for m in messages if not (isinstance(m, dict) and m.get("role") == "assistant")]
-            if not messages and record["messages"]:
-                raise InputError(f"{where}: only assistant messages, there is nothing to answer")
-        messages = [
-            {"role": message["role"], "content": message["content"]}
-            for message in check_messages(messages, where)
-        ]
-        for message in messages:
-            if message["role"] not in ROLES:
-                raise InputError(f"{where}: role {message['role']!r} is not one of {', '.join(ROLES)}")
-        if messages[-1]["role"] != "user":
-            raise InputError(f"{where}: no user message after the system message")
-        return Prompt(messages, where)
-    question = record.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise InputError(f"{where}: needs 'messages' or 'question' with text in it")
-    return Prompt([{"role": "user", "content": question}], where)
-
-
-def hub_prompts() -> list[Prompt]:
-    """The training questions of openai/gsm8k; InputError when they cannot be fetched."""
-    from datasets import load_dataset
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils.logging import set_verbosity_error
-
-    set_verbosity_error()  # without a network it would warn of each of its retries
-    try:
-        rows = load_dataset(HUB_PROMPTS, "main", split="train")
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise InputError(
-            f"{HUB_PROMPTS} cannot be fetched from the Hugging Face hub ({type(error).__name__}): "
-            f"give prompts with --input_file, or put them in {LOCAL_PROMPTS} in this folder"
-        ) from error
-    return [prompt_of(row, f"{HUB_PROMPTS}, row {number}") for number, row in enumerate(rows, 1)]
-
-
-def find_prompts(input_file: Path | None, model: ModelRef) -> list[Prompt]:
-    """The prompts of --input_file, or else the default ones."""
-    if input_file is not None:
-        return read_prompts(input_file)
-    if model.embedded:
-        return read_prompts(EMBEDDED_PROMPTS)
-    if LOCAL_PROMPTS.is_file():
+def find_prompts(source: PromptSource, model: ModelRef) -> list[Prompt]:
+    """The prompts that the flags name, or else the default ones; every record is checked."""
+    if source.dataset is not None:
+        records = hub_records(source.dataset, source.config, source.split)
+    elif source.input_file is not None:
+        records = read_records(source.input_file)
+    elif model.embedded:
+        records = read_records(EMBEDDED_PROMPTS)
+    elif LOCAL_PROMPTS.is_file():
         logger.info("prompts from %s in this folder", LOCAL_PROMPTS)
-        return read_prompts(LOCAL_PROMPTS)
-    return hub_prompts()
+        records = read_records(LOCAL_PROMPTS)
+    else:
+        records = hub_records(HUB_PROMPTS, "main", "train")
+    return [prompt_of(record, where, source.field) for where, record in records]
 
 
 def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
@@ -145,14 +125,14 @@ def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
 
 
 def answer_text(tokenizer, ids: Sequence[int]) -> str:
-    """An answer's tokens, without the stop token, as text without special tokens.
+    """An answer's tokens, without the stop token, as text, special tokens included: some mark the reasoning.
 
     gpt_oss answers in channels: what it says to the user is the final one, and that is the text; empty where
     the answer ended before it.
     """
     channel, message = (tokenizer.added_tokens_encoder.get(mark) for mark in ("<|channel|>", "<|message|>"))
     if channel is None or message is None:
-        return tokenizer.decode(ids, skip_special_tokens=True)
+        return tokenizer.decode(ids)
     ids = list(ids)
     last = ids[len(ids) - ids[::-1].index(channel) :] if channel in ids else []
     if message not in last:

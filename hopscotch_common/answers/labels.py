@@ -1,0 +1,93 @@
+"""Step 2: which tokens of a conversation are the model's, and count for the loss."""
+
+import os
+
+from hopscotch_common.answers.prompts import render
+from hopscotch_common.answers.records import messages_of
+from hopscotch_common.errors import InputError
+
+IGNORED = -100  # the label of what does not count
+ANSWER_IDS = "answer_token_ids"  # a field of step 1's answers
+
+
+def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[dict]:
+    """The samples {input_ids, labels} of one record: each of its answers counts once.
+
+    One sample as a rule. Where a template leaves the reasoning of earlier answers out, each of these has a
+    sample of its own, as the model said it. placed: (where, record). Raises InputError for what is no
+    conversation that ends with an answer, and for what the chat template refuses or leaves out.
+    """
+    where, record = placed
+    messages = [split_reasoning(m, tokenizer) for m in messages_of(record, where)]
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f"{where}: the last message is not the assistant's, there is no answer to train on")
+    if ANSWER_IDS in record:
+        return [_said(record[ANSWER_IDS], messages, tokenizer, where)]
+
+    def encode(text: str):
+        return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    whole = render(tokenizer, messages, where)
+    spans, samples = [], []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        last = index == len(messages) - 1
+        text = whole if last else render(tokenizer, messages[: index + 1], where)
+        before = render(tokenizer, messages[:index], where, add_generation_prompt=True) if index else ""
+        start = len(os.path.commonprefix([before, text]))
+        encoded = encode(text)
+        end = _end_of_turn(encoded, message["content"].strip(), text, start, (stop_ids, special))
+        if whole[:end] == text[:end]:
+            spans.append((start, end))
+        else:
+            samples.append(_sample(encoded, [(start, end)]))
+    return [*samples, _sample(encode(whole), spans)]
+
+
+def _said(answer, messages: list[dict], tokenizer, where: str) -> dict:
+    """The sample of an answer of step 1: what the model read, and the tokens that it said."""
+    if not (isinstance(answer, list) and answer and all(type(t) is int and t >= 0 for t in answer)):
+        raise InputError(f"{where}: {ANSWER_IDS!r} is no list of token ids; make it again with step 1")
+    text = render(tokenizer, messages[:-1], where, add_generation_prompt=True)
+    prompt = tokenizer.encode(text, add_special_tokens=False)
+    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+
+
+def _end_of_turn(encoded, content: str, text: str, start: int, ends: tuple[set[int], ...]) -> int:
+    """Where in a text whose last answer is `content` that ends: behind the token that ends generation.
+
+    ends: such tokens; where the template writes none of the first, the next that it does write.
+    """
+    content_end = text.rindex(content) + len(content) if content else start
+    for tokens in ends:
+        for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            if token in tokens and end > content_end:
+                return end
+    return content_end
+
+
+def _sample(encoded, spans: list[tuple[int, int]]) -> dict:
+    """Tokens of which those within a span of characters count."""
+
+    def counts(first: int, last: int) -> bool:
+        # Some tokenizers leave spaces out of the offsets; of nothing but spaces, only the end is left then.
+        return any(
+            last <= end and (first >= start if first < last else first > start) for start, end in spans
+        )
+
+    labels = [
+        token if counts(*offsets) else IGNORED
+        for token, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return {"input_ids": encoded["input_ids"], "labels": labels}
+
+
+def split_reasoning(message: dict, tokenizer) -> dict:
+    """An answer's <think> part as `reasoning_content`, for chat templates that tell the two apart."""
+    head, end, answer = message["content"].partition("</think>")
+    if not end or message["role"] != "assistant" or "reasoning_content" not in tokenizer.chat_template:
+        return message
+    reasoning = head.removeprefix("<think>").strip("\n")
+    return message | {"content": answer.lstrip("\n"), "reasoning_content": reasoning}

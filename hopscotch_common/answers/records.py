@@ -1,0 +1,218 @@
+"""Records as people have them: files of several kinds, and one function that turns a record into messages."""
+
+import gzip
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.files import check_input, lines_of_file, parse_json, read_jsonl
+
+READ_BY_DATASETS = {".parquet": "parquet", ".csv": "csv", ".zst": "json"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+UNDERSTOOD = (
+    "'messages', 'conversations' (from, value), 'prompt' (text or messages; the answer in 'completion'), "
+    "'question' ('answer') or 'instruction' with 'input' ('output')"
+)
+# What a record may say besides its messages that would change what is trained on.
+REFUSED = {
+    "unmask": "what is counted for the loss is always the answers",
+    "tools": "no tools are given to the chat template",
+}
+OURS = ("answer_token_ids", "finish_reason", "num_generated_tokens", "index", "unmask", "tools")
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of each record of a file: JSONL, a JSON array, either with .gz, .zst, .parquet, .csv.
+
+    where: the file, and the line or the number of the record from 1. InputError names them.
+    """
+    check_input(path)
+    kind = READ_BY_DATASETS.get(path.suffix.lower())
+    if kind is not None:
+        yield from _by_datasets(path, kind)
+    elif path.suffix.lower() == ".gz":
+        yield from _unzipped(path)
+    elif _first_letter(path) == b"[":
+        yield from _array(path.read_bytes(), path)
+    else:
+        for number, record in read_jsonl(path):
+            yield f"{path}, line {number}", record
+
+
+def _first_letter(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _array(content: bytes, path: Path) -> Iterator[tuple[str, dict]]:
+    records = parse_json(content.removeprefix(b"\xef\xbb\xbf"), str(path), "mend it, or name another file")
+    if not records:
+        raise InputError(f"{path}: holds no records; name another file, or make it again")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{path}, record {number}: a JSON object is needed, not {type(record).__name__}; mend it"
+            )
+        yield f"{path}, record {number}", record
+
+
+def _unzipped(path: Path) -> Iterator[tuple[str, dict]]:
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be unpacked ({reason_of(error)}); name another file") from error
+    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        yield from _array(content, path)
+    else:
+        for number, record in lines_of_file(content.splitlines(keepends=True), path):
+            yield f"{path}, line {number}", record
+
+
+def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
+    from datasets import load_dataset
+
+    with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing left behind
+        try:
+            rows = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache).to_list()
+        except Exception as error:  # whatever the readers of so many formats raise
+            raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
+    yield from _rows(rows, str(path))
+
+
+def _rows(rows: Iterable[dict], where: str) -> Iterator[tuple[str, dict]]:
+    for number, row in enumerate(rows, 1):
+        yield f"{where}, record {number}", _without_none(row)  # a column is there in all rows, or in none
+
+
+def _without_none(value):
+    if isinstance(value, dict):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
+
+
+def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str, dict]]:
+    """(where, record) of a data set on the hub, or in a folder; InputError where it cannot be had."""
+    from datasets import load_dataset
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # without a network it would warn of each of its retries
+    try:
+        rows = load_dataset(name, config, split=split)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise InputError(
+            f"{name} cannot be fetched from the Hugging Face hub ({type(error).__name__}: "
+            f"{reason_of(error)}): give prompts with --input_file, or check --dataset, --dataset_config "
+            "and --split"
+        ) from error
+    yield from _rows(rows, name)
+
+
+def messages_of(record: dict, where: str, field: str | None = None) -> list[dict]:
+    """The conversation that a record holds, with its answer where it has one.
+
+    A message has a role of ROLES and text as its content, and may have `reasoning_content` and tool calls.
+    field: the one that holds text or messages, if it has another name. InputError says what was found.
+    """
+    for key, why in REFUSED.items():
+        if record.get(key):
+            raise InputError(f"{where}: has {key!r}, which is not supported ({why}); leave it out")
+    found, used = _conversation(record, where, field)
+    if system := record.get("system"):
+        found, used = [{"role": "system", "content": system}, *found], {*used, "system"}
+    _name_unused(set(record) - used - set(OURS))
+    if not found:
+        raise InputError(f"{where}: its list of messages is empty; leave it out")
+    return [_message(message, where) for message in found]
+
+
+def _conversation(record: dict, where: str, field: str | None) -> tuple[list, set[str]]:
+    """(messages, not yet checked; the fields that they are of)."""
+    if field is not None:
+        if field not in record:
+            raise InputError(f"{where}: has no {field!r}, only {_named(record)}; name another --prompt_field")
+        return _as_messages(record[field], field, where), {field}
+    for name in ("messages", "conversations"):
+        if name in record:
+            if not isinstance(record[name], list):
+                raise InputError(f"{where}: {name!r} must be a list of messages")
+            return record[name], {name}
+    for prompt, answer in (("prompt", "completion"), ("question", "answer"), ("instruction", "output")):
+        if prompt not in record:
+            continue
+        asked = record[prompt]
+        if prompt == "instruction" and str(record.get("input") or "").strip():
+            asked = f"{asked}\n\n{record['input']}"
+        messages = _as_messages(asked, prompt, where)
+        completion = record.get(answer)
+        if isinstance(completion, list):
+            messages += completion
+        elif isinstance(completion, str):
+            messages.append({"role": "assistant", "content": completion})
+        return messages, {prompt, answer, "input"}
+    raise InputError(
+        f"{where}: has {_named(record)}, and needs {UNDERSTOOD}; name the field by --prompt_field"
+    )
+
+
+def _named(record: dict) -> str:
+    return ", ".join(map(repr, list(record)[:8])) or "nothing"
+
+
+def _as_messages(value, name: str, where: str) -> list:
+    if isinstance(value, list):
+        return list(value)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: {name!r} must be text, or a list of messages, and not empty")
+    return [{"role": "user", "content": value}]
+
+
+def _message(message, where: str) -> dict:
+    if not isinstance(message, dict):
+        raise InputError(f"{where}: each message needs a 'role' and a 'content'")
+    if "from" in message and "value" in message:
+        role = SHAREGPT_ROLES.get(message["from"], message["from"])
+        message = {"role": role, "content": message["value"]} | {
+            key: value for key, value in message.items() if key not in ("from", "value")
+        }
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise InputError(f"{where}: each message needs a 'role' and a 'content'")
+    if role not in ROLES:
+        raise InputError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
+    if unknown := set(message) - set(MESSAGE_KEYS):
+        raise InputError(
+            f"{where}: the {role} message has {min(unknown)!r}, which is not understood; leave it out"
+        )
+    content = _text(message.get("content"), role, where)
+    if not content.strip() and not (role == "assistant" and message.get("tool_calls")):
+        raise InputError(f"{where}: the {role} message has no content")
+    return message | {"content": content}
+
+
+def _text(content, role: str, where: str) -> str:
+    """A message's content as text; a list of text parts is joined."""
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise InputError(
+                    f"{where}: the {role} message has a part of type {kind!r}; only text is read"
+                )
+        return "".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
+        raise InputError(f"{where}: the {role} message's content is {type(content).__name__}, not text")
+    return content or ""
+
+
+_named_before: set[str] = set()
+
+
+def _name_unused(fields: set[str]) -> None:
+    if new := fields - _named_before:
+        _named_before.update(new)
+        logger.info("not used, in the records: %s", ", ".join(sorted(map(json.dumps, new))))

@@ -1,0 +1,149 @@
+"""What counts for the loss, over chat templates of the shapes that real models have.
+
+Each label is held against the conversation spelled out piece by piece: what an answer's turn adds to what
+the model read before it, and the token that ends it.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from hopscotch_common.answers.labels import samples_of
+from hopscotch_common.errors import InputError
+
+MARKS = ["<s>", "</s>", "<end_of_turn>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]"]
+MARKS += ["[/INST]", "[THINK]", "[/THINK]", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+EACH = "{{% for m in messages %}}{}{{% endfor %}}{{% if add_generation_prompt %}}{}{{% endif %}}"
+CHATML = EACH.format("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n")
+GEMMA = "<s>" + EACH.format(
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n",
+    "<start_of_turn>model\n",
+)
+PHI = EACH.format("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n")
+MISTRAL = "<s>" + EACH.format(
+    "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}", ""
+)
+# The reasoning of earlier answers is left out, as Qwen 3 and DeepSeek do.
+THINKING = EACH.format(
+    "<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>\n{{ m.reasoning_content }}\n"
+    "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n",
+    "<|im_start|>assistant\n",
+)
+ENDLESS = EACH.format("{{ m.role }}: {{ m.content }}\n", "assistant: ")
+# template -> (what ends generation, what a turn adds before and behind its content, turn of the prompt)
+SHAPES = {
+    "chatml": (CHATML, "<|im_end|>", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ""),
+    "chatml on a base tokenizer": (
+        CHATML,
+        "<|endoftext|>",
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        "",
+    ),
+    "gemma": (GEMMA, "<end_of_turn>", "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n", "<s>"),
+    "phi": (PHI, "<|end|>", "<|user|>\n{}<|end|>\n<|assistant|>\n", ""),
+    "mistral": (MISTRAL, "</s>", "[INST] {}[/INST]", "<s>"),
+    "thinking": (THINKING, "<|im_end|>", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", ""),
+}
+ENDS = {"chatml on a base tokenizer": "<|im_end|>"}  # it is the template that ends a turn there
+
+
+def tokenizer_of(template: str, trimmed: bool) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer; trimmed: offsets leave spaces out, as Llama 3's do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate([*MARKS, *alphabet])}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder, made.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=trimmed)
+    made.add_special_tokens(MARKS)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>", chat_template=template)
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("content", ["2", "  2, and\n\n é 😀 [INST]x", "<|MASK|> and <|UNMASK_BEGIN|>\n\n"])
+def test_an_answer_and_its_end_of_turn_count(shape, content, trimmed):
+    template, ends, turn, head = SHAPES[shape]
+    tokenizer = tokenizer_of(template, trimmed)
+    stop = set(tokenizer.encode(ends, add_special_tokens=False))
+    messages = [("user", "1 + 1?"), ("assistant", content), ("user", "Again"), ("assistant", "Two")]
+    record = {"messages": [{"role": role, "content": text} for role, text in messages]}
+    (sample,) = samples_of(("here", record), tokenizer, stop)
+    said = content.strip() if shape == "gemma" else content
+    end = ENDS.get(shape, ends)
+    space, line = (" ", "") if shape == "mistral" else ("", "\n")
+    pieces = [
+        (head + turn.format("1 + 1?"), f"{space}{said}{end}"),
+        (line + turn.format("Again"), f"{space}Two{end}"),
+        (line, ""),
+    ]
+    ids, labels = [], []
+    for skipped, counted in pieces:
+        left, right = (tokenizer.encode(text, add_special_tokens=False) for text in (skipped, counted))
+        ids += left + right
+        labels += [-100] * len(left) + right
+    assert sample == {"input_ids": ids, "labels": labels}
+
+
+def test_earlier_turns_with_reasoning_count_as_they_were_said():
+    tokenizer = tokenizer_of(THINKING, False)
+    stop = set(tokenizer.encode("<|im_end|>"))
+    answers = [
+        {"role": "assistant", "content": "2", "reasoning_content": "one and one"},
+        {"role": "assistant", "content": "<think>\ntwo and two\n</think>\n\n4"},
+    ]
+    asked = [{"role": "user", "content": text} for text in ("1 + 1?", "2 + 2?")]
+    record = {"messages": [asked[0], answers[0], asked[1], answers[1]]}
+    samples = samples_of(("here", record), tokenizer, stop)
+    counted = [[token for token in sample["labels"] if token != -100] for sample in samples]
+    assert [tokenizer.decode(ids) for ids in counted] == [
+        "<think>\none and one\n</think>\n\n2<|im_end|>",
+        "<think>\ntwo and two\n</think>\n\n4<|im_end|>",
+    ]
+    assert "one and one" not in tokenizer.decode(samples[1]["input_ids"])
+
+
+def test_where_nothing_ends_a_turn_the_answer_counts_alone():
+    tokenizer = tokenizer_of(ENDLESS, False)
+    record = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
+    (sample,) = samples_of(("here", record), tokenizer, set())
+    assert tokenizer.decode([token for token in sample["labels"] if token != -100]) == "2"
+
+
+@pytest.mark.parametrize("text", ["[THINK]abc[/THINK]def", "  spaces ", "4<|im_start|>", "café 😀"])
+def test_an_answer_of_step_1_is_trained_on_token_for_token(text):
+    tokenizer = tokenizer_of(CHATML, False)
+    said = [*tokenizer.encode(text), *tokenizer.encode("<|im_end|>")]
+    odd = [*tokenizer.encode("a"), *tokenizer.encode("b"), said[-1]]  # no text would be read as these tokens
+    for answer in (said, odd):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
+        (sample,) = samples_of(
+            ("here", {"messages": messages, "answer_token_ids": answer}), tokenizer, {said[-1]}
+        )
+        prompt = tokenizer.encode("<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n")
+        assert sample == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    with pytest.raises(InputError, match="no list of token ids"):
+        samples_of(("here", {"messages": messages, "answer_token_ids": ["4"]}), tokenizer, set())
+
+
+def test_instructlab_training_makes_the_same_of_plain_conversations(tiny_folder, tmp_path):
+    """Where an answer ends with the tokenizer's eos, and says nothing of its own marks."""
+    turns = ["What is 3 + 4, in a word?", "Seven — é.", "And in digits, please?", " 7\n\nof them"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    program = (
+        "import sys\nfrom instructlab.training.data_process import process_messages_into_input_ids\n"
+        "process_messages_into_input_ids(data_path=sys.argv[1], data_output_path=sys.argv[2], max_seq_len=500,"
+        " model_path=sys.argv[3], num_cpu_procs=None)\n"
+    )
+    paths = [tmp_path / "in.jsonl", tmp_path / "out", tiny_folder()]
+    subprocess.run(
+        [sys.executable, "-c", program, *map(str, paths)], check=True, capture_output=True, cwd=ROOT
+    )
+    theirs = json.loads((tmp_path / "out" / "data.jsonl").read_text())
+    tokenizer = byte_tokenizer()
+    (ours,) = samples_of(("here", {"messages": messages}), tokenizer, {tokenizer.eos_token_id})
+    assert (ours["input_ids"], ours["labels"]) == (theirs["input_ids"], theirs["labels"])

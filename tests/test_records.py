@@ -1,0 +1,161 @@
+"""Records as people have them become messages; what cannot be read is refused by file, line and name."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from conftest import byte_tokenizer, check_refused
+
+import generate_model_gt_data
+import process_gt_data
+from hopscotch_common.answers.prompts import prompt_of
+from hopscotch_common.answers.records import hub_records, messages_of, read_records
+from hopscotch_common.errors import InputError
+
+ASKED, SAID = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
+BOTH = [ASKED, SAID]
+SYSTEM = {"role": "system", "content": "Be brief."}
+PARTS = [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]
+RECORDS = [
+    ({"messages": BOTH}, BOTH),
+    ({"messages": [{"role": "user", "content": PARTS}, SAID]}, BOTH),
+    (
+        {"messages": [{"role": "developer", "content": "x"}, *BOTH]},
+        [{"role": "developer", "content": "x"}, *BOTH],
+    ),
+    ({"question": "1 + 1?", "answer": "2", "id": 7}, BOTH),
+    ({"question": "1 + 1?", "answer": 2}, [ASKED]),
+    ({"prompt": "1 + 1?", "completion": "2"}, BOTH),
+    ({"prompt": [ASKED], "completion": [SAID]}, BOTH),
+    ({"prompt": [SYSTEM, ASKED]}, [SYSTEM, ASKED]),
+    (
+        {"instruction": "Add", "input": "1, 1", "output": "2"},
+        [{"role": "user", "content": "Add\n\n1, 1"}, SAID],
+    ),
+    ({"instruction": "1 + 1?", "input": "", "output": "2"}, BOTH),
+    ({"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}, BOTH),
+    ({"system": "Be brief.", "conversations": [{"from": "human", "value": "1 + 1?"}]}, [SYSTEM, ASKED]),
+]
+
+
+@pytest.mark.parametrize(("record", "messages"), RECORDS)
+def test_forms_of_records(record, messages):
+    assert messages_of(record, "here") == messages
+
+
+def test_a_field_of_another_name():
+    assert messages_of({"problem": "1 + 1?", "answer": "2"}, "here", "problem") == [ASKED]
+    with pytest.raises(InputError, match="here: has no 'task', only 'problem'"):
+        messages_of({"problem": "1 + 1?"}, "here", "task")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "1 + 1?", "label": 2}, "has 'text', 'label', and needs 'messages'.*--prompt_field"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content is int, not text"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "role 'judge' is not one of"),
+        ({"messages": [ASKED, {**SAID, "unmask": True}]}, "the assistant message has 'unmask'"),
+        ({"messages": BOTH, "unmask": True}, "has 'unmask'"),
+        ({"messages": BOTH, "tools": [{"name": "f"}]}, "has 'tools'"),
+        ({"prompt": 7}, "'prompt' must be text"),
+        ({"conversations": "1 + 1?"}, "'conversations' must be a list"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(record, message):
+    with pytest.raises(InputError, match=f"^here: .*{message}"):
+        messages_of(record, "here")
+
+
+def test_earlier_answers_stay_where_a_tool_follows_them_up():
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "add", "arguments": {}}}],
+    }
+    tool = {"role": "tool", "content": "2"}
+    assert prompt_of({"messages": [ASKED, call, tool, SAID]}, "here").messages == [ASKED, call, tool]
+    assert prompt_of({"messages": [ASKED, SAID, ASKED, SAID]}, "here").messages == [ASKED, ASKED]
+
+
+def write_all(folder: Path, records: list[dict]) -> list[Path]:
+    """The same records as files of every kind."""
+    import datasets
+
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    made = {
+        "a.jsonl": lines,
+        "a.json": json.dumps(records).encode(),
+        "a.txt": b"\xef\xbb\xbf" + lines,
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.json.gz": gzip.compress(json.dumps(records, indent=1).encode()),
+    }
+    for name, content in made.items():
+        (folder / name).write_bytes(content)
+    datasets.Dataset.from_list(records).to_parquet(str(folder / "a.parquet"))
+    with open(folder / "a.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+    paths = [folder / name for name in (*made, "a.parquet", "a.csv")]
+    try:
+        import zstandard
+    except ImportError:
+        return paths
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    return [*paths, folder / "a.jsonl.zst"]
+
+
+def test_files_of_every_kind(tmp_path):
+    records = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}, é"} for n in range(3)]
+    for path in write_all(tmp_path, records):
+        found = list(read_records(path))
+        assert [record for _, record in found] == records, path
+        assert found[1][0] in (f"{path}, line 2", f"{path}, record 2")
+    assert [record for _, record in hub_records(str(tmp_path / "a.parquet").rsplit("/", 1)[0], None, "train")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"[]", "holds no records"),
+        ("a.json", b"[1]", "record 1: a JSON object is needed"),
+        ("a.json", b"[{]", "not JSON"),
+        ("a.jsonl.gz", b"no gzip", "cannot be unpacked"),
+        ("a.parquet", b"no parquet", "cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(read_records(tmp_path / name))
+
+
+def test_the_scripts_take_them(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(tiny_folder())]
+    Path("set").mkdir()
+    records = [
+        {"problem": "What is 1 + 1, or 2?", "solution": "2"},
+        {"problem": "And 2 + 2, in words?", "solution": "4"},
+    ]
+    Path("set/train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    common = [*model, "--backend", "transformers", "--device", "cpu", "--max_tokens", "4", "--keep_truncated"]
+    from_set = ["--dataset", "set", "--prompt_field", "problem", "--output_file", "b_final.jsonl"]
+    assert generate_model_gt_data.main([*common, *from_set]) == 0
+    answers = [json.loads(line) for line in Path("b_final.jsonl").read_text().splitlines()]
+    assert [answer["messages"][0]["content"] for answer in answers] == [r["problem"] for r in records]
+    assert process_gt_data.main([*model, "--input_file", "b_final.jsonl", "--output_dir", "out"]) == 0
+    samples = [json.loads(line) for line in Path("out/data.jsonl").read_text().splitlines()]
+    for sample, answer in zip(samples, answers, strict=True):
+        assert [label for label in sample["labels"] if label != -100] == answer["answer_token_ids"]
+        prompt = byte_tokenizer().apply_chat_template(answer["messages"][:1], add_generation_prompt=True)[
+            "input_ids"
+        ]
+        assert sample["input_ids"] == prompt + answer["answer_token_ids"]
+    check_refused(
+        generate_model_gt_data, [*common, "--dataset", "no/such"], "no/such cannot be fetched", capsys
+    )
