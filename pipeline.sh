@@ -28,6 +28,7 @@ num_blocks=${NUM_BLOCKS:-4}
 num_epochs=${NUM_EPOCHS:-10}
 granularities=${GRANULARITIES:-layer} # of the scales: layer, channel, or "layer channel" for both
 loss=${LOSS:-ce}                      # what the scales are trained on: ce or kl
+rank=${REPLACEMENT_RANK:-0}           # of the maps in the skipped blocks' place; 0: none
 export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
 
 say() { printf '\n== %s\n' "$*" >&2; }
@@ -41,7 +42,7 @@ python "$here/process_gt_data.py" --model="$model"
 
 say "3. search for $num_blocks attention blocks to skip"
 $launch "$here/block_selection.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
-    --search "$search" --num_blocks "$num_blocks" --batch_size "$batch_size" \
+    --search "$search" --num_blocks "$num_blocks" --batch_size "$batch_size" --replacement_rank "$rank" \
     ${max_samples:+--max_samples "$max_samples"}
 
 scaled=() # folders of checkpoints
@@ -52,12 +53,14 @@ for granularity in $granularities; do
     scaled+=("$folder")
     $launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
         --blocks_to_skip "./${name}_block_selection.json" --granularity "$granularity" --loss "$loss" \
+        --replacement_rank "$rank" \
         --num_epochs "$num_epochs" --batch_size "$batch_size" --validation_split 0.2 \
         --output_dir "$folder" --resume ${export_formats:+--export $export_formats}
 done
 
 say "4b. the same skips without training"
-python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_block_selection.json"
+python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_block_selection.json" \
+    --replacement_rank "$rank" --data_path "data/$name-processed-data/data.jsonl"
 
 say "what came of it"
 PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_report.json" \

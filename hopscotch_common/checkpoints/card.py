@@ -123,11 +123,18 @@ def _summary(kind: str, origin: dict, config, run: dict) -> str:
 
 
 def _training(config, values: torch.Tensor, run: dict) -> str:
-    neutral = scales.ones(config)
-    scales.columns(neutral)["b_scale_attn"][list(config.skipped_attention_blocks or ())] = 0.0
+    neutral, rank, maps = scales.ones(config), config.replacement_rank, ""
+    if rank:
+        maps = (
+            f"In each skipped block's place stands a linear map of rank {rank} of the block's normed input, "
+            "fitted to what the block did. "
+        )
+    else:
+        scales.columns(neutral)["b_scale_attn"][list(config.skipped_attention_blocks or ())] = 0.0
     if torch.equal(values, neutral):
-        return "Nothing was trained: all scales are 1."
-    kept = "No weight was trained but the scales of the residual stream's branches: "
+        return f"{maps}Nothing was trained: all scales are 1."
+    kept = f"{maps}No weight was trained but {'these maps and ' if rank else ''}the scales of the residual "
+    kept += "stream's branches: "
     kept += (
         "four a layer" if config.scale_granularity == "layer" else "one a channel (b), and two a layer (s)"
     )
