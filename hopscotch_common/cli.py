@@ -109,6 +109,8 @@ def set_up_logging() -> None:
     """Log to stderr, from rank 0 only, and keep the libraries' chatter down to warnings."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here
     logging.getLogger("transformers").setLevel(logging.ERROR)  # where it was imported before
+    for name in ("torchao", "torch.utils._pytree"):  # say at every import which of their parts do not fit
+        logging.getLogger(name).setLevel(logging.ERROR)
     level = logging.INFO if is_main_process() else logging.ERROR
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     for handler in logging.root.handlers:

@@ -21,7 +21,8 @@ MARKS += ["[/INST]", "[THINK]", "[/THINK]", "<|endoftext|>", "<|im_start|>", "<|
 EACH = "{{% for m in messages %}}{}{{% endfor %}}{{% if add_generation_prompt %}}{}{{% endif %}}"
 CHATML = EACH.format("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n")
 GEMMA = "<s>" + EACH.format(
-    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n",
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n",
     "<start_of_turn>model\n",
 )
 PHI = EACH.format("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n")
@@ -136,8 +137,8 @@ def test_instructlab_training_makes_the_same_of_plain_conversations(tiny_folder,
     (tmp_path / "in.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     program = (
         "import sys\nfrom instructlab.training.data_process import process_messages_into_input_ids\n"
-        "process_messages_into_input_ids(data_path=sys.argv[1], data_output_path=sys.argv[2], max_seq_len=500,"
-        " model_path=sys.argv[3], num_cpu_procs=None)\n"
+        "process_messages_into_input_ids(data_path=sys.argv[1], data_output_path=sys.argv[2],"
+        " max_seq_len=500, model_path=sys.argv[3], num_cpu_procs=None)\n"
     )
     paths = [tmp_path / "in.jsonl", tmp_path / "out", tiny_folder()]
     subprocess.run(

@@ -487,7 +487,12 @@ def test_unsupported_architecture_is_named(work, tmp_path, capsys):
     folder = tmp_path / "model"
     folder.mkdir()
     for model_type, message in (
-        ("qwen2_moe", "'qwen2_moe' is not supported; nearest to it are qwen3_moe, .*FAMILIES in"),
+        ("qwen2_moe", "'qwen2_moe' is not supported; supported are llama, .*FAMILIES in"),
+        ("whisper", "'whisper' is a speech model; give a decoder-only language model"),
+        ("t5", "'t5' is an encoder-decoder model; give"),
+        ("bert", "'bert' is an encoder; give"),
+        ("qwen2_vl", "'qwen2_vl' is a vision-language model; give"),
+        ("vit", "'vit' is no language model; give"),
         ("cohere", "'cohere' is not supported: attention and MLP stand side by side"),
     ):
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))

@@ -104,7 +104,7 @@ CASES = [
         ALL,
         "--model",
         "unsupported architecture",
-        "model: architecture 'gpt2' is not supported; nearest to it are gpt_oss.*; give another model",
+        "model: architecture 'gpt2' is not supported; supported are llama.*; give another model",
         spoil=edit(CONFIG, model_type="gpt2"),
     ),
     *_config("no model type", "", model_type=REMOVED),
