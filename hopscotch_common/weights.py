@@ -131,6 +131,19 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return next(t.dtype for t in read_tensors(weight_files(folder)[0]).values() if t.is_floating_point())
 
 
+def has_own_head(folder: Path) -> bool:
+    """Whether the LM head in a folder's weight files is another matrix than the embeddings.
+
+    transformers keeps both then, also where the config says that they are tied.
+    """
+    found = {}
+    for path in weight_files(folder):
+        if {"lm_head.weight", "model.embed_tokens.weight"} & tensor_shapes(path).keys():
+            found |= read_tensors(path)
+    head, embeddings = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    return head is not None and embeddings is not None and not torch.equal(head, embeddings)
+
+
 def check_weights(folder: Path, config, attn_implementation: str = "auto") -> None:
     """Raise InputError unless a folder's weight files hold exactly what its (stock) config says.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hopscotch_common.export import check, decilm, folders, folding, formats
 from hopscotch_common.export.configuration_decilm import DeciLMConfig
 from hopscotch_common.loading import hopscotch_config
 from hopscotch_common.modeling_hopscotch import FAMILIES, SCALE_NAMES, attention_blocks
-from hopscotch_common.models import ModelRef
+from hopscotch_common.models import ModelRef, model_ref
 
 LAYERS, HIDDEN = 4, 32
 WIDTHS = [len(SCALE_NAMES), 2 * HIDDEN + 2]  # four scalars a layer; b a channel
@@ -459,3 +460,28 @@ def test_other_folders_are_no_checkpoints(tmp_path, base):
         checkpoints.load_checkpoint(base("llama"))
     with pytest.raises(InputError, match="no config.json"):
         checkpoints.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["folded", "nemotron_nas"])
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_a_tied_base_with_a_head_of_its_own(tiny_folder, tmp_path, family, form):
+    """What peft leaves with `modules_to_save`: transformers keeps both matrices, whatever the config says."""
+    shutil.copytree(tiny_folder(family), tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(tmp_path / "base")), [1], torch.ones(4, 4), {})
+    report = formats.export_checkpoint(tmp_path / "c", form, tmp_path / form, device="cpu")
+    assert report["relative_logit_error"] < 1e-4
+    own = checkpoints.load_checkpoint(tmp_path / "c")
+    assert torch.equal(own.lm_head.weight, tensors["lm_head.weight"])
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        tmp_path / "base" / "model.safetensors",
+    )
+    checkpoints.save_checkpoint(
+        tmp_path / "tied", model_ref(str(tmp_path / "base")), [1], torch.ones(4, 4), {}
+    )
+    formats.export_checkpoint(tmp_path / "tied", form, tmp_path / f"{form}_tied", device="cpu")
+    assert json.loads((tmp_path / f"{form}_tied" / "config.json").read_text())["tie_word_embeddings"]

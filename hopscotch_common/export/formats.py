@@ -97,6 +97,8 @@ def export_checkpoint(
     FORMATS[format].check_config(config)
     if config.dtype is None:
         config.dtype = weights.stored_dtype(checkpoint)
+    if weights.has_own_head(checkpoint):
+        config.tie_word_embeddings = False  # else the export would have one matrix for both
     with writing.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values)
