@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     name = arguments.model.name
     output_dir = arguments.output_dir or Path(f"scaled_{name}_ckpts")
 
-    from hopscotch_common import checkpoints, scales, tokenization, weights
+    from hopscotch_common import checkpoints, scales, weights
     from hopscotch_common.export.formats import check_exports, run_exports
     from hopscotch_common.loading import load_model, read_config
     from hopscotch_common.training import batches
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
-    tokenization.check_copies(arguments.model)
+    checkpoints.check_base(arguments.model, config)
     samples = cli.load_samples(arguments, config)
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
     check_exports(arguments.export, config, export_target(output_dir, name), arguments.replacement_rank)

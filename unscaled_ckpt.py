@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoints.check_replaceable(folder)
     check_exports(arguments.export, config, folder, arguments.replacement_rank)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
+    checkpoints.check_base(arguments.model, config)
     values = torch.ones(config.num_hidden_layers, len(SCALE_NAMES))
     maps = {}
     if arguments.replacement_rank:

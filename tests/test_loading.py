@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, check_refused
 
+import param_scale
+import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import load_model, quantization_config
@@ -23,6 +26,17 @@ WIDE = dict(hidden_size=128, intermediate_size=256)
 # int8 weight is off by at most 1/254 of its row's largest, an int4 one by 1/14 of its group's.
 TOLERANCES = {"int8": 0.05, "int4": 0.5}
 
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+)
+needs_cuda = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None,
+        reason="needs a CUDA device and bitsandbytes",
+    ),
+]
+
 
 @pytest.fixture
 def checkpoint(tiny_folder, tmp_path):
@@ -31,6 +45,23 @@ def checkpoint(tiny_folder, tmp_path):
     base = model_ref(str(tiny_folder("llama", **WIDE)))
     checkpoints.save_checkpoint(tmp_path / "checkpoint", base, SKIPPED, values, {})
     return tmp_path / "checkpoint"
+
+
+@needs_torchao
+def test_a_base_quantised_by_torchao_is_refused(tiny_folder, tmp_path, capsys, monkeypatch):
+    """Its files hold parts of tensors, which make sense with all others only."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    config = quantization_config("int8", torch.device("cpu"))
+    folder = tiny_folder("llama", **WIDE)
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained("base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, tmp_path / "base" / name)
+    (tmp_path / "data.jsonl").write_text('{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}\n')
+    common = ["--model", "base", "--blocks_to_skip", "1"]
+    for script, more in ((unscaled_ckpt, []), (param_scale, ["--data_path", "data.jsonl"])):
+        check_refused(script, [*common, *more], "base: its weights are quantised by torchao", capsys)
 
 
 def token_ids() -> torch.Tensor:
@@ -106,18 +137,6 @@ def check_scales_train_on_a_quantised_base(base, quantization, device):
     before = scales.snapshot(model)
     torch.optim.Adam(scales.trainable_scales(model), lr=1e-2).step()
     assert torch.equal((scales.snapshot(model) != before).sum(1), torch.tensor([3, 4, 3, 4]))
-
-
-needs_torchao = pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
-)
-needs_cuda = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None,
-        reason="needs a CUDA device and bitsandbytes",
-    ),
-]
 
 
 @needs_torchao

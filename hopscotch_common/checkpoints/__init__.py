@@ -43,7 +43,7 @@ from hopscotch_common.modeling_hopscotch import (
     auto_map,
 )
 from hopscotch_common.models import ModelRef
-from hopscotch_common.tokenization import copy_tokenizer
+from hopscotch_common.tokenization import check_copies, copy_tokenizer
 from hopscotch_common.weights import (
     INDEX_FILE,
     check_tensors,
@@ -106,6 +106,18 @@ def save_checkpoint(
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
         origin = share_with and card.inherited(share_with) or card.origin_of(base)
         card.write_card(target, folder.name, "checkpoint", origin, checkpoint_config(target), values, run)
+
+
+def check_base(base: ModelRef, config) -> None:
+    """Raise InputError now where a model's checkpoint could not be loaded, or would read text otherwise."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") == "torchao":
+        raise InputError(
+            f"{base.source}: its weights are quantised by torchao, which loads them from whole files only, "
+            "not from a checkpoint's; give the model that it was made of (--quantization trains over "
+            "quantised weights)"
+        )
+    check_copies(base)
 
 
 def _write_base(
