@@ -182,7 +182,7 @@ class GreedyDecoder:
         length = max(len(row.tokens) for row in rows)
         padded = [[0] * (length - len(row.tokens)) + row.tokens for row in rows]
         mask = [[0] * (length - len(row.tokens)) + [1] * len(row.tokens) for row in rows]
-        mask = torch.tensor(mask, device=self.model.device)
+        mask = torch.tensor(mask).to(self.model.device)
         cache = empty_cache(self.model.config)
         tokens = self._forward(padded, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         if not self.layers:
@@ -201,7 +201,7 @@ class GreedyDecoder:
         self.mask[:, self.clock] = 1
         last = [[row.tokens[-1] if row else 0] for row in self.slots]
         positions = [[len(row.tokens) - 1 if row else 0] for row in self.slots]
-        positions = torch.tensor(positions, device=self.model.device)
+        positions = torch.tensor(positions).to(self.model.device)
         tokens = self._forward(last, self.mask[:, : self.clock + 1], positions, Cache(layers=self.layers))
         self.clock += 1
         for row, token in zip(self.slots, tokens, strict=True):
@@ -211,7 +211,7 @@ class GreedyDecoder:
     def _forward(self, ids: list[list[int]], mask, positions, cache) -> list[int]:
         """The most likely next token of each row."""
         logits = self.model(
-            input_ids=torch.tensor(ids, device=self.model.device),
+            input_ids=torch.tensor(ids).to(self.model.device),
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,

@@ -26,7 +26,7 @@ def token_budget(model, samples: Sequence[Sample], layout: Layout, requested: in
     if requested is not None:
         return requested
     longest = max(len(sample) for sample in samples)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    devices = gpus_of(model)
     if not devices:
         return max(CPU_TOKENS, longest)
     taken = bytes_per_token(model, samples, layout, devices)
@@ -40,6 +40,11 @@ def token_budget(model, samples: Sequence[Sample], layout: Layout, requested: in
         tightest,
     )
     return max(budgets[tightest], longest)
+
+
+def gpus_of(model) -> set[torch.device]:
+    """The GPUs that hold a model's parameters."""
+    return {p.device for p in model.parameters() if p.device.type == "cuda"}
 
 
 def free_bytes(device: torch.device) -> int:

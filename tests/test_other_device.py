@@ -1,0 +1,175 @@
+"""Search, training and generation on a device that is not the CPU: the same numbers, no mixed devices."""
+
+import pytest
+import torch
+from other_device import Far, MixedDevices, to_far, two_devices
+from test_training import random_samples
+from transformers import AutoModelForCausalLM
+
+from hopscotch_common import scales
+from hopscotch_common.answers.decoding import GreedyDecoder
+from hopscotch_common.errors import TrainingError
+from hopscotch_common.loading import load_model
+from hopscotch_common.models import model_ref
+from hopscotch_common.search.candidates import CandidateTrainer
+from hopscotch_common.search.schedule import COSINE, FULL, UNTRAINED, Candidate, Schedule
+from hopscotch_common.search.search import Search
+from hopscotch_common.training import TrainingOptions, loss, memory
+from hopscotch_common.training.batches import Layout, Sample
+from hopscotch_common.training.distributed import Group
+from hopscotch_common.training.epochs import EpochTraining
+from hopscotch_common.training.trainer import ScaleState, prepare_model
+
+SEARCHES = {"full": FULL, "race": Schedule(1, 3.0, 0.5), "untrained": UNTRAINED, "cosine": COSINE}
+
+
+def loaded(folder, far: bool, **options):
+    model = load_model(model_ref(str(folder)), device="cpu", **options)
+    return to_far(model) if far else model
+
+
+def on_both(work) -> tuple:
+    """(what `work(far)` gives on the CPU, on the other device)."""
+    near = work(False)
+    with two_devices():
+        return near, work(True)
+
+
+def with_a_prefix(samples: list[Sample]) -> list[Sample]:
+    shared = list(range(40, 70))
+    return [Sample(shared + s.input_ids, [-100] * len(shared) + s.labels) for s in samples]
+
+
+@pytest.mark.parametrize(
+    ("search", "measure", "prefix", "rank"),
+    [
+        ("full", "ce", False, 0),
+        ("full", "kl", True, 3),
+        ("race", "ce", True, 0),
+        ("race", "kl", False, 3),
+        ("untrained", "ce", True, 3),
+        ("untrained", "kl", False, 0),
+        ("cosine", "ce", False, 0),
+        ("cosine", "kl", True, 3),
+    ],
+)
+def test_a_search(tiny_folder, search, measure, prefix, rank):
+    samples = with_a_prefix(random_samples(6)) if prefix else random_samples(6)
+
+    def work(far: bool):
+        model = loaded(tiny_folder("llama"), far, replacement_rank=rank)
+        options = TrainingOptions(1e-2, 3, loss=measure)
+        trainer = CandidateTrainer(model, samples[:4], options, samples[4:])
+        if rank:
+            trainer.fit_maps(Group())
+        found = Search(trainer, SEARCHES[search]).next_block([3])
+        held_out = trainer.held_out([3, found.block], found.state)
+        return found.block, found.losses, found.distances, vars(held_out)
+
+    near, far = on_both(work)
+    assert far[0] == near[0]
+    for ours, theirs in zip(far[1:], near[1:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_training_and_going_on(tiny_folder, granularity, rank, checkpointing):
+    def work(far: bool):
+        model = loaded(tiny_folder("llama"), far, scale_granularity=granularity, replacement_rank=rank)
+        options = TrainingOptions(
+            1e-2, 3, gradient_checkpointing=checkpointing, loss="kl", map_learning_rate=1e-3
+        )
+        prepare_model(model, options)
+        trained = EpochTraining(model, [1, 2], random_samples(6), random_samples(2, 1), options)
+        if rank:
+            trained.fit_maps()
+        figures = [vars(found) for found in trained.baselines().values()]
+        trained.start()
+        first = trained.epoch(0)
+        trained.start(ScaleState(first.state.tensors, first.state.maps))
+        second = trained.epoch(1)
+        return figures + [vars(second.held_out)], second.values, second.maps
+
+    near, far = on_both(work)
+    for ours, theirs in zip(far[0], near[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    torch.testing.assert_close(far[1], near[1], rtol=1e-4, atol=1e-5)
+    for key, ours in far[2].items():
+        assert not isinstance(ours, Far)  # what is saved lies on the CPU
+        torch.testing.assert_close(ours, near[2][key], rtol=1e-3, atol=1e-5)
+
+
+def test_generation(tiny_folder):
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
+
+    def work(far: bool):
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).eval()
+        decoder = GreedyDecoder(to_far(model) if far else model, prompts, [6, 4, 8], {2}, 64)
+        with torch.no_grad():  # inference mode, which `run` sets, takes no tensors of other classes
+            return sorted((row.index, row.generated) for row in GreedyDecoder.run.__wrapped__(decoder))
+
+    near, far = on_both(work)
+    assert far == near
+
+
+def test_what_is_left_on_the_cpu_is_found(tiny_folder, monkeypatch):
+    """As where a `.to(device)` is forgotten."""
+    model = load_model(model_ref(str(tiny_folder("llama"))), device="cpu")
+    options = TrainingOptions(1e-2, 3)
+    counted = loss._counted
+    monkeypatch.setattr(loss, "_counted", lambda *given: counted(*given).cpu())
+    with two_devices(), pytest.raises(MixedDevices, match="aten"):
+        CandidateTrainer(to_far(model), random_samples(3), options).train([], Candidate(1), 1, Group(), print)
+
+
+def test_folding_takes_scales_of_any_device(tiny_folder):
+    def work(far: bool):
+        model = loaded(tiny_folder("llama"), far)
+        scales.reset(model, [1])
+        return scales.snapshot(model)
+
+    near, far = on_both(work)
+    assert not isinstance(far, Far) and torch.equal(near, far)
+
+
+class FakeMemory:
+    """torch.cuda's counters on GPUs of so many free bytes, where a step takes so many a token."""
+
+    def __init__(self, monkeypatch, gpus: dict[torch.device, tuple[int, int]]):
+        self.gpus = gpus
+        for name in ("mem_get_info", "memory_reserved", "memory_allocated", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(memory, "gpus_of", lambda model: set(gpus))
+
+    def mem_get_info(self, device) -> tuple[int, int]:
+        return self.gpus[device][0], 10**9
+
+    def memory_reserved(self, device) -> int:
+        return 700
+
+    def memory_allocated(self, device) -> int:
+        return 300
+
+    def max_memory_allocated(self, device) -> int:
+        return 300 + self.gpus[device][1] * memory.PROBE_TOKENS
+
+
+def test_a_gpus_token_budget(tiny_folder, monkeypatch):
+    """What is free, with what the allocator holds, less a fifth, by what a token takes on the fullest GPU."""
+    model, samples = loaded(tiny_folder("llama", max_position_embeddings=2048), False), random_samples(3)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    FakeMemory(monkeypatch, {first: (10**6, 100), second: (4 * 10**5, 50)})
+    assert memory.token_budget(model, samples, Layout(), None) == int(0.8 * (4 * 10**5 + 400) / 50)
+    assert memory.token_budget(model, samples, Layout(), 33) == 33
+    FakeMemory(monkeypatch, {first: (100, 100)})
+    assert memory.token_budget(model, samples, Layout(), None) == max(map(len, samples))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(memory, "summed_loss", full)
+    with pytest.raises(TrainingError, match="out of memory in a training step of 1024 tokens"):
+        memory.token_budget(model, samples, Layout(), None)
