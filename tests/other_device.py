@@ -53,7 +53,7 @@ class Far(torch.Tensor):
 def _tensors_for_lists(index):
     """torch makes tensors of lists on the device itself, where `meta` would lose their numbers."""
     parts = index if isinstance(index, tuple) else (index,)
-    return tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
+    return tuple(torch.tensor(part, dtype=torch.long) if isinstance(part, list) else part for part in parts)
 
 
 class two_devices(TorchDispatchMode):  # noqa: N801  used as torch's own modes are
