@@ -13,9 +13,9 @@ Answers go to {model}_math_final.jsonl, in input order. While they come they are
 
 import argparse
 import dataclasses
+import functools
 import sys
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -53,14 +53,16 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
         raise InputError(f"--output_file {final}: exists and is not of this script; name another file")
 
 
-def answer_missing(partial: PartialAnswers, tokenizer, stop_ids: set[int], answers: Iterable) -> None:
-    """Run the engine's `answers` iterator to its end, keeping each answer as it comes."""
-    missing = partial.missing()
-    tokens = 0
-    total = len(partial.prompts)
-    with tqdm(total=total, initial=total - len(missing), unit="answer") as bar:
-        started = time.perf_counter()
-        for answer in answers:
+def answer_missing(
+    partial: PartialAnswers, tokenizer, stop_ids: set[int], generate: Callable[..., Iterable]
+) -> None:
+    """Keep each answer of an engine as it comes. generate: gives the answers, and takes `on_tokens`.
+
+    The bar counts tokens, as many answers may grow for long before one of them ends.
+    """
+    missing, total = partial.missing(), len(partial.prompts)
+    with tqdm(unit=" tokens", desc=f"{total - len(missing)}/{total} answers", dynamic_ncols=True) as bar:
+        for answer in generate(on_tokens=bar.update):
             index = missing[answer.index]
             ended = answer.finish_reason == "stop" and answer.token_ids[-1] in stop_ids
             text = answer_text(tokenizer, answer.token_ids[:-1] if ended else answer.token_ids)
@@ -72,9 +74,7 @@ def answer_missing(partial: PartialAnswers, tokenizer, stop_ids: set[int], answe
                 "answer_token_ids": list(answer.token_ids),  # the text alone may be read as other tokens
             }
             partial.add(record)
-            tokens += len(answer.token_ids)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s", refresh=False)
-            bar.update()
+            bar.set_description(f"{len(partial.records)}/{total} answers", refresh=False)
 
 
 def select_answers(records: dict[int, dict], keep_truncated: bool) -> tuple[list[dict], dict]:
@@ -184,9 +184,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         if missing:
             cli.seed_everything(args.seed)
-            answers = engines.generate(args.model, [prompt_ids[i] for i in missing], args.max_tokens, options)
+            generate = functools.partial(
+                engines.generate, args.model, [prompt_ids[i] for i in missing], args.max_tokens, options
+            )
             stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
-            answer_missing(partial, tokenizer, stop_ids, answers)
+            answer_missing(partial, tokenizer, stop_ids, generate)
         kept, figures = select_answers(partial.records, args.keep_truncated)
         if not kept:
             raise InputError(

@@ -331,8 +331,8 @@ def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch, capsys):
 
     real = engines.generate
 
-    def interrupted(*args):
-        for count, answer in enumerate(real(*args)):
+    def interrupted(*args, **more):
+        for count, answer in enumerate(real(*args, **more)):
             if count == 3:
                 raise KeyboardInterrupt
             yield answer
@@ -346,9 +346,9 @@ def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch, capsys):
 
     asked = []
 
-    def counting(ref, prompts, *rest):
+    def counting(ref, prompts, *rest, **more):
         asked.append(len(prompts))
-        return real(ref, prompts, *rest)
+        return real(ref, prompts, *rest, **more)
 
     monkeypatch.setattr(engines, "generate", counting)
     assert generate_model_gt_data.main(work) == 0
@@ -386,6 +386,13 @@ def test_partial_answers_of_other_settings_or_prompts_are_refused(work, monkeypa
         "a.jsonl, line .*another prompt than prompts.jsonl, line 5; remove",
         capsys,
     )
+
+
+def test_tokens_are_told_while_they_come(tiny_folder):
+    told, prompts = [], [[5, 6, 7], [8, 9, 10, 11, 12]]
+    options = EngineOptions(backend="transformers", device="cpu")
+    answers = list(engines.generate(model_ref(str(tiny_folder())), prompts, 9, options, told.append))
+    assert sum(told) == sum(len(answer.token_ids) for answer in answers) and len(told) > 2
 
 
 def test_empty_answers_are_dropped_and_counted():

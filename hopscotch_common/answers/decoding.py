@@ -18,7 +18,7 @@ offer than one dense mask over all requests.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +68,10 @@ class GreedyDecoder:
         limits: Sequence[int],
         stop_ids: set[int],
         max_tokens_per_batch: int,
+        on_tokens: Callable[[int], None] = lambda count: None,
     ):
         self.model, self.stop_ids, self.budget = model, stop_ids, max_tokens_per_batch
+        self.on_tokens = on_tokens
         rows = [
             Row(i, list(p), len(p), limit) for i, (p, limit) in enumerate(zip(prompts, limits, strict=True))
         ]
@@ -94,6 +96,7 @@ class GreedyDecoder:
             if self.clock == self.mask.shape[1]:
                 self._rebuild(self._put_back_longest(live))
             self._step()
+            self.on_tokens(len(live))
             yield from self._take_finished()
 
     def _live(self) -> list[int]:
@@ -195,6 +198,7 @@ class GreedyDecoder:
         for slot, row, token in zip(slots, rows, tokens, strict=True):
             self.slots[slot] = row
             row.append(token, self.stop_ids)
+        self.on_tokens(len(rows))
 
     def _step(self) -> None:
         """One more token for every row. Free slots run along with token 0; nothing reads them."""

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
@@ -14,7 +14,7 @@ from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
 from hopscotch_common.answers.decoding import GreedyDecoder
 from hopscotch_common.answers.slot_cache import GROUPED_SDPA
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import InputError, logger
 from hopscotch_common.loading import (
     device_map,
     load_whole,
@@ -26,6 +26,7 @@ from hopscotch_common.models import ModelRef, context_length
 from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.weights import stored_dtype
 
+OnTokens = Callable[[int], None]
 PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads
 
 
@@ -39,11 +40,16 @@ class Answer:
 
 
 def generate(
-    ref: ModelRef, prompts: Sequence[list[int]], max_tokens: int, options: EngineOptions
+    ref: ModelRef,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    options: EngineOptions,
+    on_tokens: OnTokens = lambda count: None,
 ) -> Iterator[Answer]:
     """Answer prompts (token ids) at temperature 0; yields each answer as soon as it has ended.
 
-    An answer ends at a stop token, after max_tokens tokens, or where the model's context ends.
+    An answer ends at a stop token, after max_tokens tokens, or where the model's context ends. on_tokens:
+    gets the number of tokens that all answers grew by, step by step.
     Raises InputError for options that do not fit the machine, ValueError for a prompt that fills
     the whole context (`check_prompt_lengths` says which).
     """
@@ -54,7 +60,10 @@ def generate(
     if min(limits, default=1) < 1:
         raise ValueError(f"a prompt leaves no room in the context of {context} tokens")
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
-    yield from ENGINES[backend](ref, config, options, longest).answers(prompts, limits)
+    logger.info("loading the model into %s", backend)
+    engine = ENGINES[backend](ref, config, options, longest)
+    logger.info("reading %d prompts", len(prompts))
+    yield from engine.answers(prompts, limits, on_tokens)
 
 
 def resolve_backend(options: EngineOptions, config) -> str:
@@ -164,9 +173,16 @@ class TransformersEngine:
         self.stop_ids = stop_token_ids(ref.folder(), load_tokenizer(ref))
         self.max_tokens_per_batch = options.max_tokens_per_batch
 
-    def answers(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[Answer]:
+    def answers(
+        self,
+        prompts: Sequence[list[int]],
+        limits: Sequence[int],
+        on_tokens: OnTokens = lambda count: None,
+    ) -> Iterator[Answer]:
         """Answer each prompt with at most its limit of tokens; yields answers as they end."""
-        decoder = GreedyDecoder(self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch)
+        decoder = GreedyDecoder(
+            self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch, on_tokens
+        )
         try:
             for row in decoder.run():
                 yield Answer(row.index, row.generated, row.finish_reason)
@@ -201,7 +217,12 @@ class VllmEngine:
         self.stop_ids = stop_token_ids(folder, load_tokenizer(ref))
         self.num_asked = 0
 
-    def answers(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[Answer]:
+    def answers(
+        self,
+        prompts: Sequence[list[int]],
+        limits: Sequence[int],
+        on_tokens: OnTokens = lambda count: None,
+    ) -> Iterator[Answer]:
         """Answer each prompt with at most its limit of tokens; yields answers as they end."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -212,17 +233,21 @@ class VllmEngine:
                 max_tokens=limit,
                 stop_token_ids=sorted(self.stop_ids),
                 detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+                output_kind=RequestOutputKind.DELTA,
             )
             for limit in limits
         ]
         self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
         first, self.num_asked = self.num_asked, self.num_asked + len(prompts)
+        said: list[list[int]] = [[] for _ in prompts]
         while self.llm.llm_engine.has_unfinished_requests():  # llm.generate() holds all back to the end
             for output in self.llm.llm_engine.step():
                 completion = output.outputs[0]
                 index = int(output.request_id) - first  # an LLM numbers its requests from 0 on
-                yield Answer(index, list(completion.token_ids), completion.finish_reason)
+                said[index] += completion.token_ids
+                on_tokens(len(completion.token_ids))
+                if output.finished:
+                    yield Answer(index, said[index], completion.finish_reason)
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
