@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 		NUM_BLOCKS=2 NUM_EPOCHS=3 GRANULARITIES="layer channel" LOSS=kl bash ../pipeline.sh smollm
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

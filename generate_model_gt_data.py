@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--dataset", metavar="OWNER/NAME", help="prompts: a data set of the hub, or a folder")
     parser.add_argument("--dataset_config", metavar="NAME", help="its configuration")
-    parser.add_argument("--split", default="train", help="its split")
+    parser.add_argument("--split", help="its split (default: train)")
     parser.add_argument(
         "--prompt_field", metavar="NAME", help="the field that holds text or messages, if it has another name"
     )
@@ -152,7 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     options = EngineOptions(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineOptions)}
     )
-    source = PromptSource(args.input_file, args.dataset, args.dataset_config, args.split, args.prompt_field)
+    for flag in ("dataset_config", "split"):
+        if getattr(args, flag) and not args.dataset:
+            raise InputError(f"--{flag}: goes with --dataset, which names the data set")
+    split = args.split or PromptSource.split
+    source = PromptSource(args.input_file, args.dataset, args.dataset_config, split, args.prompt_field)
     prompts = find_prompts(source, args.model)[: args.num_samples]
 
     from hopscotch_common import weights

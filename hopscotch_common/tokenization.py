@@ -8,6 +8,8 @@ tokenizer effectively is, in a tokenizer.json, under the one class that takes th
 
 import contextlib
 import json
+import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -91,7 +93,12 @@ def write_tokenizer(tokenizer, folder: Path, wanted: dict | None = None) -> dict
     the first token, where what is read back gives other ids or another text.
     """
     wanted = wanted or probe(tokenizer)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers' own, which is no OSError, of a full disk for example
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
     if isinstance(tokenizer, TokenizersBackend):
         path = folder / TOKENIZER_CONFIG
         path.write_text(json.dumps(read_json(path) | {"tokenizer_class": AS_IT_IS}, indent=2) + "\n")

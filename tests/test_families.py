@@ -213,7 +213,7 @@ def test_skipped_attention_is_not_computed_nor_held(family_folder, family):
     def fail(*args, **kwargs):
         raise AssertionError("attention was computed")
 
-    for name in description.attention_modules:
+    for name in description.skipped_modules(False):
         getattr(model.model.layers[block], name).forward = fail
     with pytest.raises(AssertionError, match="attention was computed"):
         model(IDS)
@@ -223,7 +223,7 @@ def test_skipped_attention_is_not_computed_nor_held(family_folder, family):
     assert len(filled) == len(attention_blocks(model.config)) - 1
 
     held = skipping_model(folder, family, [block]).state_dict().keys()
-    gone = tuple(f"model.layers.{block}.{name}." for name in description.attention_modules)
+    gone = tuple(f"model.layers.{block}.{name}." for name in description.skipped_modules(False))
     assert gone and not any(key.startswith(gone) for key in held)
 
 

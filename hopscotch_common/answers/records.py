@@ -44,8 +44,11 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _first_letter(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    try:
+        with open(path, "rb") as file:
+            return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
 
 
 def _array(content: bytes, path: Path) -> Iterator[tuple[str, dict]]:

@@ -3,7 +3,7 @@
 from .cases import Case, for_scripts, points_to
 
 ALL = ("generate_model_gt_data", "process_gt_data", "block_selection", "param_scale", "unscaled_ckpt")
-LOADING = ("generate_model_gt_data", "block_selection", "param_scale")
+LOADING = ("generate_model_gt_data", "block_selection", "param_scale", "unscaled_ckpt")
 TRAINING = ("block_selection", "param_scale")
 HUGE = "1" + "0" * 20
 WHOLE = "must be a whole number above 0"
@@ -70,6 +70,10 @@ CASES = [
     *for_scripts(LOADING, "--seed", "below 0", points_to("--seed"), "--seed", "-1"),
     *for_scripts(LOADING, "--seed", "of 33 bits", points_to("--seed"), "--seed", str(2**32)),
     # step 1
+    _flag("generate_model_gt_data", "--dataset", "no/such", "not allowed with argument --input_file"),
+    _flag("generate_model_gt_data", "--dataset_config", "main", "--dataset_config: goes with --dataset"),
+    _flag("generate_model_gt_data", "--split", "test", "--split: goes with --dataset"),
+    _flag("generate_model_gt_data", "--prompt_field", "task", "line 1: has no 'task', only 'question'"),
     _flag("generate_model_gt_data", "--num_samples", "0", WHOLE),
     _flag("generate_model_gt_data", "--max_tokens", "many", "must be a whole number"),
     _flag("generate_model_gt_data", "--max_tokens", "1e3", "must be a whole number"),
@@ -108,6 +112,24 @@ CASES = [
     *for_scripts(TRAINING, "--max_samples", "-3", WHOLE, "--max_samples", "-3"),
     *_switches("block_selection", "--gradient_checkpointing", "--compile"),
     *_switches("param_scale", "--gradient_checkpointing", "--compile", "--resume"),
+    *for_scripts(
+        (*TRAINING, "unscaled_ckpt"),
+        "--replacement_rank",
+        "below 0",
+        "--replacement_rank: must be a whole number, 0 or above",
+        "--replacement_rank",
+        "-1",
+    ),
+    *for_scripts(
+        (*TRAINING, "unscaled_ckpt"),
+        "--replacement_rank",
+        "above the hidden size",
+        "--replacement_rank 33: at most 32",
+        "--replacement_rank",
+        "33",
+    ),
+    _flag("unscaled_ckpt", "--replacement_rank", "2", "its maps are fitted on data; give --data_path"),
+    _flag("unscaled_ckpt", "--data_path", "none.jsonl", "no such file", "--replacement_rank", "2"),
     # step 3
     _flag("block_selection", "--num_blocks", "4", "--num_blocks 4: .* at most 3 more"),
     _flag("block_selection", "--num_blocks", HUGE, WHOLE),

@@ -290,7 +290,7 @@ CASES = [
     *_gguf("without chat template", "chat template", gguf("tiny.gguf", template=""), ALL),
     *_gguf("of an unknown architecture", "gptj", gguf("tiny.gguf", architecture="gptj")),
     *_gguf("of parallel blocks", "falcon.*side by side", gguf("tiny.gguf", architecture="falcon"), ALL),
-    *_gguf("of an encoder", "'t5' is not supported", gguf("tiny.gguf", architecture="t5")),
+    *_gguf("of an encoder", "'t5' is an encoder-decoder model", gguf("tiny.gguf", architecture="t5")),
     *_gguf("architecture with escapes", "cannot read", gguf("tiny.gguf", architecture="\x1b[31mllama\n")),
     *_gguf("without its heads", "tiny.gguf", gguf("tiny.gguf", head_count=None)),
     *_gguf("without a tensor", "holds [0-9,]+ weights", gguf("tiny.gguf", **{UP: None})),

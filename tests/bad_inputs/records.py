@@ -118,8 +118,8 @@ CASES = [
     # prompts
     _prompt("a list", [1], "prompts.jsonl, line 3: a JSON object is needed, not list"),
     _prompt("null", "null", "line 3: a JSON object is needed"),
-    _prompt("no question", {"answer": "2"}, "line 3: needs 'messages' or 'question'"),
-    _prompt("question is a number", {"question": 7}, "line 3: needs 'messages' or 'question'"),
+    _prompt("no question", {"answer": "2"}, "line 3: has 'answer', and needs 'messages'"),
+    _prompt("question is a number", {"question": 7}, "line 3: 'question' must be text"),
     _prompt("question is NaN", '{"question": NaN}', "line 3: not JSON .NaN is not a JSON number"),
     _prompt(
         "question twice",
@@ -139,15 +139,17 @@ CASES = [
     _prompt(
         "content is a number",
         {"messages": [{"role": "user", "content": 3}]},
-        "line 3: the user message has no",
+        "line 3: the user message's content is int",
     ),
     _prompt(
-        "content in parts",
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
-        "prompts.jsonl, line 3: the user message",
+        "a picture",
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+        "prompts.jsonl, line 3: the user message has a part of type 'image'",
     ),
     _prompt(
-        "unknown role", {"messages": [{"role": "tool", "content": "x"}]}, "line 3: role 'tool' is not one of"
+        "unknown role",
+        {"messages": [{"role": "judge", "content": "x"}]},
+        "line 3: role 'judge' is not one of",
     ),
     _prompt(
         "role with escapes",
@@ -166,7 +168,8 @@ CASES = [
     _prompt("a lone surrogate", f'{{"question": {SURROGATE}}}', points_to("prompts.jsonl, line 3")),
     _prompt("a number of 5000 digits", '{"question": ' + "9" * 5000 + "}", "line 3: not JSON"),
     # answers
-    _answer("a question", {"question": "1 + 1?"}, "line 3: needs 'messages'; make them with"),
+    _answer("a question", {"question": "1 + 1?"}, "line 3: the last message is not the assistant's"),
+    _answer("no messages", {"text": "1 + 1?"}, "line 3: has 'text', and needs 'messages'"),
     _answer("no answer", {"messages": [USER]}, "line 3: the last message is not the assistant's"),
     _answer(
         "an empty answer",
@@ -179,8 +182,17 @@ CASES = [
         "line 3: the assistant message has",
     ),
     _answer("no role", {"messages": [USER, {"content": "2"}]}, "line 3: each message needs a 'role'"),
+    _answer("unmasked", {"messages": [USER, ANSWER], "unmask": True}, "line 3: has 'unmask'"),
+    _answer("with tools", {"messages": [USER, ANSWER], "tools": [{}]}, "line 3: has 'tools'"),
     _answer(
-        "reserved marks", {"messages": [USER, {**ANSWER, "content": "<|UNMASK_BEGIN|>"}]}, "line 3: .*UNMASK"
+        "ids of words",
+        {"messages": [USER, ANSWER], "answer_token_ids": ["2"]},
+        "line 3: 'answer_token_ids' is no list",
+    ),
+    _answer(
+        "ids of another model",
+        {"messages": [USER, ANSWER], "answer_token_ids": [900] * 20},
+        "makes token 900, but the model's vocabulary has 300",
     ),
     _answer(
         "pretraining", {"messages": [{**USER, "role": "pretraining"}, ANSWER]}, "line 3: role 'pretraining'"
