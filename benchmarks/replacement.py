@@ -5,8 +5,8 @@
     python benchmarks/replacement.py --model smollm --table
 
 Each is trained with channel scales on KL, on the first --answers of the data, and measured on the last
---held_out ones before training and after each epoch. Results go to benchmarks/results/replacement_{model}.json
-after each training; the next run adds to it.
+--held_out ones before training and after each epoch. Results go to
+benchmarks/results/replacement_{model}.json after each training; the next run adds to it.
 """
 
 import argparse

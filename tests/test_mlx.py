@@ -14,6 +14,7 @@ import torch
 
 from hopscotch_common import checkpoints, embedded
 from hopscotch_common.export.formats import export_checkpoint
+from hopscotch_common.modeling_hopscotch import REPLACEMENT_NAMES
 from hopscotch_common.models import ModelRef, model_ref
 
 pytestmark = [
@@ -24,7 +25,15 @@ pytestmark = [
 PACKAGES = ["mlx-lm==0.32.2", "mlx[cpu]==0.32.4" if sys.platform == "linux" else "mlx==0.32.4"]
 NEW_TOKENS = 30
 QUESTION = "A farmer has 12 hens. Each lays 5 eggs a week. How many eggs is that?"
-SKIPPED = {"smollm": [3, 9], "llama": [0, 2], "mistral": [1, 2], "granite": [1, 3], "qwen2": [1]}
+SKIPPED = {
+    "smollm": [3, 9],
+    "llama": [0, 2],
+    "llama maps": [0, 2],
+    "granite maps": [1],
+    "mistral": [1, 2],
+    "granite": [1, 3],
+    "qwen2": [1],
+}
 ENGINE = f"""
 import json, sys
 from pathlib import Path
@@ -79,12 +88,19 @@ def runs(python, tiny_folder, tmp_path_factory) -> dict[str, tuple]:
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     for name, skipped in SKIPPED.items():
         real = name == "smollm"
-        ref = model_ref(name) if real else ModelRef(name, str(tiny_folder(name)))
+        family, _, with_maps = name.partition(" ")
+        ref = model_ref(name) if real else ModelRef(name, str(tiny_folder(family)))
         values = torch.empty(30 if real else 4, 4)
         values.uniform_(0.95, 1.05, generator=torch.Generator().manual_seed(0))
-        values[skipped, 0] = 0.0
+        values[skipped, 0] = 0.9 if with_maps else 0.0
+        random = torch.Generator().manual_seed(1)
+        maps = {
+            f"model.layers.{block}.{part}": 0.3 * torch.randn(shape, generator=random)
+            for block in (skipped if with_maps else [])
+            for part, shape in zip(REPLACEMENT_NAMES, ((4, 32), (32, 4)), strict=True)
+        }
         checkpoint, export = root / f"{name}-checkpoint", root / name
-        checkpoints.save_checkpoint(checkpoint, ref, skipped, values, {})
+        checkpoints.save_checkpoint(checkpoint, ref, skipped, values, {}, maps=maps)
         export_checkpoint(checkpoint, "nemotron_nas", export, device="cpu")
         ids = prompt if real else [5, 60, 7, 200, 31]
         expected[name], jobs[str(export)] = ask_transformers(checkpoint, ids), ids
@@ -95,7 +111,10 @@ def runs(python, tiny_folder, tmp_path_factory) -> dict[str, tuple]:
     return {name: (*expected[name], results[str(root / name)]) for name in SKIPPED}
 
 
-@pytest.mark.parametrize("name, caches", [("smollm", 28), ("llama", 3), ("mistral", 2), ("granite", 2)])
+@pytest.mark.parametrize(
+    "name, caches",
+    [("smollm", 28), ("llama", 3), ("llama maps", 2), ("mistral", 2), ("granite", 2), ("granite maps", 3)],
+)
 def test_same_tokens_as_transformers_and_less_cache(runs, name, caches):
     tokens, logits, result = runs[name]
     assert result["tokens"] == tokens

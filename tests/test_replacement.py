@@ -15,6 +15,9 @@ import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.checkpoints.verify import verify
+from hopscotch_common.errors import InputError, TrainingError
+from hopscotch_common.export.formats import export_checkpoint
+from hopscotch_common.export.gguf import rewrite_gguf
 from hopscotch_common.loading import load_model
 from hopscotch_common.modeling_hopscotch import FAMILIES, RECURRENT_TYPES, attention_types
 from hopscotch_common.models import model_ref
@@ -213,8 +216,6 @@ def test_a_search_sees_the_maps(tiny_folder):
 
 
 def test_a_model_that_is_not_finite_gets_no_maps(tiny_folder):
-    from hopscotch_common.errors import TrainingError
-
     model = load(tiny_folder("llama"))
     model.model.layers[0].self_attn.o_proj.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="no map can be fitted"):
@@ -259,6 +260,30 @@ def test_the_scripts_with_maps(work, tmp_path, tiny_folder):
     assert unscaled.keys() == checkpoints.load_maps(whole).keys()
     epochs = json.loads((tmp_path / "whole" / "report.json").read_text())["epochs"]
     assert epochs[1]["loss"] < epochs[0]["loss"]
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("llama", [0, 2]), ("mistral", [1]), ("granite", [1, 3])])
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_maps_are_exported_as_matrices(tiny_folder, tmp_path, family, blocks, granularity):
+    """In nemotron_nas, which mlx-lm runs: the export's own check compares it with the checkpoint."""
+    folder = tiny_folder(family)
+    model, _, _ = fitted(folder, blocks, scale_granularity=granularity)
+    values = scales.snapshot(model).uniform_(0.9, 1.1, generator=torch.Generator().manual_seed(0))
+    values[1, -1] = -1.05  # s_mlp: the stream changes its sign
+    maps = scales.maps_of(model)
+    checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(folder)), blocks, values, {}, maps=maps)
+    report = export_checkpoint(tmp_path / "c", "nemotron_nas", tmp_path / "nas", device="cpu")
+    assert report["relative_logit_error"] < 1e-3
+    layers = json.loads((tmp_path / "nas" / "config.json").read_text())["block_configs"]
+    assert [i for i, layer in enumerate(layers) if layer["attention"]["replace_with_linear"]] == blocks
+    weights = load_file(tmp_path / "nas" / "model.safetensors")
+    assert [key for key in weights if "linear" in key] == [
+        f"model.layers.{block}.self_attn.linear.weight" for block in blocks
+    ]
+    with pytest.raises(InputError, match="folded has no place for maps"):
+        export_checkpoint(tmp_path / "c", "folded", tmp_path / "folded", device="cpu")
+    with pytest.raises(InputError, match="has maps in its skipped blocks' place"):
+        rewrite_gguf(tmp_path / "c", tmp_path / "none.gguf", tmp_path / "out.gguf")
 
 
 def test_a_checkpoint_without_maps_says_nothing_of_them(tiny_folder, tmp_path):

@@ -7,6 +7,7 @@ channels that are zero, which change nothing.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from hopscotch_common.errors import InputError
@@ -43,6 +44,8 @@ def check_representable(config) -> None:
         raise InputError(
             f"nemotron_nas holds layers of Llama's shape, and those of {family} are not; {remedy}"
         )
+    if getattr(config, "replacement_rank", 0) and getattr(config, "attention_bias", False):
+        raise InputError(f"nemotron_nas gives a map a bias where attention has one; {remedy}")
     if family.endswith("qwen3"):
         raise InputError(f"nemotron_nas has no place for the q and k norms of qwen3; {remedy}")
     window = getattr(config, "sliding_window", None)
@@ -56,10 +59,11 @@ def check_representable(config) -> None:
         )
 
 
-def decilm_config(config, skipped: set[int]) -> dict:
+def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> dict:
     """config.json of the DeciLM form of a Hopscotch config, Granite's multipliers all 1.
 
-    skipped: the blocks that are no_op; not block 0, which runtimes cannot leave out.
+    skipped: the blocks that are no_op; not block 0, which runtimes cannot leave out. replaced: those that a
+    matrix stands in the place of.
     """
     assert 0 not in skipped
     rope = dict(config.rope_parameters)
@@ -68,6 +72,12 @@ def decilm_config(config, skipped: set[int]) -> dict:
     heads, dtype = config.num_attention_heads, str(config.dtype).removeprefix("torch.")
     group = heads // config.num_key_value_heads
     width = -(-config.intermediate_size // WIDTH_STEP) * WIDTH_STEP
+
+    def attention(layer: int) -> dict:
+        if layer in replaced:
+            return {"replace_with_linear": True}
+        return {"no_op": True} if layer in skipped else {"n_heads_in_group": group}
+
     return {name: getattr(config, name) for name in SAME_IN_BOTH} | {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{_code().stem}.{configuration_decilm.DeciLMConfig.__name__}"},
@@ -83,13 +93,17 @@ def decilm_config(config, skipped: set[int]) -> dict:
         "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
         "block_configs": [
             {
-                "attention": ATTENTION_DEFAULTS
-                | ({"no_op": True} if layer in skipped else {"n_heads_in_group": group}),
+                "attention": ATTENTION_DEFAULTS | attention(layer),
                 "ffn": FFN_DEFAULTS | {"ffn_mult": 1.5 * width / config.hidden_size},
             }
             for layer in range(config.num_hidden_layers)
         ],
     }
+
+
+def linear_key(layer: int) -> str:
+    """The name of the matrix that stands in the place of a layer's attention."""
+    return f"model.layers.{layer}.self_attn.linear.weight"
 
 
 def _code() -> Path:
@@ -108,8 +122,9 @@ def as_hopscotch_config(values: dict):
     It follows the format, not how this project fills it in, so it checks the export.
     """
     blocks = values["block_configs"]
-    skipped = [i for i, block in enumerate(blocks) if block["attention"]["no_op"]]
-    groups = {b["attention"]["n_heads_in_group"] for b in blocks if not b["attention"]["no_op"]}
+    replaced = [i for i, block in enumerate(blocks) if block["attention"]["replace_with_linear"]]
+    skipped = [i for i, block in enumerate(blocks) if block["attention"]["no_op"] or i in replaced]
+    groups = {b["attention"]["n_heads_in_group"] for i, b in enumerate(blocks) if i not in skipped}
     widths = {ffn_width(block["ffn"]["ffn_mult"], values["hidden_size"]) for block in blocks}
     assert len(groups) == len(widths) == 1, "every block of an export has the same shape"
     qkv_bias_only = values["qkv_bias"] and not values["attention_bias"]
@@ -121,6 +136,7 @@ def as_hopscotch_config(values: dict):
             "num_key_value_heads": values["num_attention_heads"] // groups.pop(),
             "intermediate_size": widths.pop(),
             "skipped_attention_blocks": skipped or None,
+            "replacement_rank": values["hidden_size"] if replaced else 0,
         }
     )
     config.new_scales = True  # an export has none

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,21 +13,23 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm
-from hopscotch_common.export.folding import Folding, fold_factors, granite_multipliers
+from hopscotch_common.export.folding import Factor, Folding, fold_factors, granite_multipliers
 from hopscotch_common.loading import hopscotch_classes, load_whole
-from hopscotch_common.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, HopscotchForCausalLM
+from hopscotch_common.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, REPLACEMENT_NAMES
 
 
 @dataclass(frozen=True)
 class Target:
     """What an export's weights are: what becomes of each, and all that it needs.
 
-    renamed: whether weight files name some tensors otherwise than the model does (experts).
+    renamed: whether weight files name some tensors otherwise than the model does (experts). linear: matrices
+    [hidden, hidden] by layer that stand in attention's place.
     """
 
     folding: Folding
     shapes: dict[str, torch.Size]
     renamed: bool = False
+    linear: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 def skipped_blocks(config) -> list[int]:
@@ -36,8 +37,9 @@ def skipped_blocks(config) -> list[int]:
     return sorted(config.skipped_attention_blocks or ())
 
 
-def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
-    """Write the config of the stock architecture; what its weights are."""
+def prepare_folded(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
+    """Write the config of the stock architecture; what its weights are. It has no place for maps."""
+    assert not maps
     own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
     own += ("transformers_version",)
     kept = {key: value for key, value in config.to_dict().items() if key not in own}
@@ -54,31 +56,38 @@ def prepare_folded(folder: Path, config, values: torch.Tensor) -> Target:
     return Target(folding, _shapes(model), renamed)
 
 
-def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor) -> Target:
+def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
     """Write the DeciLM config and its class; what its weights are. InputError if it cannot hold the model."""
     decilm.check_representable(config)
     skipped = skipped_blocks(config)
-    if 0 in skipped:
+    replaced = skipped if maps else []
+    if 0 in skipped and not maps:
         logger.warning("block 0 stays in nemotron_nas, with a zero o_proj: vLLM's code cannot leave it out")
-    removed = set(skipped) - {0}
-    values_of_config = decilm.decilm_config(config, removed)
+    values_of_config = decilm.decilm_config(config, set(skipped) - set(replaced) - {0}, replaced)
     decilm.write_config(values_of_config, folder)
-    factors = fold_factors(values, skipped, getattr(config, "residual_multiplier", 1.0))
+    factors = fold_factors(values, skipped, getattr(config, "residual_multiplier", 1.0), replaced)
+    linear = {block: _as_one_matrix(block, maps, factors.layers[block].attention_adds) for block in replaced}
     shaped = decilm.as_hopscotch_config(values_of_config)
     _, model_class = hopscotch_classes(shaped.model_type)
     with torch.device("meta"):
         model = model_class(shaped)
-    return Target(Folding(config, factors, granite_multipliers(config)), _shapes(model))
+    shapes = _shapes(model) | {decilm.linear_key(block): matrix.shape for block, matrix in linear.items()}
+    return Target(Folding(config, factors, granite_multipliers(config)), shapes, linear=linear)
+
+
+def _as_one_matrix(block: int, maps: dict[str, torch.Tensor], factor: Factor) -> torch.Tensor:
+    """up down of a block's map [hidden, hidden], row i times the factor that its channel i has."""
+    down, up = (maps[f"model.layers.{block}.{name}"].double() for name in REPLACEMENT_NAMES)
+    return torch.as_tensor(factor).double().view(-1, 1) * (up @ down)
 
 
 def _shapes(model) -> dict[str, torch.Size]:
     """The tensors that a model (on the meta device) reads from its weight files."""
-    unread = set(model.all_tied_weights_keys) | {key for key, _ in _scales_of(model)}
-    return {key: tensor.shape for key, tensor in model.state_dict().items() if key not in unread}
-
-
-def _scales_of(model) -> Iterator[tuple[str, torch.Tensor]]:
-    return scales.named_scales(model) if isinstance(model, HopscotchForCausalLM) else iter(())
+    return {
+        key: tensor.shape
+        for key, tensor in model.state_dict().items()
+        if key not in model.all_tied_weights_keys and not re.search(OWN_KEYS, key)
+    }
 
 
 def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> None:
@@ -97,7 +106,10 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
                 continue
             tensors[key] = _filled_up(target.folding.fold(key, tensor), target.shapes.get(key))
             if key.endswith(beside):
-                tensors |= _unused_attention(int(key.split(".")[2]), target, config, tensor.dtype)
+                layer = int(key.split(".")[2])
+                tensors |= _unused_attention(layer, target, config, tensor.dtype)
+                if layer in target.linear:
+                    tensors[decilm.linear_key(layer)] = target.linear[layer].to(tensor.dtype)
         if tensors:
             weights.save_tensors(tensors, folder / name)
             weight_map |= dict.fromkeys(tensors, name)
@@ -134,7 +146,7 @@ def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, to
             target.shapes[key], dtype=dtype
         )
         for key in keys
-        if checkpoints.is_skipped_weight(key, config)
+        if checkpoints.is_skipped_weight(key, config) and layer not in target.linear
     }
 
 
@@ -148,5 +160,11 @@ def load_exported(folder: Path, format: str, **options):
     else:
         shaped = decilm.as_hopscotch_config(json.loads((folder / "config.json").read_text()))
         _, model_class = hopscotch_classes(shaped.model_type)
-        options |= {"config": shaped}
-    return load_whole(model_class, folder, **options)
+        # A matrix in attention's place is a map of full rank, whose other half is the identity.
+        names = {r"self_attn\.linear\.weight": REPLACEMENT_NAMES[1]}
+        options |= {"config": shaped} | ({"key_mapping": names} if shaped.replacement_rank else {})
+    model = load_whole(model_class, folder, **options)
+    for key, parameter in scales.named_maps(model) if format != "folded" else ():
+        if key.endswith(REPLACEMENT_NAMES[0]):
+            torch.nn.init.eye_(parameter)
+    return model

@@ -77,15 +77,19 @@ def check_foldable(config) -> None:
 
 
 def fold_factors(
-    values: torch.Tensor, skipped: Iterable[int], residual_multiplier: float = 1.0
+    values: torch.Tensor,
+    skipped: Iterable[int],
+    residual_multiplier: float = 1.0,
+    replaced: Collection[int] = (),
 ) -> StreamFactors:
     """What the scales become.
 
-    values: the scales [layers, width]. skipped: blocks without attention. residual_multiplier: taken
-    into the weights as well, for a target that has none of its own (Granite's). Raises InputError
-    for scales that are not finite, and for an s too close to 0 to divide by.
+    values: the scales [layers, width]. skipped: blocks without attention, of which `replaced` have a map in
+    their place, and b_attn is the map's. residual_multiplier: taken into the weights as well, for a target
+    that has none of its own (Granite's); a map has it already. Raises InputError for scales that are not
+    finite, and for an s too close to 0 to divide by.
     """
-    skipped = set(skipped)
+    skipped = set(skipped) - set(replaced)
     carried, layers = 1.0, []
     by_name = columns(values.double())
     for layer in range(len(values)):
@@ -96,6 +100,8 @@ def fold_factors(
         between = before * row["s_scale_attn"].item()
         carried = between * row["s_scale_mlp"].item()
         attention_adds = 0.0 if layer in skipped else residual_multiplier * b_attn / between
+        if layer in replaced:
+            attention_adds = b_attn / between
         layers.append(LayerFactors(before, attention_adds, between, residual_multiplier * b_mlp / carried))
     return StreamFactors(tuple(layers), carried)
 

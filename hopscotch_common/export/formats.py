@@ -29,7 +29,7 @@ class Format:
     check_config: raises InputError for a (stock or Hopscotch) config that the format cannot hold.
     """
 
-    prepare: Callable[[Path, object, torch.Tensor], folders.Target]
+    prepare: Callable[[Path, object, torch.Tensor, dict], folders.Target]
     check_config: Callable[[object], None]
 
 
@@ -101,7 +101,7 @@ def export_checkpoint(
         config.tie_word_embeddings = False  # else the export would have one matrix for both
     with writing.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
-        target = FORMATS[format].prepare(folder, config, values)
+        target = FORMATS[format].prepare(folder, config, values, checkpoints.load_maps(checkpoint))
         folders.write_weights(checkpoint, folder, config, target)
         wanted = checkpoints.tokenizer_probe(checkpoint)
         copy_tokenizer(checkpoint, folder, wanted=wanted)

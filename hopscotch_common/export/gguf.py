@@ -44,6 +44,11 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     """
     config = checkpoints.checkpoint_config(checkpoint)
     skipped = sorted(config.skipped_attention_blocks or ())
+    if config.replacement_rank:
+        raise InputError(
+            f"{checkpoint}: has maps in its skipped blocks' place, which this project writes into no GGUF; "
+            "serve the checkpoint itself, or train it with --replacement_rank 0"
+        )
     if not skipped:
         raise InputError(f"{checkpoint} skips no attention block: use {folded_gguf} as it is")
     check_gguf_output(output, checkpoint, folded_gguf)
