@@ -7,6 +7,7 @@ of the flags here; nothing below the scripts knows argparse.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -32,6 +33,12 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(self, *arguments):
+        parsed = super().parse_args(*arguments)
+        if getattr(parsed, "dtype", None) == "float32":  # which a GGUF then has to be unpacked to
+            parsed.model = dataclasses.replace(parsed.model, float32=True)
+        return parsed
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {_short(message)} (see {self.prog} --help)\n")

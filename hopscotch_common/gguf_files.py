@@ -1,31 +1,31 @@
 """GGUF files: opened and checked, and unpacked, once, into plain folders in the user's cache.
 
-An unpacked folder is what all tools of Hugging Face read, vLLM included. Its weights are float32: each
-quantised weight is a product of integers and a 16-bit scale, which float32 holds, and bfloat16 would
-round once more. Only a file whose every weight fits into bfloat16 becomes a bfloat16 folder. So nothing
-is lost, at 4 bytes a weight on disk, and in memory while it is unpacked; `--dtype bfloat16` halves the memory
-of what is loaded from there.
+An unpacked folder is what all tools of Hugging Face read, vLLM included. Its weights are bfloat16, in which
+models of this kind run; with `--dtype float32` they are float32, which holds what quantised blocks say,
+integers times a 16-bit scale. They are unpacked tensor by tensor, so that a large file needs little memory.
 """
 
 import contextlib
 import hashlib
 import importlib.util
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import platformdirs
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import modeling_gguf_pytorch_utils as gguf_utils
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import families, files, writing
+from hopscotch_common import families, files, weights, writing
 from hopscotch_common.errors import InputError, logger, reason_of
 
-LAYOUT = 2  # raised when `unpack` writes something else, so that folders from before are not used
+LAYOUT = 3  # raised when `unpack` writes something else, so that folders from before are not used
 REMEDY = "give another GGUF file"
 # How a byte-level BPE tokenizer splits text before it merges, where transformers has no regular expression
 # for it and takes GPT-2's: right for some, while others split off each digit first (llama.cpp's names).
@@ -38,6 +38,8 @@ MORE_FIELDS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # these scale attention otherwise, which no field says
+DECODED_AT_ONCE = 2**22  # weights
+SHARD_BYTES = 600 * 2**20  # of a weight file, which is in memory until it is written
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Llama 3.1 to 3.3 divide low frequencies by 8 or 32 in these bounds; a GGUF holds the divisors alone.
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -48,29 +50,31 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("hopscotch")
 
 
-def unpacked_folder(gguf: Path) -> Path:
+def unpacked_folder(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """The folder with the model of a GGUF file, unpacked unless it has been already.
 
-    Its name comes from the file's place, size and time of change, so that no other file of the same name
-    is taken for it. Raises InputError where there is no supported instruction-tuned model in the file.
+    Its name comes from the file's place, size and time of change and from the dtype, so that no other file
+    of the same name is taken for it. Raises InputError where there is no supported instruction-tuned model
+    in the file.
     """
     files.check_input(gguf, REMEDY)
     status = gguf.stat()
-    identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT))
+    identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT, str(dtype)))
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     target = cache_folder() / f"{gguf.stem}-{digest}"
-    unpack_once(gguf, target)
+    unpack_once(gguf, target, dtype)
     return target
 
 
-def unpack_once(gguf: Path, target: Path) -> None:
+def unpack_once(gguf: Path, target: Path, dtype: torch.dtype) -> None:
     """Make the folder `target` of a GGUF file unless it is there; all of it, or nothing."""
     if target.is_dir():
         return
     reader, config, tokenizer = read_description(gguf)
     files.check_name(target, f"{gguf}: its folder")
-    logger.info("unpacking %s into %s (once)", gguf.name, target)
-    writing.build_once(target, lambda temporary: unpack(gguf, reader, config, tokenizer, temporary))
+    needed = sum(int(tensor.n_elements) for tensor in reader.tensors) * dtype.itemsize
+    logger.info("unpacking %s into %s (once): %.2f GB", gguf.name, target, needed / 1e9)
+    writing.build_once(target, lambda temporary: unpack(gguf, reader, config, tokenizer, temporary, dtype))
 
 
 def open_gguf(path: Path, remedy: str = REMEDY):
@@ -149,41 +153,85 @@ def _described(config):
         return AutoModelForCausalLM.from_config(config)
 
 
-def unpack(gguf: Path, reader, config, tokenizer, target: Path) -> None:
-    """Write a GGUF's model and tokenizer to a folder, every weight as it is in the file.
+def unpack(gguf: Path, reader, config, tokenizer, target: Path, dtype: torch.dtype) -> None:
+    """Write a GGUF's model and tokenizer to a folder, tensor by tensor.
 
     reader, config, tokenizer: its `read_description`. Raises InputError where transformers cannot read
     the weights, or not all of them.
     """
-    transformers_logging.disable_progress_bar()
-    with _reading(gguf) as where:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            **where,
-            config=config,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),  # packed, it would refuse to be saved
-            output_loading_info=True,
-        )
-    _check_loaded(model, found, gguf)
-    if all(torch.equal(weight, weight.bfloat16().float()) for weight in model.parameters()):
-        model.to(torch.bfloat16)
-    model.generation_config = _generation_config(model.config, reader)
-    model.save_pretrained(target)
+    model = _described(config)
+    missing = {
+        key: weight.shape
+        for key, weight in model.state_dict().items()
+        if key not in (model.all_tied_weights_keys or ())
+    }
+    shards = weights.ShardWriter(target, SHARD_BYTES)
+    for key, weight in converted_tensors(gguf, reader, model):
+        if key not in missing or missing.pop(key) != weight.shape:
+            raise InputError(f"{gguf}: {key} is of another shape there, or twice; {REMEDY}")
+        shards.add(key, weight.to(dtype))
+    if missing:
+        raise InputError(f"{gguf}: {min(missing)} is not in the file ({len(missing)} such); {REMEDY}")
+    shards.finish()
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    config.save_pretrained(target)
+    _generation_config(config, reader).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def _check_loaded(model, found: dict, gguf: Path) -> None:
-    """Raise InputError unless every weight of the model was read, in its shape."""
-    described = _described(model.config).state_dict()  # from a GGUF, transformers takes any shape
-    shaped_otherwise = {
-        key for key, weight in model.state_dict().items() if weight.shape != described[key].shape
-    }
-    for keys, what in (
-        (found["missing_keys"], "not in the file"),
-        (shaped_otherwise, "of another shape there"),
-    ):
-        if keys:
-            raise InputError(f"{gguf}: {sorted(keys)[0]} is {what} ({len(keys)} such); {REMEDY}")
+def converted_tensors(gguf: Path, reader, model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, float32 weight) of each tensor of a GGUF, as transformers would load it into a model.
+
+    Parts of one tensor (experts) are put together; they stand in one layer.
+    """
+    config, architecture = model.config, value_of(reader, "general.architecture")
+    heads = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    processor = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)(config=heads)
+    kind = "llama" if config.model_type == "mistral" else None  # which has no names of its own in GGUF
+    names = gguf_utils.get_gguf_hf_weights_map(model, processor, kind)
+    joined: dict[str, torch.Tensor] = {}
+    layer = None
+    for tensor in sorted(reader.tensors, key=_layer_of):
+        if tensor.name in NOT_WEIGHTS:
+            continue
+        if _layer_of(tensor) != layer:
+            layer = _layer_of(tensor)
+            while joined:
+                yield joined.popitem()
+        try:
+            found = processor.process(
+                weights=_dequantized(tensor),
+                name=tensor.name,
+                tensor_key_mapping=names,
+                parsed_parameters={"tensors": joined},
+            )
+        except (NotImplementedError, ValueError) as error:  # of a type that gguf cannot decode
+            raise InputError(
+                f"{gguf}: {tensor.name} cannot be read ({reason_of(error)}); {REMEDY}"
+            ) from error
+        if found.name in names:
+            yield names[found.name], torch.from_numpy(np.ascontiguousarray(found.weights))
+    yield from joined.items()
+
+
+def _dequantized(tensor) -> np.ndarray:
+    """A GGUF's tensor in float32, a few rows at a time: decoding takes several times what comes of it."""
+    from gguf import dequantize
+
+    data = tensor.data
+    rows = max(1, DECODED_AT_ONCE * len(data) // int(tensor.n_elements))
+    decoded = None
+    for start in range(0, len(data), rows):
+        part = dequantize(data[start : start + rows], tensor.tensor_type)
+        if decoded is None:
+            decoded = np.empty((len(data), *part.shape[1:]), np.float32)
+        decoded[start : start + rows] = part
+    return decoded
+
+
+def _layer_of(tensor) -> int:
+    match = re.match(r"blk\.(\d+)\.", tensor.name)
+    return int(match[1]) if match else -1
 
 
 def _set_more_fields(config, reader) -> None:

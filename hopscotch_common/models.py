@@ -21,10 +21,14 @@ QUANTIZATIONS = ("int8", "int4")  # weight only
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What `--model` names. `name` goes into file names; `source` is a hub id, a folder or a GGUF file."""
+    """What `--model` names. `name` goes into file names; `source` is a hub id, a folder or a GGUF file.
+
+    float32: a GGUF is unpacked to float32 weights, not to bfloat16.
+    """
 
     name: str
     source: str
+    float32: bool = False
 
     @property
     def embedded(self) -> bool:
@@ -53,9 +57,11 @@ class ModelRef:
         if path.is_dir():
             return path
         if path.is_file():
+            import torch
+
             from hopscotch_common import gguf_files
 
-            return gguf_files.unpacked_folder(path)
+            return gguf_files.unpacked_folder(path, *([torch.float32] if self.float32 else []))
         return _download(self.source, weights)
 
 

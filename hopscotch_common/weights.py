@@ -1,6 +1,7 @@
 """Weight files of a model folder: read, checked against its config, and written."""
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -99,6 +100,45 @@ def fingerprint(folder: Path) -> str:
                 file.seek(size * part // SAMPLES_OF_A_FILE)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes a model's tensors to weight files of about `shard_bytes` as they come, then their index."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self._held: dict[str, torch.Tensor] = {}
+        self._written: list[tuple[Path, list[str], int]] = []
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        self._held[key] = tensor
+        if sum(held.nbytes for held in self._held.values()) >= self.shard_bytes:
+            self._write()
+
+    def _write(self) -> None:
+        path = self.folder / f"part-{len(self._written)}"
+        save_tensors(self._held, path)
+        size = sum(held.nbytes for held in self._held.values())
+        self._written.append((path, list(self._held), size))
+        self._held = {}
+
+    def finish(self) -> None:
+        """Give the files their names, which tell how many there are."""
+        if self._held:
+            self._write()
+        if len(self._written) == 1:
+            self._written[0][0].rename(self.folder / "model.safetensors")
+            return
+        weight_map, count = {}, len(self._written)
+        for number, (path, keys, _) in enumerate(self._written, 1):
+            name = f"model-{number:05}-of-{count:05}.safetensors"
+            path.rename(self.folder / name)
+            weight_map |= dict.fromkeys(keys, name)
+        index = {
+            "metadata": {"total_size": sum(size for *_, size in self._written)},
+            "weight_map": weight_map,
+        }
+        (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

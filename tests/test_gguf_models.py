@@ -1,5 +1,6 @@
 """`--model file.gguf`: unpacked without loss, once, and never mixed up with another file."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from hopscotch_common import gguf_files
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import load_model, read_config
 from hopscotch_common.modeling_hopscotch import FAMILIES
-from hopscotch_common.models import model_ref
+from hopscotch_common.models import ModelRef, model_ref
 from hopscotch_common.tokenization import load_tokenizer
 
 WIDE = dict(intermediate_size=64)  # rows that blocks of 32 divide
@@ -74,7 +75,7 @@ def test_the_unpacked_model_is_the_original(tmp_path, family, changes):
     names = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
     extra = {name: value for name in names if (value := getattr(model.config, name, None)) is not None}
     extra |= dict(unk_token_id=0) if family == "gemma2" else {}
-    ref = model_ref(str(write_model(model, tmp_path / f"my.{family}.gguf", **extra)))
+    ref = exactly(write_model(model, tmp_path / f"my.{family}.gguf", **extra))
     assert ref.name == f"my.{family}" and read_config(ref).model_type == family
     unpacked = AutoModelForCausalLM.from_pretrained(ref.folder())
     if FAMILIES[family].caps_attention:  # sdpa would leave the cap out
@@ -111,7 +112,7 @@ def parts(tokenizer, text: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
 def test_quantised_weights_are_what_the_blocks_say(tmp_path, family, kind):
     path = write_model(tiny(family), tmp_path / "q.gguf", kind)
-    folder = model_ref(str(path)).folder()
+    folder = exactly(path).folder()
     weights = load_file(folder / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
@@ -126,19 +127,33 @@ def test_quantised_weights_are_what_the_blocks_say(tmp_path, family, kind):
         quantization_config=GgufConfig(dequantize=True),
     )
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(unquantised))
+    in_16_bits = AutoModelForCausalLM.from_pretrained(model_ref(str(path)).folder())
+    assert in_16_bits.dtype == torch.bfloat16
+    expected = unquantised.to(torch.bfloat16).state_dict()
+    assert all(torch.equal(weight, expected[key]) for key, weight in in_16_bits.state_dict().items())
 
 
-def test_bfloat16_stays_bfloat16_where_that_loses_nothing(tmp_path):
-    model = tiny("qwen2").bfloat16()
-    folder = model_ref(str(write_model(model, tmp_path / "b.gguf", "BF16"))).folder()
-    unpacked = AutoModelForCausalLM.from_pretrained(folder)
-    assert unpacked.dtype == torch.bfloat16
-    assert all(map(torch.equal, unpacked.parameters(), model.parameters()))
-    model.model.norm.float().weight.data += 1e-4  # kept in F32, as norms are
-    folder = model_ref(str(write_model(model, tmp_path / "c.gguf", "BF16"))).folder()
-    unpacked = AutoModelForCausalLM.from_pretrained(folder)
-    assert unpacked.dtype == torch.float32
-    assert torch.equal(unpacked.model.norm.weight, model.model.norm.weight)
+def exactly(path) -> ModelRef:
+    """A GGUF's model with every weight as it is there, as `--dtype float32` asks for it."""
+    return dataclasses.replace(model_ref(str(path)), float32=True)
+
+
+def test_a_large_file_becomes_several(tmp_path, monkeypatch):
+    """With an index, and in memory never more than one of them and the tensor at hand."""
+    monkeypatch.setattr(gguf_files, "SHARD_BYTES", 20_000)
+    path = write_model(tiny(), tmp_path / "large.gguf", "F32")
+    whole = exactly(path).folder()
+    assert len(list(whole.glob("model-*-of-*.safetensors"))) > 2
+    unpacked = AutoModelForCausalLM.from_pretrained(whole)
+    assert all(map(torch.equal, unpacked.parameters(), tiny().parameters()))
+
+
+def test_dtype_float32_asks_for_exact_weights(tmp_path):
+    path = write_model(tiny(), tmp_path / "m.gguf")
+    parser = unscaled_ckpt.build_parser()
+    common = ["--model", str(path), "--blocks_to_skip", "1"]
+    assert parser.parse_args([*common, "--dtype", "float32"]).model == exactly(path)
+    assert parser.parse_args(common).model == model_ref(str(path)) != exactly(path)
 
 
 def rope_divisors(rope) -> torch.Tensor:
@@ -159,7 +174,7 @@ def rope_divisors(rope) -> torch.Tensor:
 def test_llama_3s_rotary_scaling_survives(tmp_path):
     model = tiny(rope_parameters=LLAMA3)
     extra = {"rope_freqs.weight": rope_divisors(LLAMA3)}
-    folder = model_ref(str(write_model(model, tmp_path / "l.gguf", **extra))).folder()
+    folder = exactly(write_model(model, tmp_path / "l.gguf", **extra)).folder()
     unpacked = AutoModelForCausalLM.from_pretrained(folder)
     assert unpacked.config.rope_parameters == LLAMA3
     torch.testing.assert_close(logits(unpacked), logits(model), rtol=1e-5, atol=1e-5)
