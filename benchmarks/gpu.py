@@ -1,4 +1,4 @@
-"""One card in eight minutes: memory, training, screening, the race, and inference with skipped blocks.
+"""One card in eight minutes: memory, training, screening, the race, maps, and inference with skipped blocks.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --config tiny --device cpu --output /tmp/tiny.json
@@ -36,6 +36,8 @@ from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import IGNORE_INDEX, Sample
 from hopscotch_common.training.loss import summed_loss
 from hopscotch_common.training.memory import MinibatchRunner, free_bytes
+from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.replacement import collect, solve
 from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, prepare_model
 
 LEARNING_RATE = 1e-2
@@ -44,7 +46,11 @@ CANDIDATE = 4  # the block that is skipped where one candidate stands for all
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured. answers, short_answers: fewest and most tokens of one; prompts: (rows, tokens)."""
+    """What is measured.
+
+    answers, short_answers: fewest and most tokens of one; prompts, long_prompts: (rows, tokens);
+    rank: of maps in skipped blocks' place.
+    """
 
     config: dict
     answers: tuple[int, int] = (100, 700)
@@ -54,6 +60,8 @@ class Size:
     race_batches: int = 8
     matmul_rows: int = 8192
     prompts: tuple[int, int] = (8, 1024)
+    long_prompts: tuple[int, int] = (16, 8192)
+    rank: int = 16
     new_tokens: int = 32
     repeats: int = 5
 
@@ -73,7 +81,7 @@ LLAMA = dict(
 TINY = LLAMA | dict(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=8)
 SIZES = {
     "llama-3.1-8b": Size(LLAMA),
-    "tiny": Size(TINY, (12, 40), (6, 12), 4, 1, 2, 64, (2, 12), new_tokens=3, repeats=1),
+    "tiny": Size(TINY, (12, 40), (6, 12), 4, 1, 2, 64, (2, 12), (2, 40), new_tokens=3, repeats=1),
 }
 
 
@@ -86,10 +94,10 @@ class Bench:
     dtype: torch.dtype
     results: sections.Results = field(default_factory=sections.Results)
 
-    def model(self, attention: str = "sdpa", skipped: Iterable[int] = ()):
-        """A model with random weights, made on the device; skipped blocks hold no weights."""
+    def model(self, attention: str = "sdpa", skipped: Iterable[int] = (), rank: int = 0):
+        """A model with random weights, made on the device; skipped blocks hold no weights, maps of a rank."""
         measuring.forget()  # what the section before this one left
-        config = hopscotch_config(LlamaConfig(**self.size.config), skipped)
+        config = hopscotch_config(LlamaConfig(**self.size.config), skipped, replacement_rank=rank)
         _, model_class = hopscotch_classes(config.model_type)
         torch.manual_seed(0)
         with self.device:
@@ -105,10 +113,11 @@ class Bench:
             samples.append(Sample(ids, [IGNORE_INDEX] * (len(ids) // 3) + ids[len(ids) // 3 :]))
         return samples
 
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Median over the repeats, after one that does not count."""
+    def seconds(self, work: Callable[[], object], repeats: int = 0) -> float:
+        """Median over the repeats (0: the size's), after one that does not count."""
         work()
-        return measuring.median([measuring.seconds(work, self.device) for _ in range(self.size.repeats)])
+        repeats = repeats or self.size.repeats
+        return measuring.median([measuring.seconds(work, self.device) for _ in range(repeats)])
 
 
 def matmul(bench: Bench) -> dict:
@@ -151,16 +160,24 @@ def budget(bench: Bench) -> dict:
     } | (free | measuring.gpu_peak(bench.device))
 
 
-def training(bench: Bench, attention: str = "sdpa", **flags: bool) -> dict:
-    """Training steps on answers of mixed lengths. flags: of TrainingOptions."""
+def training(bench: Bench, attention: str = "sdpa", rank: int = 0, **flags) -> dict:
+    """Training steps on answers of mixed lengths. flags: of TrainingOptions.
+
+    KL takes the original model's outputs from where a search keeps them; they are computed before.
+    """
     size, device = bench.size, bench.device
     options = TrainingOptions(LEARNING_RATE, size.batch_size, **flags)
-    model = bench.model(attention)
+    model = bench.model(attention, rank=rank)
     prepare_model(model, options)
     samples = bench.answers(size.batch_size * size.training_batches, size.answers)
     epochs = EpochBatches(model, samples, options)
     batches = epochs.epoch()
-    trainer = ScaleTrainer(model, LEARNING_RATE, [CANDIDATE])
+    originals = Originals(model) if options.loss == "kl" else None
+    if originals is not None:
+        originals.keep(batches)
+    trainer = ScaleTrainer(
+        model, LEARNING_RATE, [CANDIDATE], originals=originals, map_learning_rate=options.map_learning_rate
+    )
     warm_up = measuring.seconds(lambda: trainer.run(batches, "epoch 0"), device)
     measuring.reset_gpu_peak(device)
     seconds = measuring.seconds(lambda: trainer.run(batches, "epoch 1"), device)
@@ -211,13 +228,37 @@ def race(bench: Bench) -> dict:
     }
 
 
+def fitting(bench: Bench) -> dict:
+    """Maps fitted for every block, as a search does, and for a quarter, against a training step a batch."""
+    size = bench.size
+    num_layers = size.config["num_hidden_layers"]
+    options = TrainingOptions(LEARNING_RATE, size.batch_size)
+    model = bench.model(rank=size.rank)
+    batches = EpochBatches(model, bench.answers(size.batch_size, size.answers), options).epoch()
+    scales = ScaleTrainer(model, LEARNING_RATE, [CANDIDATE])
+    figures = {"seconds_of_a_step": bench.seconds(lambda: scales.run(batches, "epoch 0"))}
+    for name, count in (("quarter", num_layers // 4), ("all", num_layers)):
+        blocks = measuring.spread(count, num_layers) if count < num_layers else range(num_layers)
+        measuring.reset_gpu_peak(bench.device)
+        seconds = bench.seconds(lambda blocks=blocks: collect(model, batches, blocks), repeats=1)
+        figures |= {f"{name}_blocks": count, f"{name}_seconds_a_batch": seconds}
+        figures |= {f"{name}_{key}": value for key, value in measuring.gpu_peak(bench.device).items()}
+    sums = collect(model, batches, [CANDIDATE])[CANDIDATE]
+    return figures | {"seconds_to_solve_a_block": bench.seconds(lambda: solve(sums, size.rank), repeats=1)}
+
+
 @torch.inference_mode()
-def inference(bench: Bench, eighths: int) -> dict:
-    """Prefill and decode with the KV cache, so many eighths of the attention blocks skipped."""
+def inference(bench: Bench, eighths: int, rank: int = 0, long: bool = False) -> dict:
+    """Prefill and decode with the KV cache, so many eighths of the attention blocks skipped.
+
+    rank: of maps in their place. The cache is transformers' dynamic one, which copies a layer's keys and
+    values for each token; so skipping gains more with it than with one that does not.
+    """
     num_layers = bench.size.config["num_hidden_layers"]
     blocks = measuring.spread(num_layers * eighths // 8, num_layers)
-    model, cache = bench.model(skipped=blocks), DynamicCache()
-    prompts = torch.randint(model.config.vocab_size, bench.size.prompts, device=bench.device)
+    model, cache = bench.model(skipped=blocks, rank=rank), DynamicCache()
+    shape, repeats = (bench.size.long_prompts, 2) if long else (bench.size.prompts, 0)
+    prompts = torch.randint(model.config.vocab_size, shape, device=bench.device)
 
     def prefill() -> None:
         nonlocal cache
@@ -230,11 +271,13 @@ def inference(bench: Bench, eighths: int) -> dict:
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
 
     measuring.reset_gpu_peak(bench.device)
-    prefill_seconds = bench.seconds(prefill)
+    prefill_seconds = bench.seconds(prefill, repeats)
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    decode_seconds = bench.seconds(decode)
+    decode_seconds = bench.seconds(decode, repeats)
     return {
         "blocks_skipped": len(blocks),
+        "rows": shape[0],
+        "prompt_tokens": shape[1],
         "prefill_tokens_per_second": prompts.numel() / prefill_seconds,
         "decode_tokens_per_second": len(prompts) * bench.size.new_tokens / decode_seconds,
         "kv_bytes_per_token": kv_bytes / prompts.numel(),
@@ -258,6 +301,15 @@ def all_sections(bench: Bench) -> dict[str, Section]:
         "inference, none skipped": Section(30, partial(inference, bench, 0)),
         "inference, 1/8 skipped": Section(30, partial(inference, bench, 1)),
         "inference, 1/4 skipped": Section(30, partial(inference, bench, 2)),
+        "inference, 1/4 replaced": Section(30, partial(inference, bench, 2, bench.size.rank)),
+        "long, none skipped": Section(30, partial(inference, bench, 0, long=True)),
+        "long, 1/4 skipped": Section(30, partial(inference, bench, 2, long=True)),
+        "long, 1/4 replaced": Section(30, partial(inference, bench, 2, bench.size.rank, long=True)),
+        "fitting maps": Section(30, partial(fitting, bench)),
+        "training, kl": Section(40, partial(training, bench, loss="kl")),
+        "training, kl and maps": Section(
+            40, partial(training, bench, rank=bench.size.rank, loss="kl", map_learning_rate=1e-3)
+        ),
         "training, checkpointing": Section(30, partial(training, bench, gradient_checkpointing=True)),
         "training, compile": Section(90, partial(training, bench, compile_layers=True)),
     }

@@ -1,4 +1,9 @@
-"""Search, training and generation on a device that is not the CPU: the same numbers, no mixed devices."""
+"""Search, training and generation on a device that is not the CPU: the same numbers, no mixed devices.
+
+On a GPU where there is one, and on a pretended device everywhere.
+"""
+
+import contextlib
 
 import pytest
 import torch
@@ -23,16 +28,36 @@ from hopscotch_common.training.trainer import ScaleState, prepare_model
 SEARCHES = {"full": FULL, "race": Schedule(1, 3.0, 0.5), "untrained": UNTRAINED, "cosine": COSINE}
 
 
-def loaded(folder, far: bool, **options):
-    model = load_model(model_ref(str(folder)), device="cpu", **options)
-    return to_far(model) if far else model
+def loaded(folder, move, **options):
+    return move(load_model(model_ref(str(folder)), device="cpu", **options))
 
 
-def on_both(work) -> tuple:
-    """(what `work(far)` gives on the CPU, on the other device)."""
-    near = work(False)
-    with two_devices():
-        return near, work(True)
+def stay(model):
+    return model
+
+
+cuda = pytest.param(
+    (lambda model: model.to("cuda"), contextlib.nullcontext),
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    id="cuda",
+)
+
+
+@pytest.fixture(params=[pytest.param((to_far, two_devices), id="pretended"), cuda])
+def on_both(request):
+    """Gives, of `work(move)`, (its result on the CPU, its result where `move` puts models elsewhere)."""
+    move, other_device = request.param
+
+    def run(work) -> tuple:
+        near = work(stay)
+        with other_device():
+            return near, work(move)
+
+    return run
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and not isinstance(tensor, Far)
 
 
 def with_a_prefix(samples: list[Sample]) -> list[Sample]:
@@ -53,11 +78,11 @@ def with_a_prefix(samples: list[Sample]) -> list[Sample]:
         ("cosine", "kl", True, 3),
     ],
 )
-def test_a_search(tiny_folder, search, measure, prefix, rank):
+def test_a_search(on_both, tiny_folder, search, measure, prefix, rank):
     samples = with_a_prefix(random_samples(6)) if prefix else random_samples(6)
 
-    def work(far: bool):
-        model = loaded(tiny_folder("llama"), far, replacement_rank=rank)
+    def work(move):
+        model = loaded(tiny_folder("llama"), move, replacement_rank=rank)
         options = TrainingOptions(1e-2, 3, loss=measure)
         trainer = CandidateTrainer(model, samples[:4], options, samples[4:])
         if rank:
@@ -75,9 +100,9 @@ def test_a_search(tiny_folder, search, measure, prefix, rank):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_training_and_going_on(tiny_folder, granularity, rank, checkpointing):
-    def work(far: bool):
-        model = loaded(tiny_folder("llama"), far, scale_granularity=granularity, replacement_rank=rank)
+def test_training_and_going_on(on_both, tiny_folder, granularity, rank, checkpointing):
+    def work(move):
+        model = loaded(tiny_folder("llama"), move, scale_granularity=granularity, replacement_rank=rank)
         options = TrainingOptions(
             1e-2, 3, gradient_checkpointing=checkpointing, loss="kl", map_learning_rate=1e-3
         )
@@ -97,16 +122,16 @@ def test_training_and_going_on(tiny_folder, granularity, rank, checkpointing):
         assert ours == pytest.approx(theirs, rel=1e-4)
     torch.testing.assert_close(far[1], near[1], rtol=1e-4, atol=1e-5)
     for key, ours in far[2].items():
-        assert not isinstance(ours, Far)  # what is saved lies on the CPU
+        assert is_on_cpu(ours)  # as what is saved does
         torch.testing.assert_close(ours, near[2][key], rtol=1e-3, atol=1e-5)
 
 
-def test_generation(tiny_folder):
+def test_generation(on_both, tiny_folder):
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
 
-    def work(far: bool):
+    def work(move):
         model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).eval()
-        decoder = GreedyDecoder(to_far(model) if far else model, prompts, [6, 4, 8], {2}, 64)
+        decoder = GreedyDecoder(move(model), prompts, [6, 4, 8], {2}, 64)
         with torch.no_grad():  # inference mode, which `run` sets, takes no tensors of other classes
             return sorted((row.index, row.generated) for row in GreedyDecoder.run.__wrapped__(decoder))
 
@@ -124,14 +149,14 @@ def test_what_is_left_on_the_cpu_is_found(tiny_folder, monkeypatch):
         CandidateTrainer(to_far(model), random_samples(3), options).train([], Candidate(1), 1, Group(), print)
 
 
-def test_folding_takes_scales_of_any_device(tiny_folder):
-    def work(far: bool):
-        model = loaded(tiny_folder("llama"), far)
+def test_folding_takes_scales_of_any_device(on_both, tiny_folder):
+    def work(move):
+        model = loaded(tiny_folder("llama"), move)
         scales.reset(model, [1])
         return scales.snapshot(model)
 
     near, far = on_both(work)
-    assert not isinstance(far, Far) and torch.equal(near, far)
+    assert is_on_cpu(far) and torch.equal(near, far)
 
 
 class FakeMemory:
@@ -159,7 +184,7 @@ class FakeMemory:
 
 def test_a_gpus_token_budget(tiny_folder, monkeypatch):
     """What is free, with what the allocator holds, less a fifth, by what a token takes on the fullest GPU."""
-    model, samples = loaded(tiny_folder("llama", max_position_embeddings=2048), False), random_samples(3)
+    model, samples = loaded(tiny_folder("llama", max_position_embeddings=2048), stay), random_samples(3)
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     FakeMemory(monkeypatch, {first: (10**6, 100), second: (4 * 10**5, 50)})
     assert memory.token_budget(model, samples, Layout(), None) == int(0.8 * (4 * 10**5 + 400) / 50)
