@@ -74,7 +74,7 @@ import gc, json, sys
 from vllm import LLM, SamplingParams
 
 def scales(model):
-    found = {{k: v for k, v in model.named_parameters() if "_scale_" in k}}
+    found = {{k: v for k, v in (*model.named_parameters(), *model.named_buffers()) if "_scale_" in k}}
     return {{k: [str(v.dtype), v.flatten().tolist()] for k, v in found.items()}}
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from .workplace import CHECKPOINT
 
 CONFIG, WEIGHTS, INDEX = "model/config.json", "model/model.safetensors", "model/model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "model/tokenizer.json", "model/tokenizer_config.json"
-WITH_WEIGHTS = (*LOADING, "unscaled_ckpt")  # those that read or copy the weights
+WITH_WEIGHTS = LOADING  # those that read or copy the weights
 NO_WEIGHTS = "model: no weights|" + points_to("model", "(weights|safetensors)")
 WITH_TOKENIZER = ("generate_model_gt_data", "process_gt_data")
 UP = "blk.2.ffn_up.weight"
