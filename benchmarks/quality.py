@@ -8,7 +8,8 @@
 
 For each number of skipped blocks (the first of the selection) and each variant of the scales it runs the
 project's own scripts: `unscaled_ckpt.py` or `param_scale.py`, which hold out the same answers each time,
-and exports the best epoch. vLLM then answers with the export, greedily: what is judged is what is served.
+and exports the best epoch (maps in skipped blocks' place: the checkpoint itself, by the plugin). vLLM then
+answers with that, greedily: what is judged is what is served.
 
 - gsm8k: problems of --test_file, in the model's chat template; the number is read out of the answer by
   `problems.parse_answer`: the last \\boxed{…}, else what follows "####", else the last number.
@@ -44,6 +45,7 @@ from hopscotch_common.models import model_ref
 from hopscotch_common.report.drawing import (
     BLUE,
     FAINT,
+    GREEN,
     GREY,
     INK,
     VERMILION,
@@ -55,7 +57,8 @@ from hopscotch_common.report.drawing import (
 from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.writing import write_json
 
-VARIANTS = ("unscaled", "layer-ce", "layer-kl", "channel-ce", "channel-kl")
+# What stands in for skipped blocks: nothing, trained scales, maps of a rank as fitted, both.
+VARIANTS = ("unscaled", "layer-ce", "layer-kl", "channel-ce", "channel-kl", "rank16", "channel-kl-rank16")
 TASKS = ("gsm8k", "puzzles")
 CACHED_TOKENS = 49152  # of KV cache in vLLM
 STDERR = 2  # the descriptor: where what is run here shall print
@@ -104,9 +107,17 @@ def export_format(blocks: Sequence[int]) -> str:
     return "folded" if 0 in blocks else "nemotron_nas"
 
 
-def make_unscaled(arguments: argparse.Namespace, blocks: Sequence[int], folder: Path) -> Path:
-    """Make the checkpoint without scales and its export; the export's folder."""
+def rank_of(variant: str) -> int:
+    return int(variant.partition("rank")[2] or 0)
+
+
+def make_unscaled(arguments: argparse.Namespace, blocks: Sequence[int], variant: str, folder: Path) -> Path:
+    """Make the checkpoint without trained scales; what is served: it, with maps, or its export."""
     words = ["--model", arguments.model.source, "--blocks_to_skip", *blocks, "--output_dir", folder]
+    if rank_of(variant):
+        words += ["--replacement_rank", rank_of(variant), "--data_path", arguments.data_path]
+        run_script("unscaled_ckpt.py", *words, "--dtype", arguments.dtype)
+        return folder / f"{arguments.model.name}_unscaled"
     run_script("unscaled_ckpt.py", *words, "--export", export_format(blocks))
     return folder / f"{arguments.model.name}_unscaled_{export_format(blocks)}"
 
@@ -114,14 +125,18 @@ def make_unscaled(arguments: argparse.Namespace, blocks: Sequence[int], folder: 
 def train_scales(
     arguments: argparse.Namespace, blocks: Sequence[int], variant: str, folder: Path, export: bool
 ) -> Path | None:
-    """Train a variant of the scales, as far as it is not; the folder of the export, if there shall be one."""
-    granularity, loss = variant.split("-")
+    """Train a variant of the scales, as far as it is not; the folder of what is served, if something is."""
+    granularity, loss, *_ = variant.split("-")
     words = ["--model", arguments.model.source, "--data_path", arguments.data_path]
     words += ["--blocks_to_skip", *blocks, "--granularity", granularity, "--loss", loss]
     for name in ("num_epochs", "learning_rate", "batch_size", "validation_split", "max_samples", "dtype"):
         if getattr(arguments, name) is not None:
             words += [f"--{name}", getattr(arguments, name)]
     words += ["--output_dir", folder, "--resume"]
+    if rank_of(variant):
+        run_script("param_scale.py", *words, "--replacement_rank", rank_of(variant))
+        best = json.loads((folder / "report.json").read_text())["best_epoch"]
+        return folder / f"{arguments.model.name}_scaled_epoch_{best}" if export else None
     run_script("param_scale.py", *words, *(["--export", export_format(blocks)] if export else []))
     return folder / f"{arguments.model.name}_scaled_{export_format(blocks)}" if export else None
 
@@ -236,8 +251,8 @@ def figures_of(
     served = None
     if variant == "original":
         served = arguments.model.folder()
-    elif variant == "unscaled":
-        served = make_unscaled(arguments, blocks, folder) if missing else None
+    elif variant == "unscaled" or variant.startswith("rank"):
+        served = make_unscaled(arguments, blocks, variant, folder) if missing else None
     else:
         served = train_scales(arguments, blocks, variant, folder, export=missing)
         report = json.loads((folder / "report.json").read_text())
@@ -245,10 +260,11 @@ def figures_of(
         figures["held_out"] = {which: held_out(report, which) for which in ("original", "unscaled", "scaled")}
     if missing:
         ask(arguments, served, problems, answers)
-        if variant != "original":
+        if variant != "original" and not rank_of(variant):
             shutil.rmtree(served)  # as large as the model, and quickly made again
     if problems:
-        figures["served"] = "as it is" if variant == "original" else export_format(blocks)
+        as_it_is = variant == "original" or rank_of(variant)
+        figures["served"] = "as it is" if as_it_is else export_format(blocks)
         replies = json.loads(answers.read_text())
         figures |= {task: score(of_task, replies[task]) for task, of_task in problems.items()}
     return figures | {"seconds": time.perf_counter() - start}
@@ -323,6 +339,8 @@ STYLES = {  # of the variants in a picture: label, colour, marker
     "layer-kl": ("four scales a layer, KL", BLUE, "v"),
     "channel-ce": ("scales a channel, cross entropy", VERMILION, "D"),
     "channel-kl": ("scales a channel, KL", VERMILION, "s"),
+    "rank16": ("maps of rank 16, as fitted", GREEN, "P"),
+    "channel-kl-rank16": ("maps of rank 16 and scales a channel, KL", GREEN, "*"),
 }
 
 
