@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.installed
 	mkdir -p demo
 	cd demo && PATH="$(BIN):$$PATH" NUM_SAMPLES=48 MAX_TOKENS=128 MAX_SAMPLES=20 BATCH_SIZE=2 SEARCH=race \
-		NUM_BLOCKS=2 NUM_EPOCHS=3 GRANULARITIES="layer channel" LOSS=kl bash ../pipeline.sh smollm
+		NUM_BLOCKS=2 NUM_EPOCHS=2 LEARNING_RATE=1e-3 MINUTES="0.7 0.1 3.6 1 0.3 0.1" bash ../pipeline.sh smollm
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"

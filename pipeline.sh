@@ -26,28 +26,39 @@ batch_size=${BATCH_SIZE:-32}
 search=${SEARCH:-race}                # or full, the paper's schedule
 num_blocks=${NUM_BLOCKS:-4}
 num_epochs=${NUM_EPOCHS:-10}
-granularities=${GRANULARITIES:-layer} # of the scales: layer, channel, or "layer channel" for both
-loss=${LOSS:-ce}                      # what the scales are trained on: ce or kl
-rank=${REPLACEMENT_RANK:-0}           # of the maps in the skipped blocks' place; 0: none
+granularities=${GRANULARITIES:-channel} # of the scales: channel, layer (the paper's), or "layer channel"
+loss=${LOSS:-kl}                      # what the scales are trained on: kl, or ce (the paper's)
+learning_rate=${LEARNING_RATE:-}      # of the scales; empty: the script's own
 export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
+rank=16                               # of the maps in the skipped blocks' place; 0: none (the paper's)
+if [[ " $export_formats " == *" folded "* || " $export_formats " == *" gguf "* ]]; then rank=0; fi # no place
+rank=${REPLACEMENT_RANK:-$rank}
+read -ra minutes <<< "${MINUTES:-}"   # that steps are known to take about, in their order
 
+step=0
 say() { printf '\n== %s\n' "$*" >&2; }
+step() { # what comes now, and about how long it takes
+    say "$*${minutes[$step]:+ (about ${minutes[$step]} min)}"
+    step=$((step + 1))
+}
 
-say "1. $name answers the prompts"
+step "1. $name answers the prompts: greedily, as the model alone would"
 python "$here/generate_model_gt_data.py" --model="$model" --max_tokens "$max_tokens" \
     ${num_samples:+--num_samples "$num_samples"}
 
-say "2. answers become token ids and labels"
+step "2. its answers become token ids, and labels for what it said"
 python "$here/process_gt_data.py" --model="$model"
 
-say "3. search for $num_blocks attention blocks to skip"
+step "3. search for the $num_blocks attention blocks that its answers need least"
 $launch "$here/block_selection.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
     --search "$search" --num_blocks "$num_blocks" --batch_size "$batch_size" --replacement_rank "$rank" \
     ${max_samples:+--max_samples "$max_samples"}
 
 scaled=() # folders of checkpoints
 for granularity in $granularities; do
-    say "4a. train the scales, by $granularity"
+    what="scales by $granularity"
+    if [ "$rank" != 0 ]; then what="maps in the skipped blocks' place, and $what"; fi
+    step "4a. train $what, toward what the whole model says"
     folder=scaled_${name}_ckpts
     if [ "$granularity" != layer ]; then folder=scaled_${name}_${granularity}_ckpts; fi
     scaled+=("$folder")
@@ -55,14 +66,15 @@ for granularity in $granularities; do
         --blocks_to_skip "./${name}_block_selection.json" --granularity "$granularity" --loss "$loss" \
         --replacement_rank "$rank" \
         --num_epochs "$num_epochs" --batch_size "$batch_size" --validation_split 0.2 \
+        ${learning_rate:+--learning_rate "$learning_rate"} \
         --output_dir "$folder" --resume ${export_formats:+--export $export_formats}
 done
 
-say "4b. the same skips without training"
+step "4b. the same skips without training"
 python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_block_selection.json" \
     --replacement_rank "$rank" --data_path "data/$name-processed-data/data.jsonl"
 
-say "what came of it"
+step "what came of it"
 PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_report.json" \
     "data/$name-processed-data" "./${name}_block_selection.json" "${scaled[@]}"
 

@@ -6,7 +6,7 @@
 A Llama-3.1-8B with random weights is made on the card; nothing is downloaded. Needs torch and
 transformers and, for the batches, instructlab-training, datasets and pydantic (with --no-deps:
 also dill, multiprocess, pydantic-core, annotated-types, typing-inspection; numba, pandas,
-pyarrow, xxhash, aiofiles, rich).
+pyarrow, xxhash, aiofiles, rich). Where numba-cuda keeps numba from compiling, set NUMBA_DISABLE_JIT=1.
 
 Writes benchmarks/results/gpu_{card}.json anew after each section, so that an interruption loses
 one section at most. A section that may not end within --minutes is skipped, and named.

@@ -71,6 +71,7 @@ def fit_maps(
     return left
 
 
+@torch.no_grad()
 def collect(
     model, batches: Sequence[Batch], blocks: Sequence[int], on_batch: Callable[[], None] = lambda: None
 ) -> dict[int, Sums]:
