@@ -60,7 +60,7 @@ for granularity in $granularities; do
     if [ "$rank" != 0 ]; then what="maps in the skipped blocks' place, and $what"; fi
     step "4a. train $what, toward what the whole model says"
     folder=scaled_${name}_ckpts
-    if [ "$granularity" != layer ]; then folder=scaled_${name}_${granularity}_ckpts; fi
+    if [ "$granularity" != "$granularities" ]; then folder=scaled_${name}_${granularity}_ckpts; fi # of both
     scaled+=("$folder")
     $launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
         --blocks_to_skip "./${name}_block_selection.json" --granularity "$granularity" --loss "$loss" \
