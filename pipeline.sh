@@ -26,12 +26,12 @@ batch_size=${BATCH_SIZE:-32}
 search=${SEARCH:-race}                # or full, the paper's schedule
 num_blocks=${NUM_BLOCKS:-4}
 num_epochs=${NUM_EPOCHS:-10}
-granularities=${GRANULARITIES:-channel} # of the scales: channel, layer (the paper's), or "layer channel"
+granularity=${GRANULARITY:-channel}    # of the scales: channel, or layer (the paper's)
 loss=${LOSS:-kl}                      # what the scales are trained on: kl, or ce (the paper's)
 learning_rate=${LEARNING_RATE:-}      # of the scales; empty: the script's own
 export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
 rank=16                               # of the maps in the skipped blocks' place; 0: none (the paper's)
-if [[ " $export_formats " == *" folded "* || " $export_formats " == *" gguf "* ]]; then rank=0; fi # no place
+if [[ " $export_formats " == *" folded "* ]]; then rank=0; fi # it has no place for them
 rank=${REPLACEMENT_RANK:-$rank}
 read -ra minutes <<< "${MINUTES:-}"   # that steps are known to take about, in their order
 
@@ -54,21 +54,15 @@ $launch "$here/block_selection.py" --model="$model" --data_path "data/$name-proc
     --search "$search" --num_blocks "$num_blocks" --batch_size "$batch_size" --replacement_rank "$rank" \
     ${max_samples:+--max_samples "$max_samples"}
 
-scaled=() # folders of checkpoints
-for granularity in $granularities; do
-    what="scales by $granularity"
-    if [ "$rank" != 0 ]; then what="maps in the skipped blocks' place, and $what"; fi
-    step "4a. train $what, toward what the whole model says"
-    folder=scaled_${name}_ckpts
-    if [ "$granularity" != "$granularities" ]; then folder=scaled_${name}_${granularity}_ckpts; fi # of both
-    scaled+=("$folder")
-    $launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
-        --blocks_to_skip "./${name}_block_selection.json" --granularity "$granularity" --loss "$loss" \
-        --replacement_rank "$rank" \
-        --num_epochs "$num_epochs" --batch_size "$batch_size" --validation_split 0.2 \
-        ${learning_rate:+--learning_rate "$learning_rate"} \
-        --output_dir "$folder" --resume ${export_formats:+--export $export_formats}
-done
+what="scales by $granularity"
+if [ "$rank" != 0 ]; then what="maps in the skipped blocks' place, and $what"; fi
+scaled=scaled_${name}_ckpts
+step "4a. train $what, toward what the whole model says"
+$launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
+    --blocks_to_skip "./${name}_block_selection.json" --granularity "$granularity" --loss "$loss" \
+    --replacement_rank "$rank" --num_epochs "$num_epochs" --batch_size "$batch_size" \
+    --validation_split 0.2 ${learning_rate:+--learning_rate "$learning_rate"} \
+    --resume ${export_formats:+--export $export_formats}
 
 step "4b. the same skips without training"
 python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_block_selection.json" \
@@ -76,13 +70,11 @@ python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_blo
 
 step "what came of it"
 PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_report.json" \
-    "data/$name-processed-data" "./${name}_block_selection.json" "${scaled[@]}"
+    "data/$name-processed-data" "./${name}_block_selection.json" "$scaled"
 
 say "to publish a folder, with the model card in it"
-for folder in "${scaled[@]}"; do
-    epoch=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_epoch"])' "./$folder/report.json")
-    for kind in "epoch_$epoch" $export_formats; do
-        printf 'hf upload OWNER/%q %q . --exclude training_state.safetensors\n' \
-            "$name-hopscotch" "./$folder/${name}_scaled_$kind"
-    done
+epoch=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_epoch"])' "./$scaled/report.json")
+for kind in "epoch_$epoch" $export_formats; do
+    printf 'hf upload OWNER/%q %q . --exclude training_state.safetensors\n' \
+        "$name-hopscotch" "./$scaled/${name}_scaled_$kind"
 done
