@@ -1,6 +1,7 @@
 """llama.cpp on a GGUF whose skipped attention blocks are left out: same text, how much faster?
 
     python benchmarks/gguf_llama_cpp.py --llama_cpp ~/llama.cpp --bin ~/llama.cpp/build/bin
+    python benchmarks/gguf_llama_cpp.py --table
 
 It takes a checkpoint of the embedded model (or yours), exports it as `folded`, has llama.cpp's converter
 make a GGUF of that, rewrites it, and then asserts that
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import measuring
 import torch
+from measuring import row, title
 
 from hopscotch_common import checkpoints, embedded, models
 from hopscotch_common.cli import ArgumentParser, command, positive_int
@@ -117,14 +119,14 @@ def speeds(binaries: Path, folded: Path, skipped: Path, threads: int, rounds: in
     return figures
 
 
-def compare(arguments: argparse.Namespace, folder: Path) -> dict:
+def compare(arguments: argparse.Namespace, folder: Path) -> list[dict]:
     """Export, convert, rewrite, generate and measure in `folder`; the figures."""
     checkpoint = arguments.checkpoint or folder / "checkpoint"
     if arguments.checkpoint is None:
         make_checkpoint(checkpoint, arguments.blocks_to_skip, arguments.seed)
     export_checkpoint(checkpoint, "folded", folder / "folded")
     expected = transformers_texts(checkpoint, folder / "folded", arguments.num_tokens)
-    figures = {}
+    figures = []
     for kind in arguments.types:
         folded, skipped = folder / f"folded-{kind}.gguf", folder / f"skipped-{kind}.gguf"
         converter = arguments.llama_cpp / "convert_hf_to_gguf.py"
@@ -132,7 +134,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
         report = rewrite_gguf(checkpoint, folded, skipped)
         folded_texts, folded_kv = llama_cpp_texts(arguments.bin, folded, arguments.num_tokens)
         skipped_texts, skipped_kv = llama_cpp_texts(arguments.bin, skipped, arguments.num_tokens)
-        figures[kind] = {
+        figure = {
+            "of": {"type": kind},
             "same_text_as_folded": skipped_texts == folded_texts,
             "same_text_as_transformers": skipped_texts == expected,
             "kv_cache_mib": {"folded": folded_kv, "skipped": skipped_kv},
@@ -141,14 +144,25 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
             "bytes_ratio": round(report["bytes"] / (report["bytes"] + report["bytes_saved"]), 4),
             "report": report,
         }
-        logger.info("%s: %s", kind, figures[kind])
+        logger.info("%s", figure)
+        figures.append(figure)
     return figures
+
+
+def table(figures: list[dict]) -> list[str]:
+    """Markdown: a row for each type of the weights."""
+    lines = title("type", "text of the folded file", "of transformers", "KV cache", "prefill", "decode")
+    for figure in figures:
+        same = ["same" if figure[f"same_text_as_{of}"] else "OTHER" for of in ("folded", "transformers")]
+        times = [f"{figure['speed'][phase]['ratio']} times" for phase in ("prefill", "decode")]
+        lines.append(row(figure["of"]["type"], *same, figure["kv_cache_ratio"], *times))
+    return lines
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--llama_cpp", type=Path, required=True, help="folder of llama.cpp's source")
-    parser.add_argument("--bin", type=Path, required=True, help="folder of llama-simple and llama-bench")
+    parser.add_argument("--llama_cpp", type=Path, help="folder of llama.cpp's source")
+    parser.add_argument("--bin", type=Path, help="folder of llama-simple and llama-bench")
     parser.add_argument("--checkpoint", type=Path, help="float32 checkpoint to take (default: one is made)")
     parser.add_argument(
         "--blocks_to_skip",
@@ -168,32 +182,39 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=positive_int, default=5, help="rounds of speed measurements")
     parser.add_argument("--threads", type=positive_int, default=2, help="threads of llama-bench")
     parser.add_argument("--seed", type=int, default=0, help="seed of the made checkpoint's scales")
+    measuring.add_result_arguments(parser, "gguf")
     return parser
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    for path in (
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    path = arguments.result or measuring.RESULTS / "gguf.json"
+    if arguments.table:
+        print("\n".join(table(measuring.figures_in(path))))
+        return 0
+    if not (arguments.llama_cpp and arguments.bin):
+        parser.error("--llama_cpp and --bin are needed to measure")
+    for needed in (
         arguments.llama_cpp / "convert_hf_to_gguf.py",
         *(arguments.bin / name for name in ("llama-simple", "llama-bench")),
     ):
-        if not path.is_file():
-            raise InputError(f"{path} is missing: check --llama_cpp and --bin")
+        if not needed.is_file():
+            raise InputError(f"{needed} is missing: check --llama_cpp and --bin")
     logging.getLogger("gguf").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         figures = compare(arguments, Path(folder))
-    shape = {"threads": arguments.threads, "rounds": arguments.rounds, "num_tokens": arguments.num_tokens}
-    busy = {"load_average_5_minutes": round(os.getloadavg()[1], 1)}  # of the measurements just made
-    base = {"command": COMMAND, "machine": measuring.machine() | busy, "model": "given by --checkpoint"}
+    settings = {"model": "given by --checkpoint", "threads": arguments.threads, "rounds": arguments.rounds}
+    settings["num_tokens"] = arguments.num_tokens
     if arguments.checkpoint is None:
-        base["model"] = f"{models.ALIASES[embedded.NAME]}, random scales, seed {arguments.seed}"
-    write_json(measuring.RESULTS / "gguf.json", base | shape | {"types": figures})
-    same = all(figure["same_text_as_folded"] for figure in figures.values())
-    same = same and figures.get("f32", {"same_text_as_transformers": True})["same_text_as_transformers"]
-    for kind, figure in figures.items():
-        ratios = ", ".join(f"{name} x{speed['ratio']}" for name, speed in figure["speed"].items())
-        print(f"{kind}: {'same text' if figure['same_text_as_folded'] else 'OTHER TEXT'}, {ratios}")
+        settings["model"] = f"{models.ALIASES[embedded.NAME]}, random scales, seed {arguments.seed}"
+    busy = {"load_average_5_minutes": round(os.getloadavg()[1], 1)}  # of the measurements just made
+    content = {"command": COMMAND, "machine": measuring.machine() | busy, "settings": settings}
+    write_json(path, content | {"figures": figures})
+    print("\n".join(table(figures)))
+    same = all(figure["same_text_as_folded"] for figure in figures)
+    same = same and all(f["same_text_as_transformers"] for f in figures if f["of"]["type"] == "f32")
     return 0 if same else 1
 
 

@@ -1,37 +1,38 @@
-"""One card in eight minutes: memory, training, screening, the race, maps, and inference with skipped blocks.
+"""One card in eight minutes: memory, training, screening, maps, and inference with skipped blocks.
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py --config tiny --device cpu --output /tmp/tiny.json
+    python benchmarks/gpu.py --sections "saved, a layer" --device cpu --result saved_activations.json
+    python benchmarks/gpu.py --table --result benchmarks/results/gpu_h100_80gb_hbm3.json
 
 A Llama-3.1-8B with random weights is made on the card; nothing is downloaded. Needs torch and
 transformers and, for the batches, instructlab-training, datasets and pydantic (with --no-deps:
 also dill, multiprocess, pydantic-core, annotated-types, typing-inspection; numba, pandas,
 pyarrow, xxhash, aiofiles, rich). Where numba-cuda keeps numba from compiling, set NUMBA_DISABLE_JIT=1.
 
-Writes benchmarks/results/gpu_{card}.json anew after each section, so that an interruption loses
-one section at most. A section that may not end within --minutes is skipped, and named.
+Each section's figures go to benchmarks/results/gpu_{card}.json as they come; the same command goes on with
+what is not there. A section that may not end within --minutes is skipped, and named.
 """
 
 import argparse
+import gc
 import random
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import measuring
-import sections
 import torch
-from sections import Section
 from transformers import DynamicCache, LlamaConfig
 from transformers.utils import is_flash_attn_2_available
 
 from hopscotch_common.loading import hopscotch_classes, hopscotch_config, resolve_device
+from hopscotch_common.recomputation import saved_bytes
 from hopscotch_common.scales import freeze_base
 from hopscotch_common.search.candidates import CandidateTrainer
-from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import IGNORE_INDEX, Sample
 from hopscotch_common.training.loss import summed_loss
@@ -48,16 +49,14 @@ CANDIDATE = 4  # the block that is skipped where one candidate stands for all
 class Size:
     """What is measured.
 
-    answers, short_answers: fewest and most tokens of one; prompts, long_prompts: (rows, tokens);
+    answers: fewest and most tokens of one; prompts, long_prompts: (rows, tokens);
     rank: of maps in skipped blocks' place.
     """
 
     config: dict
     answers: tuple[int, int] = (100, 700)
-    short_answers: tuple[int, int] = (48, 128)
     batch_size: int = 32
     training_batches: int = 4
-    race_batches: int = 8
     matmul_rows: int = 8192
     prompts: tuple[int, int] = (8, 1024)
     long_prompts: tuple[int, int] = (16, 8192)
@@ -81,23 +80,24 @@ LLAMA = dict(
 TINY = LLAMA | dict(vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=8)
 SIZES = {
     "llama-3.1-8b": Size(LLAMA),
-    "tiny": Size(TINY, (12, 40), (6, 12), 4, 1, 2, 64, (2, 12), (2, 40), new_tokens=3, repeats=1),
+    "tiny": Size(TINY, (12, 40), 4, 1, 64, (2, 12), (2, 40), new_tokens=3, repeats=1),
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
-    """On what it is measured, and what came out so far."""
+    """On what it is measured."""
 
     size: Size
     device: torch.device
     dtype: torch.dtype
-    results: sections.Results = field(default_factory=sections.Results)
 
-    def model(self, attention: str = "sdpa", skipped: Iterable[int] = (), rank: int = 0):
+    def model(self, attention: str = "sdpa", skipped: Iterable[int] = (), rank: int = 0, **changes):
         """A model with random weights, made on the device; skipped blocks hold no weights, maps of a rank."""
-        measuring.forget()  # what the section before this one left
-        config = hopscotch_config(LlamaConfig(**self.size.config), skipped, replacement_rank=rank)
+        gc.collect()  # what the section before this one left
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        config = hopscotch_config(LlamaConfig(**self.size.config | changes), skipped, replacement_rank=rank)
         _, model_class = hopscotch_classes(config.model_type)
         torch.manual_seed(0)
         with self.device:
@@ -119,6 +119,15 @@ class Bench:
         repeats = repeats or self.size.repeats
         return measuring.median([measuring.seconds(work, self.device) for _ in range(repeats)])
 
+    def reset_peak(self) -> None:
+        """Start counting `peak` anew; nothing on a CPU."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self, name: str = "peak_bytes") -> dict:
+        """Most bytes of a GPU that tensors took since `reset_peak`; nothing on a CPU."""
+        return {name: torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
+
 
 def matmul(bench: Bench) -> dict:
     """The card's rate at the products of a decoder layer, the best of many."""
@@ -133,9 +142,23 @@ def saved(bench: Bench, attention: str) -> dict:
     model = bench.model(attention)
     batches = EpochBatches(model, bench.answers(4, bench.size.answers), TrainingOptions(LEARNING_RATE, 4))
     minibatch = batches.epoch()[0].minibatches[0].to(bench.device)
-    total = measuring.saved_bytes(lambda: summed_loss(model, minibatch), model.parameters())
+    total = saved_bytes(model, lambda: summed_loss(model, minibatch))
     layers, tokens = len(model.model.layers), minibatch.num_tokens
     return {"tokens": tokens, "bytes_per_token_and_layer": total / tokens / layers}
+
+
+def saved_by_a_layer(bench: Bench) -> dict:
+    """Bytes a token of a layer between others: what three layers keep less what two do, of two rows."""
+    ids = torch.arange(512, device=bench.device).view(2, -1)
+    mask = torch.ones_like(ids)
+    mask[0, -10:] = 0
+    kept = {}
+    for layers in (2, 3):
+        model = bench.model(num_hidden_layers=layers, vocab_size=512)
+        for name, attention_mask in (("bytes_per_token", None), ("bytes_per_token_padded", mask)):
+            forward = partial(model.model, ids, attention_mask=attention_mask, use_cache=False)
+            kept[name] = saved_bytes(model, forward) - kept.get(name, 0)
+    return {name: size // ids.numel() for name, size in kept.items()}
 
 
 def budget(bench: Bench) -> dict:
@@ -149,15 +172,15 @@ def budget(bench: Bench) -> dict:
     (minibatch,) = batches[0].minibatches
     runner = MinibatchRunner()
     trainer = ScaleTrainer(model, LEARNING_RATE, [CANDIDATE], runner=runner)
-    measuring.reset_gpu_peak(bench.device)
+    bench.reset_peak()
     seconds = bench.seconds(lambda: trainer.run(batches, "epoch 0"))
     return {
         "budget_tokens": tokens,
         "tokens": minibatch.num_tokens,
         "fits": runner.too_large > tokens,
         "tokens_per_second": minibatch.num_tokens / seconds,
-        "weight_bytes": measuring.weight_bytes(model),
-    } | (free | measuring.gpu_peak(bench.device))
+        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+    } | (free | bench.peak())
 
 
 def training(bench: Bench, attention: str = "sdpa", rank: int = 0, **flags) -> dict:
@@ -179,20 +202,19 @@ def training(bench: Bench, attention: str = "sdpa", rank: int = 0, **flags) -> d
         model, LEARNING_RATE, [CANDIDATE], originals=originals, map_learning_rate=options.map_learning_rate
     )
     warm_up = measuring.seconds(lambda: trainer.run(batches, "epoch 0"), device)
-    measuring.reset_gpu_peak(device)
+    bench.reset_peak()
     seconds = measuring.seconds(lambda: trainer.run(batches, "epoch 1"), device)
     rate = measuring.count_flops(model, batches, skipped=1) / seconds
     runs = [minibatch.num_tokens for batch in batches for minibatch in batch.minibatches]
     return {
         "tokens_per_second": sum(map(len, samples)) / seconds,
         "flops_per_second": rate,
-        "share_of_matmul_rate": rate / bench.results.figures["matmul"]["flops_per_second"],
         "tokens_per_step": sum(map(len, samples)) / len(batches),
         "padded_tokens_per_step": sum(runs) / len(batches),
         "largest_minibatch_tokens": max(runs),
         "budget_tokens": epochs.max_tokens,
         "warm_up_seconds": warm_up,
-    } | measuring.gpu_peak(device)
+    } | bench.peak()
 
 
 def screening(bench: Bench) -> dict:
@@ -206,28 +228,6 @@ def screening(bench: Bench) -> dict:
     return {"cost_of_a_training_step": all_blocks / len(blocks) / step, "seconds_of_a_step": step}
 
 
-def race(bench: Bench) -> dict:
-    """An iteration of the race with its default settings, on short answers."""
-    size = bench.size
-    samples = bench.answers(size.batch_size * size.race_batches, size.short_answers)
-    trainer = CandidateTrainer(bench.model(), samples, TrainingOptions(LEARNING_RATE, size.batch_size))
-    batches = trainer.batches.epoch()
-    scales = ScaleTrainer(trainer.model, LEARNING_RATE, [CANDIDATE])
-    epoch = bench.seconds(lambda: scales.run(batches, "epoch 0"))
-    search = Search(trainer, measuring.default_race(trainer.num_batches))
-    start = time.perf_counter()
-    found = search.next_block([])
-    seconds = time.perf_counter() - start
-    return {
-        "seconds": seconds,
-        "tokens_per_epoch": sum(map(len, samples)),
-        "candidates": len(found.untrained_losses),
-        "candidate_epochs": found.candidate_epochs,
-        "seconds_of_a_candidate_epoch": epoch,
-        "seconds_over_those_of_its_epochs": seconds / (epoch * found.candidate_epochs),
-    }
-
-
 def fitting(bench: Bench) -> dict:
     """Maps fitted for every block, as a search does, and for a quarter, against a training step a batch."""
     size = bench.size
@@ -239,10 +239,10 @@ def fitting(bench: Bench) -> dict:
     figures = {"seconds_of_a_step": bench.seconds(lambda: scales.run(batches, "epoch 0"))}
     for name, count in (("quarter", num_layers // 4), ("all", num_layers)):
         blocks = measuring.spread(count, num_layers) if count < num_layers else range(num_layers)
-        measuring.reset_gpu_peak(bench.device)
+        bench.reset_peak()
         seconds = bench.seconds(lambda blocks=blocks: collect(model, batches, blocks), repeats=1)
         figures |= {f"{name}_blocks": count, f"{name}_seconds_a_batch": seconds}
-        figures |= {f"{name}_{key}": value for key, value in measuring.gpu_peak(bench.device).items()}
+        figures |= bench.peak(f"{name}_peak_bytes")
     sums = collect(model, batches, [CANDIDATE])[CANDIDATE]
     return figures | {"seconds_to_solve_a_block": bench.seconds(lambda: solve(sums, size.rank), repeats=1)}
 
@@ -270,7 +270,7 @@ def inference(bench: Bench, eighths: int, rank: int = 0, long: bool = False) -> 
         for _ in range(bench.size.new_tokens):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
 
-    measuring.reset_gpu_peak(bench.device)
+    bench.reset_peak()
     prefill_seconds = bench.seconds(prefill, repeats)
     kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     decode_seconds = bench.seconds(decode, repeats)
@@ -281,69 +281,127 @@ def inference(bench: Bench, eighths: int, rank: int = 0, long: bool = False) -> 
         "prefill_tokens_per_second": prompts.numel() / prefill_seconds,
         "decode_tokens_per_second": len(prompts) * bench.size.new_tokens / decode_seconds,
         "kv_bytes_per_token": kv_bytes / prompts.numel(),
-        "weight_bytes": measuring.weight_bytes(model),
-    } | measuring.gpu_peak(bench.device)
+        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+    } | bench.peak()
+
+
+@dataclass(frozen=True)
+class Section:
+    """run: measures; its figures by name. expected: seconds, generously; by it what still fits is judged.
+
+    missing: what the section needs and this machine lacks.
+    """
+
+    expected: float
+    run: Callable[[], dict]
+    missing: str | None = None
 
 
 def all_sections(bench: Bench) -> dict[str, Section]:
     """In the order of their worth; the seconds expected are an H100's."""
     flash = "flash_attention_2"
     lacks = None if is_flash_attn_2_available() else "flash_attn"
+    rank = bench.size.rank
+    maps = dict(rank=rank, loss="kl", map_learning_rate=1e-3)
     return {
         "matmul": Section(20, partial(matmul, bench)),
         "saved, sdpa": Section(20, partial(saved, bench, "sdpa")),
         "saved, flash": Section(20, partial(saved, bench, flash), lacks),
+        "saved, a layer": Section(20, partial(saved_by_a_layer, bench)),
         "budget": Section(30, partial(budget, bench)),
         "training, sdpa": Section(30, partial(training, bench)),
         "training, flash": Section(30, partial(training, bench, flash), lacks),
         "screening": Section(60, partial(screening, bench)),
-        "race": Section(60, partial(race, bench)),
         "inference, none skipped": Section(30, partial(inference, bench, 0)),
         "inference, 1/8 skipped": Section(30, partial(inference, bench, 1)),
         "inference, 1/4 skipped": Section(30, partial(inference, bench, 2)),
-        "inference, 1/4 replaced": Section(30, partial(inference, bench, 2, bench.size.rank)),
+        "inference, 1/4 replaced": Section(30, partial(inference, bench, 2, rank)),
         "long, none skipped": Section(30, partial(inference, bench, 0, long=True)),
         "long, 1/4 skipped": Section(30, partial(inference, bench, 2, long=True)),
-        "long, 1/4 replaced": Section(30, partial(inference, bench, 2, bench.size.rank, long=True)),
+        "long, 1/4 replaced": Section(30, partial(inference, bench, 2, rank, long=True)),
         "fitting maps": Section(30, partial(fitting, bench)),
         "training, kl": Section(40, partial(training, bench, loss="kl")),
-        "training, kl and maps": Section(
-            40, partial(training, bench, rank=bench.size.rank, loss="kl", map_learning_rate=1e-3)
-        ),
+        "training, kl and maps": Section(40, partial(training, bench, **maps)),
         "training, checkpointing": Section(30, partial(training, bench, gradient_checkpointing=True)),
         "training, compile": Section(90, partial(training, bench, compile_layers=True)),
     }
 
 
+def run(sections: Mapping[str, Section], minutes: float, results: measuring.Results) -> dict[str, str]:
+    """Measure the sections in turn, as many as the minutes allow; what was skipped or failed, and why.
+
+    A machine on which sections take longer than expected is taken to need as much more for the rest.
+    """
+    start = time.perf_counter()
+    spent = planned = 0.0
+    without = {}
+    done = {figure["of"]["section"] for figure in results.figures}
+    for name, section in sections.items():
+        if name in done:
+            continue
+        begun = time.perf_counter()
+        expected = section.expected * (max(1.0, spent / planned) if planned else 1.0)
+        left = start + 60 * minutes - begun
+        if section.missing:
+            without[name] = f"skipped, no {section.missing} here"
+        elif expected > left:
+            without[name] = f"skipped, may take {expected:.0f} s, and {max(left, 0):.0f} s are left"
+        else:
+            try:
+                results.measure({"section": name}, section.run)
+                spent, planned = spent + time.perf_counter() - begun, planned + section.expected
+            except Exception as error:  # whatever it is, the other sections' figures are wanted
+                traceback.print_exc()
+                without[name] = f"failed, {type(error).__name__}: {error}"
+        print(f"{time.perf_counter() - start:4.0f} s  {name}", file=sys.stderr, flush=True)
+    return without
+
+
+def table(figures: Iterable[dict]) -> list[str]:
+    """A line for each section."""
+    rates = [f["flops_per_second"] for f in figures if f["of"]["section"] == "matmul"]
+    lines = []
+    for figure in figures:
+        numbers = {key: value for key, value in figure.items() if key != "of"}
+        if "tokens_per_step" in figure and rates:
+            numbers.setdefault("share_of_matmul_rate", figure["flops_per_second"] / rates[0])
+        shown = [f"{key} {value:.4g}" for key, value in numbers.items()]
+        lines.append(f"{figure['of']['section']}: {', '.join(shown)}")
+    return lines
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", choices=SIZES, default="llama-3.1-8b")
+    parser.add_argument("--sections", nargs="+", help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="skip what would not end within so many")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu_{card}.json")
+    measuring.add_result_arguments(parser, "gpu_{card}")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    bench = Bench(SIZES[arguments.config], resolve_device(arguments.device), getattr(torch, arguments.dtype))
-    if bench.device.type == "cuda":
-        torch.cuda.set_device(bench.device)
-    output = arguments.output
-    if output is None:
-        if bench.device.type == "cpu" or arguments.config == "tiny":
-            parser.error("--output: needed on a CPU and with the tiny config, which say nothing of a card")
-        output = measuring.RESULTS / f"gpu_{measuring.gpu_slug()}.json"
-    settings = {"config": arguments.config, "dtype": arguments.dtype, "size": asdict(bench.size)}
-
-    def keep() -> None:
-        measuring.save_as(output, settings | asdict(bench.results))
-
-    sections.run(all_sections(bench), arguments.minutes, bench.results, keep)
-    print(bench.results.table())
-    return 1 if bench.results.failed else 0
+    size, device = SIZES[arguments.config], resolve_device(arguments.device)
+    path, without = arguments.result, {}
+    if path is None:
+        if device.type == "cpu" or arguments.config == "tiny":
+            parser.error("--result: needed on a CPU and with the tiny config, which say nothing of a card")
+        card = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower().removeprefix("nvidia "))
+        path = measuring.RESULTS / f"gpu_{card}.json"
+    if not arguments.table:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        sections = all_sections(Bench(size, device, getattr(torch, arguments.dtype)))
+        if unknown := set(arguments.sections or []) - set(sections):
+            parser.error(f"--sections: no {', '.join(unknown)}; there are {'; '.join(sections)}")
+        wanted = {name: sections[name] for name in arguments.sections or sections}
+        settings = {"config": arguments.config, "dtype": arguments.dtype, "size": asdict(size)}
+        without = run(wanted, arguments.minutes, measuring.Results(path, settings))
+    print("\n".join(table(measuring.figures_in(path)) + [f"{name}: {why}" for name, why in without.items()]))
+    return 1 if any(why.startswith("failed") for why in without.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What skipped attention blocks gain: prefill and decode speed, KV cache, weights.
 
     python benchmarks/inference.py --rounds 5
+    python benchmarks/inference.py --table
 
 For 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one, in transformers
 and in vLLM. The numbers of blocks take turns in every round; figures are medians over rounds. What
@@ -10,7 +11,7 @@ the time that the skipped modules took. Where the machine's speed drifts, many r
 cancel it best. Results go to benchmarks/results/inference_cpu.json.
 
     pip install --no-deps .
-    python benchmarks/inference.py --engines vllm_forms --rounds 3 --result vllm_forms_cpu
+    python benchmarks/inference.py --engines vllm_forms --rounds 3 --result vllm_forms_cpu.json
 
 asks how a model with 8 skipped blocks is best served with vLLM: as the checkpoint itself, by this
 project's plugin, or exported as nemotron_nas; each against the stock model in vLLM's own code.
@@ -21,14 +22,13 @@ import argparse
 import gc
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import measuring
 import torch
+from measuring import median, row, title
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.export.formats import export_checkpoint
@@ -37,8 +37,6 @@ from hopscotch_common.models import ModelRef, model_ref
 
 PHASES = ("prefill", "decode")
 ENGINES = ("transformers", "vllm", "vllm_forms")
-FORMS = ("stock", "nemotron_nas", "checkpoint")
-BAR = 0.9  # of attention's measured share
 WIDE = dict(
     vocab_size=8192,
     hidden_size=1536,
@@ -59,15 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES[:2])
     parser.add_argument("--rounds", type=int, default=5, help="of each engine")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="of each measurement in a round; the median counts"
+        "--repeats", type=int, default=3, help="of a measurement in a round; the median counts"
     )
     parser.add_argument("--prompt_tokens", type=int, default=256)
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--compiled", action="store_true", help="vLLM compiles; attention is not timed then")
-    parser.add_argument("--result", default="inference_cpu", help="name of the file in benchmarks/results/")
-    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--folders", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    measuring.add_result_arguments(parser, "inference_cpu")
     return parser
 
 
@@ -107,38 +102,28 @@ def measure(run, arguments: argparse.Namespace, layers=None) -> dict:
     run(n): run the prompt and generate n tokens. Decoding is what n more tokens than 1 take longer.
     """
 
-    def once() -> list[float]:
-        start = time.perf_counter()
-        run(1)
-        middle = time.perf_counter()
-        run(1 + arguments.new_tokens)
-        return [middle - start, time.perf_counter() - middle - (middle - start)]
+    def attention_seconds(tokens: int) -> float:
+        clock = AttentionClock(layers)
+        run(tokens)
+        clock.remove()
+        return clock.seconds / len(layers)
 
-    def attention_once() -> list[float]:
-        seconds = []
-        for tokens in (1, 1 + arguments.new_tokens):
-            clock = AttentionClock(layers)
-            run(tokens)
-            clock.remove()
-            seconds.append(clock.seconds / len(layers))
-        return [seconds[0], seconds[1] - seconds[0]]
+    def medians(seconds) -> dict:
+        pairs = [(seconds(1), seconds(1 + arguments.new_tokens)) for _ in range(arguments.repeats)]
+        return {"prefill": median([a for a, _ in pairs]), "decode": median([b - a for a, b in pairs])}
 
-    def medians(function) -> dict:
-        results = zip(*(function() for _ in range(arguments.repeats)), strict=True)
-        return dict(zip(PHASES, map(measuring.median, results), strict=True))
-
-    result = {"seconds": medians(once)}
+    result = {"seconds": medians(lambda tokens: measuring.seconds(lambda: run(tokens)))}
     if layers is not None:
-        result["attention_block_seconds"] = medians(attention_once)
+        result["attention_block_seconds"] = medians(attention_seconds)
     return result
 
 
 @torch.inference_mode()
-def transformers_rounds(arguments: argparse.Namespace) -> list[dict]:
+def transformers_rounds(arguments: argparse.Namespace, folder: str) -> list[dict]:
     """One model, whose blocks are switched off; a measurement of each number of blocks a round."""
     from transformers import DynamicCache
 
-    model = load_model(model_ref(arguments.folders[0]), dtype=arguments.dtype, device="cpu")
+    model = load_model(model_ref(folder), dtype=arguments.dtype, device="cpu")
     layers = model.model.layers
     prompt = torch.randint(3, model.config.vocab_size, (1, arguments.prompt_tokens))
 
@@ -155,14 +140,13 @@ def transformers_rounds(arguments: argparse.Namespace) -> list[dict]:
         rounds.append({})
         for count in arguments.counts:
             scales.reset(model, measuring.spread(count, len(layers)))
-            cache = run(1)
-            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in run(1).layers)
             result = measure(run, arguments, layers if count == 0 else None)
-            rounds[-1][count] = {"kv_bytes_per_token": size / prompt.shape[1]} | result
+            rounds[-1][str(count)] = {"kv_bytes_per_token": size / prompt.shape[1]} | result
     return rounds
 
 
-def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: bool = False) -> dict:
+def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: bool) -> dict:
     """Start vLLM on a folder, and measure it."""
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -199,141 +183,97 @@ def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: boo
     return {"kv_bytes_per_token": size} | measure(run, arguments, layers)
 
 
-def vllm_rounds(arguments: argparse.Namespace) -> list[dict]:
-    """An engine for each number of skipped blocks, started anew in every round."""
-    folders = dict(zip(arguments.counts, arguments.folders, strict=True))
+def vllm_rounds(arguments: argparse.Namespace, folders: dict[str, str]) -> list[dict]:
+    """An engine for each of what is compared, started anew in every round."""
     return [
         {
-            count: measure_vllm(folder, arguments, count == 0 and not arguments.compiled)
-            for count, folder in folders.items()
+            name: measure_vllm(folder, arguments, name == "0" and not arguments.compiled)
+            for name, folder in folders.items()
         }
         for _ in range(arguments.rounds)
     ]
 
 
-def form_rounds(arguments: argparse.Namespace) -> list[dict]:
-    """An engine for each form, started anew in every round."""
-    folders = dict(zip(FORMS, arguments.folders, strict=True))
-    return [
-        {form: measure_vllm(folder, arguments) for form, folder in folders.items()}
-        for _ in range(arguments.rounds)
-    ]
+def benchmark(name: str, arguments: argparse.Namespace, results: measuring.Results) -> None:
+    """Each engine on one model, in a process of its own: vLLM binds threads and memory of its process."""
+    with tempfile.TemporaryDirectory() as root:
+        ref = make_wide(Path(root, name)) if name == "wide" else model_ref(name)
+        num_layers = read_config(ref).num_hidden_layers
+        exports, sizes = {}, {}
+        for count in arguments.counts:
+            blocks = measuring.spread(count, num_layers)
+            values = torch.ones(num_layers, 4)
+            values[blocks, 0] = 0
+            checkpoint = Path(root, f"{ref.name}-{count}")
+            checkpoints.save_checkpoint(checkpoint, ref, blocks, values, {})
+            sizes[str(count)] = sum(path.stat().st_size for path in checkpoint.glob("base-*.safetensors"))
+            if {"vllm", "vllm_forms"} & set(arguments.engines):
+                exports[str(count)] = f"{checkpoint}-nemotron_nas"
+                export_checkpoint(checkpoint, "nemotron_nas", Path(exports[str(count)]))
+        stock = str(ref.folder())
+
+        def measured(engine: str) -> dict:
+            if engine == "transformers":
+                rounds = measuring.apart(transformers_rounds, arguments, stock)
+            else:
+                forms = {
+                    "stock": stock,
+                    "nemotron_nas": [*exports.values()][-1],
+                    "checkpoint": str(checkpoint),
+                }
+                rounds = measuring.apart(vllm_rounds, arguments, exports if engine == "vllm" else forms)
+            return {"weights": sizes, "rounds": rounds}
+
+        for engine in arguments.engines:
+            results.measure({"model": ref.name, "engine": engine}, measured, engine)
 
 
-WORKERS = dict(zip(ENGINES, (transformers_rounds, vllm_rounds, form_rounds), strict=True))
+def table(figures: list[dict], settings: dict) -> list[str]:
+    """Markdown, medians over rounds; ratios and gains are taken within a round, so that drift cancels.
 
-
-def run_worker(engine: str, arguments: argparse.Namespace, folders: list[str]) -> list[dict]:
-    """Measure in a process of its own: vLLM binds threads and memory of the one it runs in."""
-    with tempfile.NamedTemporaryFile() as file:
-        options = ("rounds", "repeats", "prompt_tokens", "new_tokens")
-        settings = [word for name in options for word in (f"--{name}", str(getattr(arguments, name)))]
-        settings += ["--dtype", arguments.dtype, "--counts", *map(str, arguments.counts)]
-        settings += ["--compiled"] if arguments.compiled else []
-        command = [sys.executable, __file__, "--worker", engine, "--output", file.name, *settings]
-        subprocess.run([*command, "--folders", *folders], check=True, stdout=sys.stderr)
-        return json.loads(Path(file.name).read_text())
-
-
-def summarise_forms(rounds: list[dict], tokens: dict[str, int]) -> dict:
-    """Medians over rounds; how many times as fast as the stock model each form is, within a round."""
-    summary = {}
-    for form in FORMS:
-        summary[form] = {"kv_bytes_per_token": rounds[0][form]["kv_bytes_per_token"]}
-        for phase in PHASES:
-            seconds = [r[form]["seconds"][phase] for r in rounds]
-            speedups = [r["stock"]["seconds"][phase] / s for r, s in zip(rounds, seconds, strict=True)]
-            summary[form] |= {
-                f"{phase}_tokens_per_second": tokens[phase] / measuring.median(seconds),
-                f"{phase}_speedup": measuring.median(speedups),
-                f"{phase}_speedup_range": [min(speedups), max(speedups)],
-            }
-    return summary
-
-
-def summarise(rounds: list[dict], tokens: dict[str, int], weight_bytes: dict[int, int]) -> dict:
-    """Medians over rounds; ratios and gains are taken within a round, so that drift cancels.
-
-    rounds: {skipped count: measurement} of each round, the counts as JSON has them: text.
+    The first of what a round compares is nothing skipped, or the stock model.
     """
-    rounds = [{int(count): result for count, result in r.items()} for r in rounds]
-    summary = {"skipped": {}}
-    timed = "attention_block_seconds" in rounds[0][0]
-    for phase in PHASES if timed else ():
-        shares = [r[0]["attention_block_seconds"][phase] / r[0]["seconds"][phase] for r in rounds]
-        summary[f"{phase}_share_of_a_block"] = measuring.median(shares)
-    counts = list(rounds[0])
-    for count in counts:
-        cache = [r[count]["kv_bytes_per_token"] for r in rounds][0]
-        entry = {
-            "kv_bytes_per_token": cache,
-            "kv_bytes_ratio": cache / rounds[0][0]["kv_bytes_per_token"],
-            "weight_bytes": weight_bytes[count],
-            "weight_bytes_ratio": weight_bytes[count] / weight_bytes[0],
-        }
-        for phase in PHASES:
-            seconds = [r[count]["seconds"][phase] for r in rounds]
-            whole = [r[0]["seconds"][phase] for r in rounds]
-            entry[f"{phase}_tokens_per_second"] = tokens[phase] / measuring.median(seconds)
-            entry[f"{phase}_speedup"] = measuring.median([w / s for w, s in zip(whole, seconds, strict=True)])
-            if count and timed:
-                cost = [count * r[0]["attention_block_seconds"][phase] for r in rounds]
-                gains = [(w - s) / c for w, s, c in zip(whole, seconds, cost, strict=True)]
-                entry[f"{phase}_gained"] = measuring.median(gains)
-                entry[f"{phase}_gained_range"] = [min(gains), max(gains)]
-        summary["skipped"][count] = entry
-    most = summary["skipped"][counts[-1]]  # where the gain is largest against the noise
-    if timed:
-        summary["bar_met"] = all(most[f"{phase}_gained"] >= BAR for phase in PHASES)
-    return summary
+
+    def cell(values: list[float]) -> str:
+        return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    columns = [f"{phase}{what}" for phase in PHASES for what in (", tokens/s", ", times", ", gained")]
+    lines = title("model", "engine", "skipped or form", *columns, "KV bytes", "weights")
+    for figure in figures:
+        rounds, weights = figure["rounds"], figure["weights"]
+        first, *_ = rounds[0]
+        for name in rounds[0]:
+            cells = []
+            for phase in PHASES:
+                whole, own = ([r[which]["seconds"][phase] for r in rounds] for which in (first, name))
+                tokens = settings["prompt_tokens" if phase == "prefill" else "new_tokens"]
+                times = cell([a / b for a, b in zip(whole, own, strict=True)])
+                gained = "-"
+                if "attention_block_seconds" in rounds[0][first]:
+                    block = [r[first]["attention_block_seconds"][phase] for r in rounds]
+                    if name == first:
+                        share = median([c / a for c, a in zip(block, whole, strict=True)])
+                        gained = f"a block takes {share:.1%}"
+                    else:
+                        saved = zip(whole, own, block, strict=True)
+                        gained = cell([(a - b) / (int(name) * c) for a, b, c in saved])
+                cells += [f"{tokens / median(own):.1f}", times, gained]
+            kv, whole_kv = (rounds[0][which]["kv_bytes_per_token"] for which in (name, first))
+            size = f"{weights[name] / weights[first]:.2f}" if name in weights else "-"
+            lines.append(row(*figure["of"].values(), name, *cells, f"{kv / whole_kv:.2f}", size))
+    return lines
 
 
-def benchmark(name: str, arguments: argparse.Namespace, root: Path) -> dict:
-    """Each engine on one model."""
-    ref = make_wide(root / name) if name == "wide" else model_ref(name)
-    name = ref.name
-    num_layers = read_config(ref).num_hidden_layers
-    exports, sizes = [], {}
-    for count in arguments.counts:
-        blocks = measuring.spread(count, num_layers)
-        values = torch.ones(num_layers, 4)
-        values[blocks, 0] = 0
-        checkpoint = root / f"{name}-{count}"
-        checkpoints.save_checkpoint(checkpoint, ref, blocks, values, {})
-        sizes[count] = sum(path.stat().st_size for path in checkpoint.glob("base-*.safetensors"))
-        if {"vllm", "vllm_forms"} & set(arguments.engines):
-            exports.append(str(root / f"{name}-{count}-nemotron_nas"))
-            export_checkpoint(checkpoint, "nemotron_nas", Path(exports[-1]))
-    tokens = {"prefill": arguments.prompt_tokens, "decode": arguments.new_tokens}
-    stock, results = str(ref.folder()), {}
-    for engine in arguments.engines:
-        folders = {"transformers": [stock], "vllm": exports}.get(
-            engine, [stock, *exports[-1:], str(checkpoint)]
-        )
-        rounds = run_worker(engine, arguments, folders)
-        if engine == "vllm_forms":
-            results[engine] = summarise_forms(rounds, tokens)
-            shown = results[engine].items()
-        else:
-            results[engine] = summarise(rounds, tokens, sizes)
-            shown = ((f"{count} skipped", entry) for count, entry in results[engine]["skipped"].items())
-        for what, entry in shown:
-            figures = [f"{k} {v:.3g}" for k, v in entry.items() if not isinstance(v, list)]
-            print(f"{name}, {engine}, {what}: {', '.join(figures)}", flush=True)
-        results[engine]["rounds"] = rounds
-    return results
-
-
-def main() -> None:
-    arguments = build_parser().parse_args()
-    if arguments.worker:
-        arguments.output.write_text(json.dumps(WORKERS[arguments.worker](arguments)))
-        return
-    results = {}
-    for name in arguments.models:
-        with tempfile.TemporaryDirectory() as root:
-            results[Path(name).name] = benchmark(name, arguments, Path(root))
-        measuring.save(arguments.result, {"bar": BAR, "results": results})
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
+    path = arguments.result or measuring.RESULTS / "inference_cpu.json"
+    if not arguments.table:
+        names = "counts dtype rounds repeats prompt_tokens new_tokens compiled"
+        results = measuring.Results(path, measuring.settings_of(arguments, names))
+        for name in arguments.models:
+            benchmark(name, arguments, results)
+    content = json.loads(path.read_text())
+    print("\n".join(table(content["figures"], content["settings"])))
 
 
 if __name__ == "__main__":

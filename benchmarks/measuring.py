@@ -1,14 +1,17 @@
-"""What the benchmarks share: results as JSON, the machine they were made on, FLOPs, time, peak memory."""
+"""What the benchmarks share: result files, tables, the machine, processes of their own, time, FLOPs."""
 
-import gc
+import argparse
+import hashlib
+import json
 import math
+import multiprocessing
 import os
 import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,35 +19,64 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hopscotch_common.models import ModelRef  # noqa: E402
 from hopscotch_common.report.runs import package_versions  # noqa: E402
 from hopscotch_common.search.schedule import Schedule, default_first_look  # noqa: E402
 from hopscotch_common.training.batches import Batch  # noqa: E402
 from hopscotch_common.writing import write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+median = statistics.median
 
 
-def machine() -> dict:
-    """Cores, processor, GPU where there is one, and package versions."""
-    gpu = {"gpu": gpu_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
-    return {"cores": os.cpu_count(), "processor": processor_name()} | gpu | {"versions": package_versions()}
+def add_result_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """--result and --table. name: of the file, as the help tells it."""
+    parser.add_argument("--result", type=Path, help=f"default: benchmarks/results/{name}.json")
+    parser.add_argument("--table", action="store_true", help="print the results as Markdown, measure nothing")
 
 
-def gpu_name() -> str:
-    return torch.cuda.get_device_name()
+def figures_in(path: Path) -> list[dict]:
+    """What a file of `Results` holds."""
+    return json.loads(path.read_text())["figures"]
 
 
-def gpu_slug() -> str:
-    """The card's name as a part of a file's name, for example h100_80gb_hbm3."""
-    return re.sub(r"[^a-z0-9]+", "_", gpu_name().lower().removeprefix("nvidia "))
+class Results:
+    """A result file that grows: written again after each figure, and taken up by the next run.
+
+    settings: what all figures depend on. A file of other settings is refused, with what differs.
+    The file holds command, machine, `settings`, and `figures`, a list of {"of": …} | what was measured.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        settings = json.loads(json.dumps(settings))  # tuples become lists, as they read back
+        self.path, self.settings, self.figures = path, settings, []
+        if path.exists():
+            content = json.loads(path.read_text())
+            different = [name for name in settings if content["settings"].get(name) != settings[name]]
+            if different:
+                raise SystemExit(f"{path}: made with another {', '.join(different)}; move it away")
+            self.figures = content["figures"]
+
+    def measure(self, of: dict, work: Callable[..., dict], *arguments) -> dict:
+        """The figures of a setting: from the file, or else work(*arguments), which are written at once."""
+        found = next((figure for figure in self.figures if figure["of"] == of), None)
+        if found is None:
+            found = {"of": of} | work(*arguments)
+            print(found, file=sys.stderr, flush=True)
+            self.figures.append(found)
+            save_as(self.path, {"settings": self.settings, "figures": self.figures})
+        return found
 
 
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def settings_of(arguments: argparse.Namespace, names: str) -> dict:
+    """Arguments by name: of a file (data for --data_path) its SHA-256, of a model what it stands for."""
+    found = {}
+    for name in names.split():
+        value = getattr(arguments, name)
+        if isinstance(value, Path):
+            value = hashlib.sha256(value.read_bytes()).hexdigest()
+        found[name.removesuffix("_path")] = value.source if isinstance(value, ModelRef) else value
+    return found
 
 
 def save(name: str, content: dict) -> None:
@@ -59,8 +91,37 @@ def save_as(path: Path, content: dict) -> None:
     write_json(path, {"command": command, "machine": machine()} | content)
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+def machine() -> dict:
+    """Cores, processor, GPU where there is one, and package versions."""
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return {"cores": os.cpu_count(), "processor": processor_name()} | gpu | {"versions": package_versions()}
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def row(*cells: object) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def title(*cells: object) -> list[str]:
+    """The head of a Markdown table."""
+    return [row(*cells), "|---" * len(cells) + "|"]
+
+
+def apart(work: Callable[..., dict], *arguments) -> dict:
+    """work(*arguments) in a process of its own; what it prints goes to stderr. work: a module's function."""
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawning, initializer=os.dup2, initargs=(2, 1)) as process:
+        return process.submit(work, *arguments).result()
 
 
 def spread(count: int, num_layers: int) -> list[int]:
@@ -140,64 +201,3 @@ def seconds(work: Callable[[], object], device: torch.device | str = "cpu") -> f
 def _wait(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def saved_bytes(forward: Callable[[], object], parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, each storage once, without parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # noqa: F841  the graph lives until all is counted
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def forget() -> None:
-    """Give back the memory of models that nothing holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def reset_gpu_peak(device: torch.device) -> None:
-    """Start counting `gpu_peak` anew; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def gpu_peak(device: torch.device) -> dict:
-    """Most bytes of a GPU that tensors took since `reset_gpu_peak`; nothing on a CPU."""
-    return {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-
-
-def weight_bytes(model) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def reset_peak_memory(model) -> int:
-    """Start counting the process's peak resident size anew (Linux); its present size in bytes.
-
-    The weights are read first: a file that is mapped into memory counts only once it was touched.
-    """
-    for parameter in model.parameters():
-        parameter.sum()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak_memory() -> int:
-    """Peak resident size in bytes since `reset_peak_memory`."""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")

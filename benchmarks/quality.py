@@ -5,6 +5,7 @@
     python benchmarks/quality.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --selection smollm_block_selection.json --tasks --counts 4 8
     python benchmarks/quality.py --model ./qwen05 --table --plot quality_qwen05.svg
+    python benchmarks/quality.py --model ./qwen05 --table --less unscaled
 
 For each number of skipped blocks (the first of the selection) and each variant of the scales it runs the
 project's own scripts: `unscaled_ckpt.py` or `param_scale.py`, which hold out the same answers each time,
@@ -17,10 +18,11 @@ answers with that, greedily: what is judged is what is served.
 
 Results go to benchmarks/results/quality_{model}.json, written after each figure; the same command goes on
 where it was interrupted. Checkpoints and answers lie in --work. `--table` prints Markdown, `--plot` draws.
+Differences are of answers to the same problems, to the original's, or with --less to those of a variant
+with as many blocks skipped (of --less_in, another result file).
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -33,8 +35,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import measuring
-from growing import GrowingResults
 from matplotlib.figure import Figure
+from measuring import row, title
 from problems import Problem, gsm8k, parse_answer, puzzles
 
 from hopscotch_common.answers.engines import kv_bytes_per_token
@@ -42,37 +44,33 @@ from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import read_config
 from hopscotch_common.models import model_ref
-from hopscotch_common.report.drawing import (
-    BLUE,
-    FAINT,
-    GREEN,
-    GREY,
-    INK,
-    VERMILION,
-    WIDTH,
-    legend_below,
-    render,
-    styled,
-)
+from hopscotch_common.report import drawing
 from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.writing import write_json
 
-# What stands in for skipped blocks: nothing, trained scales, maps of a rank as fitted, both.
-VARIANTS = ("unscaled", "layer-ce", "layer-kl", "channel-ce", "channel-kl", "rank16", "channel-kl-rank16")
 TASKS = ("gsm8k", "puzzles")
 CACHED_TOKENS = 49152  # of KV cache in vLLM
 STDERR = 2  # the descriptor: where what is run here shall print
+# What stands in for skipped blocks (nothing, trained scales, maps of a rank as fitted, both), and how it is
+# drawn: label, colour, marker.
+VARIANTS = {
+    "unscaled": ("skipped, no scales", drawing.GREY, "o"),
+    "layer-ce": ("four scales a layer, cross entropy", drawing.BLUE, "^"),
+    "layer-kl": ("four scales a layer, KL", drawing.BLUE, "v"),
+    "channel-ce": ("scales a channel, cross entropy", drawing.VERMILION, "D"),
+    "channel-kl": ("scales a channel, KL", drawing.VERMILION, "s"),
+    "rank16": ("maps of rank 16, as fitted", drawing.GREEN, "P"),
+    "channel-kl-rank16": ("maps of rank 16 and scales a channel, KL", drawing.GREEN, "*"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", required=True, help="as the scripts take it; its name is that of the results"
-    )
+    parser.add_argument("--model", required=True, help="as the scripts take it; its name is the results'")
     parser.add_argument("--data_path", type=Path, help="processed data of step 2, to train and hold out")
     parser.add_argument("--selection", type=Path, help="report of block_selection.py")
     parser.add_argument("--counts", type=int, nargs="+", default=[0, 2, 4, 6, 8], help="blocks to skip")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--dtype", default="float32", help="of search, training and vLLM")
     group = parser.add_argument_group("training of the scales")
     group.add_argument("--max_samples", type=int, help="use the first so many answers")
@@ -87,10 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--puzzles", type=int, default=100)
     group.add_argument("--max_tokens", type=int, default=400)
     parser.add_argument("--work", type=Path, help="folder of checkpoints (default: quality_{model})")
-    parser.add_argument("--result", type=Path, help="default: benchmarks/results/quality_{model}.json")
-    parser.add_argument("--table", action="store_true", help="print the results as Markdown, measure nothing")
+    measuring.add_result_arguments(parser, "quality_{model}")
+    parser.add_argument(
+        "--less", choices=VARIANTS, help="table: what differences are to, if not the original"
+    )
+    parser.add_argument("--less_in", type=Path, help="table: the result file of --less, if another")
     parser.add_argument("--plot", type=Path, help="draw the results (PNG, PDF, SVG), measure nothing")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
@@ -111,105 +111,72 @@ def rank_of(variant: str) -> int:
     return int(variant.partition("rank")[2] or 0)
 
 
-def make_unscaled(arguments: argparse.Namespace, blocks: Sequence[int], variant: str, folder: Path) -> Path:
-    """Make the checkpoint without trained scales; what is served: it, with maps, or its export."""
+def make(arguments: argparse.Namespace, blocks: list[int], variant: str, folder: Path, export: bool) -> Path:
+    """Make a variant, as far as it is not there; what is served: its export, or with maps the checkpoint."""
+    name, rank = arguments.model.name, rank_of(variant)
     words = ["--model", arguments.model.source, "--blocks_to_skip", *blocks, "--output_dir", folder]
-    if rank_of(variant):
-        words += ["--replacement_rank", rank_of(variant), "--data_path", arguments.data_path]
-        run_script("unscaled_ckpt.py", *words, "--dtype", arguments.dtype)
-        return folder / f"{arguments.model.name}_unscaled"
-    run_script("unscaled_ckpt.py", *words, "--export", export_format(blocks))
-    return folder / f"{arguments.model.name}_unscaled_{export_format(blocks)}"
-
-
-def train_scales(
-    arguments: argparse.Namespace, blocks: Sequence[int], variant: str, folder: Path, export: bool
-) -> Path | None:
-    """Train a variant of the scales, as far as it is not; the folder of what is served, if something is."""
+    words += ["--replacement_rank", rank] if rank else ["--export", export_format(blocks)] if export else []
+    exported = "" if rank else f"_{export_format(blocks)}"
+    if variant == "unscaled" or variant.startswith("rank"):
+        words += ["--data_path", arguments.data_path, "--dtype", arguments.dtype] if rank else []
+        run_script("unscaled_ckpt.py", *words)
+        return folder / f"{name}_unscaled{exported}"
     granularity, loss, *_ = variant.split("-")
-    words = ["--model", arguments.model.source, "--data_path", arguments.data_path]
-    words += ["--blocks_to_skip", *blocks, "--granularity", granularity, "--loss", loss]
-    for name in ("num_epochs", "learning_rate", "batch_size", "validation_split", "max_samples", "dtype"):
-        if getattr(arguments, name) is not None:
-            words += [f"--{name}", getattr(arguments, name)]
-    words += ["--output_dir", folder, "--resume"]
-    if rank_of(variant):
-        run_script("param_scale.py", *words, "--replacement_rank", rank_of(variant))
-        best = json.loads((folder / "report.json").read_text())["best_epoch"]
-        return folder / f"{arguments.model.name}_scaled_epoch_{best}" if export else None
-    run_script("param_scale.py", *words, *(["--export", export_format(blocks)] if export else []))
-    return folder / f"{arguments.model.name}_scaled_{export_format(blocks)}" if export else None
+    words += ["--data_path", arguments.data_path, "--granularity", granularity, "--loss", loss, "--resume"]
+    for option in ("num_epochs", "learning_rate", "batch_size", "validation_split", "max_samples", "dtype"):
+        if getattr(arguments, option) is not None:
+            words += [f"--{option}", getattr(arguments, option)]
+    run_script("param_scale.py", *words)
+    best = json.loads((folder / "report.json").read_text())["best_epoch"]
+    return folder / f"{name}_scaled{exported or f'_epoch_{best}'}"
 
 
-def held_out(report: dict, which: str) -> dict:
-    """A report's held-out figures (original, unscaled or scaled) of the best epoch, and perplexity."""
-    (figures,) = [e["held_out"][which] for e in report["epochs"] if e["epoch"] == report["best_epoch"]]
-    return figures | {"perplexity": math.exp(figures["cross_entropy"])}
+def held_out(report: dict) -> dict[str, dict]:
+    """A report's held-out figures of the best epoch: original, unscaled and scaled, with perplexity."""
+    (epoch,) = [e["held_out"] for e in report["epochs"] if e["epoch"] == report["best_epoch"]]
+    return {of: found | {"perplexity": math.exp(found["cross_entropy"])} for of, found in epoch.items()}
 
 
-def all_problems(arguments: argparse.Namespace) -> dict[str, list[Problem]]:
-    """The problems of each task that is asked."""
-    found = {}
-    if "gsm8k" in arguments.tasks:
-        found["gsm8k"] = gsm8k(arguments.test_file, arguments.problems)
-    if "puzzles" in arguments.tasks:
-        found["puzzles"] = puzzles(arguments.puzzles)
-    return found
-
-
-def ask(arguments: argparse.Namespace, served: Path, problems: dict[str, list[Problem]], path: Path) -> None:
-    """Let a served model answer; {task: [{text, tokens, finish_reason}]} goes to the file `path`."""
+def ask(arguments: argparse.Namespace, served: Path, problems: dict[str, list[Problem]]) -> dict[str, list]:
+    """Let a served model answer: {task: [{text, tokens, finish_reason}]}."""
     tokenizer, config = load_tokenizer(arguments.model), read_config(arguments.model)
     prompts = {
-        task: [Prompt([{"role": "user", "content": problem.question}], task) for problem in of_task]
+        task: tokenize(
+            [Prompt([{"role": "user", "content": p.question}], task) for p in of_task], tokenizer, config
+        )
         for task, of_task in problems.items()
     }
-    job = {
-        "served": str(served),
-        "dtype": arguments.dtype,
-        "prompts": {task: tokenize(of_task, tokenizer, config) for task, of_task in prompts.items()},
-        "max_tokens": arguments.max_tokens,
-        "stop_ids": sorted(stop_token_ids(arguments.model.folder(), tokenizer)),
-        "kv_bytes": CACHED_TOKENS * kv_bytes_per_token(config, arguments.dtype),
-        "answers": str(path),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    job_path = path.with_suffix(".job.json")
-    job_path.write_text(json.dumps(job))
-    command = [sys.executable, __file__, "--model", arguments.model.source, "--worker", str(job_path)]
-    subprocess.run(command, check=True, stdout=STDERR)  # vLLM binds the process that it runs in
-    job_path.unlink()
+    longest = max(len(ids) for of_task in prompts.values() for ids in of_task) + arguments.max_tokens
+    settings = {"dtype": arguments.dtype, "max_model_len": longest}
+    cache = CACHED_TOKENS * kv_bytes_per_token(config, arguments.dtype)
+    stop = sorted(stop_token_ids(arguments.model.folder(), tokenizer))
+    sampling = {"temperature": 0, "max_tokens": arguments.max_tokens, "stop_token_ids": stop}
+    # vLLM binds the process that it runs in
+    return measuring.apart(answer_with_vllm, str(served), settings, cache, sampling, prompts)
 
 
-def run_worker(job: dict) -> None:
-    """Answer a job's prompts with vLLM."""
+def answer_with_vllm(
+    served: str, settings: dict, kv_bytes: int, sampling: dict, prompts: dict[str, list[list[int]]]
+) -> dict[str, list]:
+    """What `ask` returns. settings: of LLM; kv_bytes: of its cache on a CPU; sampling: of SamplingParams."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
-    longest = max(len(ids) for prompts in job["prompts"].values() for ids in prompts) + job["max_tokens"]
-    settings = {}
     if current_platform.is_cpu():
-        settings = {"kv_cache_memory_bytes": job["kv_bytes"], "gpu_memory_utilization": 0.05}
-    llm = LLM(
-        job["served"],
-        dtype=job["dtype"],
-        trust_remote_code=True,  # the config class of nemotron_nas
-        max_model_len=longest,
-        enforce_eager=True,
-        **settings,
-    )
-    parameters = SamplingParams(temperature=0, max_tokens=job["max_tokens"], stop_token_ids=job["stop_ids"])
+        settings = settings | {"kv_cache_memory_bytes": kv_bytes, "gpu_memory_utilization": 0.05}
+    # remote code: the config class of nemotron_nas
+    llm = LLM(served, trust_remote_code=True, enforce_eager=True, **settings)
     answers = {}
-    for task, prompts in job["prompts"].items():
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters)
+    for task, of_task in prompts.items():
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in of_task], SamplingParams(**sampling))
         completions = [output.outputs[0] for output in outputs]
         answers[task] = [
             {"text": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason}
             for c in completions
         ]
-    write_json(Path(job["answers"]), answers)
+    return answers
 
 
 def score(problems: Sequence[Problem], answers: Sequence[dict]) -> dict:
@@ -239,140 +206,107 @@ def difference(right: str, reference: str) -> tuple[float, float]:
 
 def figures_of(
     arguments: argparse.Namespace,
-    blocks: Sequence[int],
+    blocks: list[int],
     variant: str,
     problems: dict[str, list[Problem]],
     folder: Path,
 ) -> dict:
     """Train, export, ask, score: all figures of one variant. What lies in `folder` is not made again."""
     start = time.perf_counter()
-    answers, figures = folder / "answers.json", {}
+    answers, figures, served = folder / "answers.json", {}, arguments.model.folder()
     missing = bool(problems) and not answers.is_file()
-    served = None
-    if variant == "original":
-        served = arguments.model.folder()
-    elif variant == "unscaled" or variant.startswith("rank"):
-        served = make_unscaled(arguments, blocks, variant, folder) if missing else None
-    else:
-        served = train_scales(arguments, blocks, variant, folder, export=missing)
+    trained = "-" in variant
+    if trained or missing and variant != "original":
+        served = make(arguments, blocks, variant, folder, missing)
+    if trained:
         report = json.loads((folder / "report.json").read_text())
-        figures["best_epoch"] = report["best_epoch"]
-        figures["held_out"] = {which: held_out(report, which) for which in ("original", "unscaled", "scaled")}
+        figures = {"best_epoch": report["best_epoch"], "held_out": held_out(report)}
+    exported = variant != "original" and not rank_of(variant)
     if missing:
-        ask(arguments, served, problems, answers)
-        if variant != "original" and not rank_of(variant):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(answers, ask(arguments, served, problems))
+        if exported:
             shutil.rmtree(served)  # as large as the model, and quickly made again
     if problems:
-        as_it_is = variant == "original" or rank_of(variant)
-        figures["served"] = "as it is" if as_it_is else export_format(blocks)
+        figures["served"] = export_format(blocks) if exported else "as it is"
         replies = json.loads(answers.read_text())
         figures |= {task: score(of_task, replies[task]) for task, of_task in problems.items()}
     return figures | {"seconds": time.perf_counter() - start}
 
 
-def row(*cells: object) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+def table(figures: Sequence[dict], less: str = "original", others: Sequence[dict] = ()) -> list[str]:
+    """Markdown: a row for each number of blocks and variant; accuracies in percent with standard errors.
 
-
-def table(figures: Sequence[dict]) -> list[str]:
-    """Markdown: a row for each number of blocks and variant; accuracies in percent with standard errors."""
-    lines = [
-        row(
-            "blocks",
-            "scales",
-            "GSM8K, %",
-            "less the original's",
-            "puzzles, %",
-            "less the original's",
-            "perplexity",
-            "KL",
-            "agreement",
-        ),
-        "|---" * 9 + "|",
-    ]
-    original = next((f for f in figures if f["of"]["variant"] == "original"), {})
-    for figure in sorted(figures, key=lambda f: (len(f["of"]["blocks"]), _position(f["of"]["variant"]))):
+    less: the variant that differences are to, with as many blocks skipped; others: where its figures are,
+    if elsewhere.
+    """
+    apart = f"less {less}'s"
+    lines = title("blocks", "scales", "GSM8K, %", apart, "puzzles, %", apart, "perplexity", "KL", "agreement")
+    order = ["original", *VARIANTS]
+    for figure in sorted(figures, key=lambda f: (len(f["of"]["blocks"]), order.index(f["of"]["variant"]))):
         blocks, variant = figure["of"]["blocks"], figure["of"]["variant"]
+        of = {"blocks": [] if less == "original" else blocks, "variant": less}
+        reference = next((f for f in others or figures if f["of"] == of), {})
         cells = [len(blocks), variant.replace("-", ", ")]
         for task in TASKS:
-            cells += _accuracy_cells(figure.get(task), original.get(task))
-        lines.append(row(*cells, *_held_out_cells(_held_out_of(figures, blocks, variant))))
+            cells += _accuracy_cells(figure.get(task), reference.get(task))
+        found = _held_out_of(figures, blocks, variant)
+        if found is None:
+            cells += ["-"] * 3
+        else:
+            cells += [f"{found['perplexity']:.3f}", f"{found['kl']:.4f}", f"{100 * found['agreement']:.1f} %"]
+        lines.append(row(*cells))
     return lines
 
 
-def _position(variant: str) -> int:
-    return VARIANTS.index(variant) if variant in VARIANTS else -1
-
-
-def _accuracy_cells(task: dict | None, original: dict | None) -> list[str]:
+def _accuracy_cells(task: dict | None, reference: dict | None) -> list[str]:
     if task is None:
         return ["-", "-"]
     share, error = accuracy(task["right"])
     cells = [f"{100 * share:.1f} ± {100 * error:.1f}", "-"]
-    if original is not None and original is not task:
-        mean, error = difference(task["right"], original["right"])
+    if reference is not None and reference is not task:
+        mean, error = difference(task["right"], reference["right"])
         cells[1] = f"{100 * mean:+.1f} ± {100 * error:.1f}"
     return cells
 
 
 def _held_out_of(figures: Sequence[dict], blocks: list[int], variant: str) -> dict | None:
-    """Held-out figures; those of the original and of the unscaled skips stand with any trained variant."""
+    """Held-out figures; those of the original, and of what is not trained, stand with a trained variant."""
     for figure in figures:
-        if "held_out" not in figure:
-            continue
-        if variant == "original":
+        of = figure["of"]
+        if "held_out" in figure and variant == "original":
             return figure["held_out"]["original"]
-        if figure["of"]["blocks"] == blocks and variant in ("unscaled", figure["of"]["variant"]):
-            return figure["held_out"]["unscaled" if variant == "unscaled" else "scaled"]
+        if "held_out" in figure and of["blocks"] == blocks:
+            if of["variant"] == variant:
+                return figure["held_out"]["scaled"]
+            if "-" not in variant and rank_of(of["variant"]) == rank_of(variant):
+                return figure["held_out"]["unscaled"]
     return None
 
 
-def _held_out_cells(figures: dict | None) -> tuple[str, ...]:
-    if figures is None:
-        return ("-",) * 3
-    return f"{figures['perplexity']:.3f}", f"{figures['kl']:.4f}", f"{100 * figures['agreement']:.1f} %"
-
-
-STYLES = {  # of the variants in a picture: label, colour, marker
-    "unscaled": ("skipped, no scales", GREY, "o"),
-    "layer-ce": ("four scales a layer, cross entropy", BLUE, "^"),
-    "layer-kl": ("four scales a layer, KL", BLUE, "v"),
-    "channel-ce": ("scales a channel, cross entropy", VERMILION, "D"),
-    "channel-kl": ("scales a channel, KL", VERMILION, "s"),
-    "rank16": ("maps of rank 16, as fitted", GREEN, "P"),
-    "channel-kl-rank16": ("maps of rank 16 and scales a channel, KL", GREEN, "*"),
-}
-
-
-def draw(figures: Sequence[dict], model: str, path: Path) -> None:
+@drawing.styled
+def draw(figures: Sequence[dict], model: str) -> Figure:
     """Accuracy on GSM8K (with standard errors) and held-out KL over the blocks skipped, a line a variant.
 
     SystemExit where no accuracy was measured.
     """
-    figure = quality_figure(figures, model)
-    path.write_bytes(render(figure, path.suffix))
-
-
-@styled
-def quality_figure(figures: Sequence[dict], model: str) -> Figure:
     original = next((f for f in figures if f["of"]["variant"] == "original" and "gsm8k" in f), None)
     figures = [figure for figure in figures if "gsm8k" in figure]
     if original is None or len(figures) < 2:
         raise SystemExit("nothing to draw: measure gsm8k first, with --counts 0 and others")
-    picture = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    picture = Figure(figsize=(drawing.WIDTH, 3.6), layout="constrained")
     panels = picture.subplots(1, 2)
-    measured = sorted({len(f["of"]["blocks"]) for f in figures} - {0})
+    every = sorted({len(f["of"]["blocks"]) for f in figures})
     start, error = accuracy(original["gsm8k"]["right"])
-    panels[0].axhspan(100 * (start - error), 100 * (start + error), color=FAINT)
-    panels[0].axhline(100 * start, color=INK, linewidth=1, label="original (± standard error)")
-    for number, (variant, (label, color, marker)) in enumerate(STYLES.items()):
-        own = sorted(
-            (f for f in figures if f["of"]["variant"] == variant), key=lambda f: len(f["of"]["blocks"])
-        )
+    panels[0].axhspan(100 * (start - error), 100 * (start + error), color=drawing.FAINT)
+    panels[0].axhline(100 * start, color=drawing.INK, linewidth=1, label="original (± standard error)")
+    for number, (variant, (label, color, marker)) in enumerate(VARIANTS.items()):
+        own = [f for f in figures if f["of"]["variant"] == variant]
         if not own:
             continue
+        own.sort(key=lambda f: len(f["of"]["blocks"]))
         counts = [len(f["of"]["blocks"]) for f in own]
-        line = "-" if counts == measured else "none"  # none through what was not measured
+        line = "-" if counts == [n for n in every if n] else "none"  # none through what was not measured
         style = dict(color=color, marker=marker, label=label, markersize=6, linestyle=line)
         shares = [accuracy(f["gsm8k"]["right"]) for f in own]
         beside = [count + 0.06 * (number - 2) for count in counts]  # so that no error bar hides another
@@ -384,41 +318,16 @@ def quality_figure(figures: Sequence[dict], model: str) -> Figure:
     panels[1].set_ylabel("held out: KL to the original\n(nats per token)")
     for panel in panels:
         panel.set_xlabel("attention blocks skipped")
-        panel.set_xticks(sorted({len(f["of"]["blocks"]) for f in figures}))
-        panel.set_xlim(-0.3, max(len(f["of"]["blocks"]) for f in figures) + 0.3)
+        panel.set_xticks(every)
+        panel.set_xlim(-0.3, every[-1] + 0.3)
         panel.set_ylim(bottom=0)
     picture.suptitle(f"{model}: what is kept", x=0.01, ha="left")
-    legend_below(picture, panels)
+    drawing.legend_below(picture, panels)
     return picture
 
 
-def settings_of(arguments: argparse.Namespace) -> dict:
-    """What all figures of a result file depend on."""
-    names = ("dtype", "max_samples", "validation_split", "num_epochs", "learning_rate", "batch_size")
-    names += ("tasks", "problems", "puzzles", "max_tokens")
-    files = {"data": arguments.data_path, "test_file": arguments.test_file}
-    return {
-        "model": arguments.model.source,
-        **{name: getattr(arguments, name) for name in names},
-        **{name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path},
-    }
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.worker:
-        run_worker(json.loads(arguments.worker.read_text()))
-        return
-    name = Path(arguments.model).name.removesuffix(".gguf")
-    result = arguments.result or measuring.RESULTS / f"quality_{name}.json"
-    if arguments.table or arguments.plot:  # of a model that need not be here
-        figures = json.loads(result.read_text())["figures"]
-        if arguments.table:
-            print("\n".join(table(figures)))
-        if arguments.plot:
-            draw(figures, name, arguments.plot)
-        return
+def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser, path: Path) -> None:
+    """Measure what `path` lacks."""
     try:
         arguments.model = model_ref(arguments.model)
     except InputError as error:
@@ -430,15 +339,34 @@ def main(argv: list[str] | None = None) -> None:
     selected = json.loads(arguments.selection.read_text())["skipped_blocks"] if arguments.selection else []
     if max(arguments.counts) > len(selected):
         raise SystemExit(f"{arguments.selection}: only {len(selected)} blocks")
-    results = GrowingResults(result, settings_of(arguments))
-    problems = all_problems(arguments)
-    work = arguments.work or Path(f"quality_{name}")
+    names = "model dtype max_samples validation_split num_epochs learning_rate batch_size"
+    names += " tasks problems puzzles max_tokens data_path test_file"
+    results = measuring.Results(path, measuring.settings_of(arguments, names))
+    problems = {}
+    if "gsm8k" in arguments.tasks:
+        problems["gsm8k"] = gsm8k(arguments.test_file, arguments.problems)
+    if "puzzles" in arguments.tasks:
+        problems["puzzles"] = puzzles(arguments.puzzles)
     for count in arguments.counts:
         for variant in arguments.variants if count else ["original"]:
-            folder = work / f"{variant}_{count}"
-            cell = (arguments, selected[:count], variant, problems, folder)
-            results.measure(lambda cell=cell: figures_of(*cell), blocks=selected[:count], variant=variant)
-            print("\n".join(table(results.figures)), file=sys.stderr, flush=True)
+            blocks, work = selected[:count], arguments.work or Path(f"quality_{arguments.model.name}")
+            cell = (arguments, blocks, variant, problems, work / f"{variant}_{count}")
+            results.measure({"blocks": blocks, "variant": variant}, figures_of, *cell)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    name = Path(arguments.model).name.removesuffix(".gguf")  # of a model that need not be here
+    path = arguments.result or measuring.RESULTS / f"quality_{name}.json"
+    if not (arguments.table or arguments.plot):
+        measure(arguments, parser, path)
+    figures = measuring.figures_in(path)
+    if arguments.table or not arguments.plot:
+        others = measuring.figures_in(arguments.less_in) if arguments.less_in else ()
+        print("\n".join(table(figures, arguments.less or "original", others)))
+    if arguments.plot:
+        arguments.plot.write_bytes(drawing.render(draw(figures, name), arguments.plot.suffix))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """What races with other settings would have cost and picked, replayed from full searches.
 
     python block_selection.py --model smollm --data_path data.jsonl --num_blocks 4 --output full.json
-    python benchmarks/race.py full.json [more.json …]
+    python benchmarks/race.py full.json [more.json …] --confidence 1 2 3
+    python benchmarks/race.py full.json --first_look 2 --model smollm --data_path data.jsonl
+    python benchmarks/race.py --table
 
-A report of `--search full` holds every candidate's loss on every batch, so any schedule can be
-replayed without training; a screening of several batches needs what `untrained.py` records
-besides. Writes benchmarks/results/race.json.
+A report of `--search full` holds every candidate's loss on every batch, so any schedule can be replayed
+without training. A screening of several batches sees more: losses before training, which --model and
+--data_path (what was searched on) let it compute first, and keep as full.untrained.json beside the report.
+Results go to benchmarks/results/race.json.
 """
 
 import argparse
@@ -14,9 +17,17 @@ import json
 from pathlib import Path
 
 import measuring
+from measuring import row, title
 
+from hopscotch_common.loading import load_model
+from hopscotch_common.models import model_ref
 from hopscotch_common.search.schedule import FULL, Candidate, Schedule, default_first_look
+from hopscotch_common.search.screening import untrained_losses
 from hopscotch_common.search.search import Iteration, Search
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.batches import fingerprint, load_samples
+from hopscotch_common.training.trainer import EpochBatches
+from hopscotch_common.writing import write_json
 
 
 class Recorded:
@@ -40,7 +51,7 @@ class Recorded:
     def screen(self, skipped, blocks, batch: int, on_screened) -> dict[int, float]:
         seen = self.batch_losses if batch == 0 else self.untrained
         if seen is None or batch >= len(seen[blocks[0]]):
-            raise SystemExit(f"a screening of batch {batch} needs what benchmarks/untrained.py records")
+            raise SystemExit(f"a screening of batch {batch} needs --model and --data_path")
         return {block: seen[block][batch] for block in blocks}
 
 
@@ -49,10 +60,29 @@ def replay(recorded: Recorded, rule: Schedule) -> Iteration:
     return Search(recorded, rule).next_block([])
 
 
-def judge(iterations: list[dict], untrained: list[dict] | None, rule_of) -> list[dict]:
-    """A race's result in each recorded iteration, beside the full search's."""
+def record_untrained(report: dict, arguments: argparse.Namespace) -> list[dict[int, list[float]]]:
+    """For each iteration of a report, {block: its loss before training on each of the first batches}."""
+    settings = report["arguments"]
+    model = load_model(arguments.model, settings["dtype"], "cpu")
+    samples = load_samples(arguments.data_path, model.config.vocab_size, max_samples=settings["max_samples"])
+    if fingerprint(samples) != report["data"]["sha256"]:
+        raise SystemExit(f"{arguments.data_path}: not the data of the report ({report['data']['path']})")
+    names = ("learning_rate", "batch_size", "max_tokens_per_batch", "seed")
+    options = TrainingOptions(**{name: settings[name] for name in names})
+    batches = EpochBatches(model, samples, options).epoch()
+    batches = batches[: max(*arguments.first_look, default_first_look(len(batches)))]
+    recorded = []
+    for iteration in report["iterations"]:
+        skipped, blocks = iteration["skipped_before"], [int(block) for block in iteration["batch_losses"]]
+        found = [untrained_losses(model, batch, skipped, blocks, "batch") for batch in batches]
+        recorded.append({block: [losses[block] for losses in found] for block in blocks})
+    return recorded
+
+
+def judge(report: dict, untrained: list[dict] | None, rule_of) -> list[dict]:
+    """A race's result in each recorded iteration, beside the full search's. rule_of: a number of batches."""
     results = []
-    for number, iteration in enumerate(iterations):
+    for number, iteration in enumerate(report["iterations"]):
         losses = {int(block): values for block, values in iteration["batch_losses"].items()}
         before = {int(b): values for b, values in untrained[number].items()} if untrained else None
         recorded = Recorded(losses, before)
@@ -70,56 +100,80 @@ def judge(iterations: list[dict], untrained: list[dict] | None, rule_of) -> list
     return results
 
 
-def main() -> None:
+def replay_all(reports: dict[str, dict], untrained: dict[str, list], look, screening, confidence) -> dict:
+    """`judge` of every report, by name."""
+
+    def rule_of(num_batches: int) -> Schedule:
+        return Schedule(look or default_first_look(num_batches), confidence, screening)
+
+    found = {name: judge(report, untrained.get(name), rule_of) for name, report in reports.items()}
+    return {"by_report": found}
+
+
+def table(figures: list[dict]) -> list[str]:
+    """Markdown: a row for each schedule, over all iterations; and one for each report of the default's."""
+
+    def cells(every: list[dict]) -> list:
+        same = sum(result["picked"] == result["best"] for result in every)
+        worst = max(result["excess_loss"] for result in every)
+        shares = [result["share"] for result in every]
+        return [len(every), same, f"{worst:.1%}", f"{measuring.median(shares):.2f}", f"{max(shares):.2f}"]
+
+    names = ("iterations", "same pick", "worst excess loss", "median share of full's work", "worst")
+    lines = title("first look", "screening", "confidence", *names)
+    for figure in figures:
+        every = [result for results in figure["by_report"].values() for result in results]
+        lines.append(row(*figure["of"].values(), *cells(every)))
+    lines += ["", *title("search", *names)]
+    default = measuring.default_race(1)
+    for figure in figures:
+        if list(figure["of"].values()) == [0, default.screening, default.confidence]:
+            lines += [row(name, *cells(results)) for name, results in figure["by_report"].items()]
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("reports", nargs="+", type=Path, help="reports of --search full")
-    parser.add_argument(
-        "--first_look", nargs="+", type=int, default=[0], help="0: the default, by the number of batches"
-    )
-    parser.add_argument("--screening", nargs="+", type=float, default=[1.0, 0.5, 0.33, 0.25])
-    parser.add_argument("--confidence", nargs="+", type=float, default=[1.0, 1.5, 2.0, 3.0, 4.0, 99.0])
-    arguments = parser.parse_args()
-    reports = {path.stem: json.loads(path.read_text()) for path in arguments.reports}
-    untrained = {
-        path.stem: json.loads(path.with_suffix(".untrained.json").read_text())
-        for path in arguments.reports
-        if path.with_suffix(".untrained.json").exists()
-    }
-    schedules = []
-    for first_look, screening, confidence in itertools.product(
-        arguments.first_look, arguments.screening, arguments.confidence
-    ):
+    parser.add_argument("reports", nargs="*", type=Path, help="reports of --search full")
+    parser.add_argument("--model", type=model_ref)
+    parser.add_argument("--data_path", type=Path, help="the data that they searched on")
+    parser.add_argument("--first_look", type=int, nargs="+", default=[0], help="0: the default of a race")
+    parser.add_argument("--screening", type=float, nargs="+", default=[1.0, 0.5, 0.33, 0.25])
+    parser.add_argument("--confidence", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0, 99.0])
+    measuring.add_result_arguments(parser, "race")
+    return parser
 
-        def rule_of(num_batches: int, settings=(first_look, confidence, screening)) -> Schedule:
-            return Schedule(settings[0] or default_first_look(num_batches), *settings[1:])
 
-        by_report = {
-            name: judge(report["iterations"], untrained.get(name), rule_of)
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    path = arguments.result or measuring.RESULTS / "race.json"
+    if not arguments.table:
+        if not arguments.reports:
+            parser.error("reports are needed to replay them")
+        reports = {report.stem: json.loads(report.read_text()) for report in arguments.reports}
+        untrained = {}
+        for report in arguments.reports:
+            beside = report.with_suffix(".untrained.json")
+            if arguments.model and arguments.data_path and not beside.exists():
+                write_json(beside, {"iterations": record_untrained(reports[report.stem], arguments)})
+            if beside.exists():
+                untrained[report.stem] = json.loads(beside.read_text())["iterations"]
+        recorded = {
+            name: {key: report["data"][key] for key in ("samples", "tokens")}
+            | {
+                "model": report["model"],
+                "batches": len(next(iter(report["iterations"][0]["batch_losses"].values()))),
+                "seed": report["arguments"]["seed"],
+            }
             for name, report in reports.items()
         }
-        every = [result for results in by_report.values() for result in results]
-        row = {
-            "first_look": first_look,
-            "screening": screening,
-            "confidence": confidence,
-            "same_picks": sum(r["picked"] == r["best"] for r in every),
-            "iterations": len(every),
-            "worst_excess_loss": max(r["excess_loss"] for r in every),
-            "median_share": measuring.median([r["share"] for r in every]),
-            "worst_share": max(r["share"] for r in every),
-        }
-        schedules.append(row | {"by_report": by_report})
-        print("  ".join(f"{key} {value:.3g}" for key, value in row.items()))
-    data = {
-        name: {key: report["data"][key] for key in ("samples", "tokens")}
-        | {
-            "model": report["model"],
-            "batches": len(next(iter(report["iterations"][0]["batch_losses"].values()))),
-            "seed": report["arguments"]["seed"],
-        }
-        for name, report in reports.items()
-    }
-    measuring.save("race", {"recorded": data, "schedules": schedules})
+        results = measuring.Results(path, recorded)
+        choices = (arguments.first_look, arguments.screening, arguments.confidence)
+        for schedule in itertools.product(*choices):
+            of = dict(zip(("first_look", "screening", "confidence"), schedule, strict=True))
+            results.measure(of, replay_all, reports, untrained, *schedule)
+    print("\n".join(table(measuring.figures_in(path))))
 
 
 if __name__ == "__main__":

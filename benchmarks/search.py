@@ -1,69 +1,123 @@
 """The search against the plain way: time for a candidate, memory, share of the machine's rate.
 
-    python benchmarks/search.py --model smollm --data_path data/smollm-processed-data/data.jsonl --runs 3
+    python benchmarks/search.py --model smollm --data_path data/smollm-processed-data/data.jsonl --race
+    python benchmarks/search.py --table
 
-Each figure comes from a process of its own, the kinds in turn, `--runs` times; medians are
-reported. `--race` also runs a whole iteration with `--search race`. Writes
-benchmarks/results/search_cpu.json.
+The plain way (`plain_losses`), which gives the same losses: for each candidate the stock model is loaded
+anew, batches are padded in the order in which samples arrive, every layer computes its attention (a skipped
+one is multiplied by zero), and the loss comes from the full logits at every position.
+
+Each figure comes from a process of its own, the kinds in turn, `--runs` times; the table has medians.
+`--race` also runs a whole iteration with `--search race`. Results go to benchmarks/results/search_cpu.json.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import measuring
+import torch
+from measuring import median, row, title
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
 
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
+from hopscotch_common.search.candidates import CandidateTrainer
+from hopscotch_common.search.screening import untrained_losses
+from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.batches import load_samples
+from hopscotch_common.training.trainer import ScaleTrainer
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=model_ref, required=True)
-    parser.add_argument("--data_path", type=Path, required=True)
-    parser.add_argument("--max_samples", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--candidate", type=int, default=5, help="the block whose epoch is timed")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--race", action="store_true", help="also time one whole iteration of a race")
-    parser.add_argument(
-        "--worker", choices=["reference", "ours", "race", "screening", "matmul"], help=argparse.SUPPRESS
-    )
-    return parser
+class ScaledLayer(nn.Module):
+    """A stock decoder layer inside the method's two equations."""
+
+    def __init__(self, layer: nn.Module, skip: bool):
+        super().__init__()
+        self.layer = layer
+        self.b_attn = nn.Parameter(torch.zeros(1) if skip else torch.ones(1), requires_grad=not skip)
+        self.s_attn = nn.Parameter(torch.ones(1))
+        self.b_mlp = nn.Parameter(torch.ones(1))
+        self.s_mlp = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, **kwargs):
+        multiplier = getattr(self.layer, "residual_multiplier", 1.0)
+        attention, _ = self.layer.self_attn(hidden_states=self.layer.input_layernorm(x), **kwargs)
+        x = self.b_attn * multiplier * attention + self.s_attn * x
+        mlp = self.layer.mlp(self.layer.post_attention_layernorm(x))
+        return self.b_mlp * multiplier * mlp + self.s_mlp * x
+
+
+def load_plain(folder: Path, skipped: set[int]) -> nn.Module:
+    """The stock model with scaled layers; only scales train."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval().requires_grad_(False)
+    layers = [ScaledLayer(layer, index in skipped) for index, layer in enumerate(model.model.layers)]
+    model.model.layers = nn.ModuleList(layers)
+    return model
+
+
+def plain_losses(
+    model: nn.Module, samples: list[dict], batch_size: int, learning_rate: float, seed: int
+) -> list[float]:
+    """One epoch of one candidate: the mean loss of each batch. samples: processed data."""
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=learning_rate)
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    losses = []
+    for start in range(0, len(order), batch_size):
+        batch = [samples[i] for i in order[start : start + batch_size]]
+        ids, labels, mask = (
+            pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+            for rows, padding in (
+                ([s["input_ids"] for s in batch], 0),
+                ([s["labels"] for s in batch], -100),
+                ([[1] * len(s["input_ids"]) for s in batch], 0),
+            )
+        )
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def reset_peak_memory(model) -> int:
+    """Start counting the process's peak resident size anew (Linux); its present size in bytes.
+
+    The weights are read first: a file that is mapped into memory counts only once it was touched.
+    """
+    for parameter in model.parameters():
+        parameter.sum()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def reference(arguments: argparse.Namespace) -> dict:
     """One candidate the plain way, loading included, as that way loads a model a candidate."""
-    import reference_search
-
-    samples = reference_search.read_samples(arguments.data_path)[: arguments.max_samples]
-    folder, weights = arguments.model.folder(), 0
-
-    def load(*args, original=reference_search.load):
-        nonlocal weights
-        result = original(*args)
-        weights = measuring.reset_peak_memory(result[0])
-        return result
-
-    reference_search.load = load
+    lines = arguments.data_path.read_text().splitlines()[: arguments.max_samples]
+    samples, folder = [json.loads(line) for line in lines], arguments.model.folder()
     start = time.perf_counter()
-    losses = reference_search.epoch_losses(
-        folder, samples, {arguments.candidate}, arguments.batch_size, 1e-2, 42
-    )
+    model = load_plain(folder, {arguments.candidate})
+    weights = reset_peak_memory(model)
+    losses = plain_losses(model, samples, arguments.batch_size, 1e-2, 42)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "loss": sum(losses) / len(losses), "bytes": measuring.peak_memory() - weights}
+    return {"seconds": seconds, "loss": sum(losses) / len(losses), "bytes": _memory("VmHWM") - weights}
 
 
-def prepared(arguments: argparse.Namespace):
+def prepared(arguments: argparse.Namespace) -> CandidateTrainer:
     """What trains the candidates of the search."""
-    from hopscotch_common.search.candidates import CandidateTrainer
-    from hopscotch_common.training.batches import load_samples
-
     model = load_model(arguments.model, device="cpu")
     samples = load_samples(arguments.data_path, model.config.vocab_size, max_samples=arguments.max_samples)
     return CandidateTrainer(model, samples, TrainingOptions(1e-2, arguments.batch_size))
@@ -71,30 +125,26 @@ def prepared(arguments: argparse.Namespace):
 
 def ours(arguments: argparse.Namespace) -> dict:
     """One candidate of the search; the model is loaded once for all, so its loading does not count."""
-    from hopscotch_common.training.trainer import ScaleTrainer
-
     trainer = prepared(arguments)
     batches = trainer.batches.epoch()
-    weights = measuring.reset_peak_memory(trainer.model)
+    weights = reset_peak_memory(trainer.model)
     start = time.perf_counter()
     losses = ScaleTrainer(trainer.model, 1e-2, [arguments.candidate]).run(batches, "epoch 0")
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "loss": sum(losses) / len(losses),
-        "bytes": measuring.peak_memory() - weights,
+        "bytes": _memory("VmHWM") - weights,
         "flops": measuring.count_flops(trainer.model, batches, skipped=1),
     }
 
 
 def race(arguments: argparse.Namespace) -> dict:
     """A whole iteration of the race with the default settings."""
-    from hopscotch_common.search.search import Search
-
     trainer = prepared(arguments)
-    rule = measuring.default_race(trainer.num_batches)
+    search = Search(trainer, measuring.default_race(trainer.num_batches))
     start = time.perf_counter()
-    found = Search(trainer, rule).next_block([])
+    found = search.next_block([])
     return {
         "seconds": time.perf_counter() - start,
         "block": found.block,
@@ -106,84 +156,90 @@ def race(arguments: argparse.Namespace) -> dict:
 
 def screening(arguments: argparse.Namespace) -> dict:
     """Screening every candidate on two batches, against a training step of one on the same batches."""
-    from hopscotch_common.search.screening import untrained_losses
-    from hopscotch_common.training.trainer import ScaleTrainer
-
     trainer = prepared(arguments)
-    model = trainer.model
-    blocks = trainer.candidates([])
-    seconds = {"training": 0.0, "screening": 0.0}
+    model, blocks = trainer.model, trainer.candidates([])
+    training = screened = 0.0
     for batch in trainer.batches.epoch()[:2]:
         scales = ScaleTrainer(model, 1e-2, [arguments.candidate])
-        start = time.perf_counter()
-        scales.run([batch] * 3, "epoch 0")
-        seconds["training"] += time.perf_counter() - start
-        start = time.perf_counter()
-        untrained_losses(model, batch, [], blocks, "batch")
-        seconds["screening"] += time.perf_counter() - start
-    return {"cost_of_a_training_step": seconds["screening"] / len(blocks) / (seconds["training"] / 3)}
+        training += measuring.seconds(partial(scales.run, [batch] * 3, "epoch 0")) / 3
+        screened += measuring.seconds(partial(untrained_losses, model, batch, [], blocks, "batch"))
+    return {"cost_of_a_training_step": screened / len(blocks) / training}
 
 
 def matmul(arguments: argparse.Namespace) -> dict:
     """FLOP/s of the model's own matrix products, forward and input gradient, by dtype."""
-    import torch
-
     trainer = prepared(arguments)
     model = trainer.model
     rows = sorted(part.num_tokens for batch in trainer.batches.epoch() for part in batch.minibatches)
     rows = rows[len(rows) // 2]
-    layer = model.model.layers[0]
-    shapes = [m.weight.shape for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    shapes = shapes * model.config.num_hidden_layers + [model.lm_head.weight.shape]
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        rates[str(dtype).removeprefix("torch.")] = measuring.matmul_rate(shapes[-8:], rows, dtype)
+    shapes = [m.weight.shape for m in model.model.layers[0].modules() if isinstance(m, nn.Linear)]
+    shapes.append(model.lm_head.weight.shape)
+    rates = {
+        str(dtype).removeprefix("torch."): measuring.matmul_rate(shapes, rows, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     return {"rows": rows, "flops_per_second": rates}
 
 
-def run_worker(kind: str) -> dict:
-    command = [sys.executable, *sys.argv, "--worker", kind]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
-    print(f"{kind}: {result.stdout.strip()}", file=sys.stderr)
-    return json.loads(result.stdout)
-
-
-def main() -> None:
-    arguments = build_parser().parse_args()
-    if arguments.worker:
-        print(json.dumps(globals()[arguments.worker](arguments)))
-        return
-    runs = {"reference": [], "ours": [], "matmul": []}
-    for _ in range(arguments.runs):
-        for kind, results in runs.items():
-            results.append(run_worker(kind))
-    seconds = {kind: measuring.median([r["seconds"] for r in runs[kind]]) for kind in ("reference", "ours")}
-    memory = {kind: measuring.median([r["bytes"] for r in runs[kind]]) for kind in ("reference", "ours")}
+def table(figures: list[dict]) -> list[str]:
+    """Markdown: what the search takes against the plain way; medians over runs."""
+    kinds = ("reference", "ours", "matmul", "screening", "race")
+    runs = {kind: [f for f in figures if f["of"]["kind"] == kind] for kind in kinds}
+    seconds, size = (
+        {kind: median([run[name] for run in runs[kind]]) for kind in ("reference", "ours")}
+        for name in ("seconds", "bytes")
+    )
     shares = [
         run["flops"] / run["seconds"] / max(product["flops_per_second"].values())
         for run, product in zip(runs["ours"], runs["matmul"], strict=True)
     ]
-    content = {
-        "reference_seconds_per_candidate": seconds["reference"],
-        "seconds_per_candidate": seconds["ours"],
-        "speedup_per_candidate": seconds["reference"] / seconds["ours"],
-        "reference_bytes_above_weights": memory["reference"],
-        "bytes_above_weights": memory["ours"],
-        "memory_share": memory["ours"] / memory["reference"],
-        "share_of_matmul_rate": measuring.median(shares),
-        "loss_difference": abs(runs["ours"][0]["loss"] - runs["reference"][0]["loss"]),
-        "runs": runs,
-    }
-    if arguments.race:
-        costs = [run_worker("screening")["cost_of_a_training_step"] for _ in range(arguments.runs)]
-        content["screening_cost_of_a_training_step"] = measuring.median(costs)
-        whole = run_worker("race")
-        content["race"] = whole | {
-            "speedup_of_an_iteration": seconds["reference"] * whole["candidates"] / whole["seconds"],
-            "note": "against the median reference candidate times the number of candidates",
-        }
-    measuring.save("search_cpu", content)
-    print(json.dumps({k: v for k, v in content.items() if k != "runs"}, indent=2))
+    apart = abs(runs["ours"][0]["loss"] - runs["reference"][0]["loss"])
+    lines = title("a candidate", "the plain way", "ours", "ratio")
+    ratio = f"{seconds['reference'] / seconds['ours']:.2f} times as fast"
+    lines.append(row("seconds", *(f"{value:.1f}" for value in seconds.values()), ratio))
+    ratio = f"{size['ours'] / size['reference']:.0%}"
+    lines.append(row("bytes above the weights", *(f"{value:.3g}" for value in size.values()), ratio))
+    lines.append(row("share of the matrix product rate", "-", f"{median(shares):.2f}", "-"))
+    lines.append(row("loss", "-", "-", f"{apart:.1e} apart"))
+    if runs["screening"]:
+        cost = median([run["cost_of_a_training_step"] for run in runs["screening"]])
+        lines.append(row("screening it on a batch, in training steps", "-", f"{cost:.2f}", "-"))
+    for run in runs["race"]:
+        plain = seconds["reference"] * run["candidates"]  # a candidate's median times their number
+        ratio = f"{plain / run['seconds']:.1f} times as fast"
+        lines.append(row("a race's iteration, seconds", f"{plain:.0f}", f"{run['seconds']:.0f}", ratio))
+        lines.append(row("its candidate-epochs", run["candidates"], f"{run['candidate_epochs']:.1f}", "-"))
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=model_ref)
+    parser.add_argument("--data_path", type=Path)
+    parser.add_argument("--max_samples", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--candidate", type=int, default=5, help="the block whose epoch is timed")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--race", action="store_true", help="also time one whole iteration of a race")
+    measuring.add_result_arguments(parser, "search_cpu")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    path = arguments.result or measuring.RESULTS / "search_cpu.json"
+    if not arguments.table:
+        if not (arguments.model and arguments.data_path):
+            parser.error("--model and --data_path are needed to measure")
+        names = "model data_path max_samples batch_size candidate"
+        results = measuring.Results(path, measuring.settings_of(arguments, names))
+        kinds = [reference, ours, matmul, *([screening] if arguments.race else [])]
+        runs = [(work, run) for run in range(arguments.runs) for work in kinds]
+        for work, run in runs + ([(race, 0)] if arguments.race else []):
+            of = {"kind": work.__name__, "run": run}
+            results.measure(of, measuring.apart, work, arguments)
+    print("\n".join(table(measuring.figures_in(path))))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import measuring  # noqa: E402
-import sections  # noqa: E402
 
+from hopscotch_common.recomputation import saved_bytes  # noqa: E402
 from hopscotch_common.training import TrainingOptions  # noqa: E402
 from hopscotch_common.training.batches import Layout, make_batches  # noqa: E402
 from hopscotch_common.training.trainer import ScaleTrainer  # noqa: E402
@@ -30,15 +30,16 @@ def result(tmp_path_factory):
     """
     output = tmp_path_factory.mktemp("gpu") / "tiny.json"
     with torch.compiler.set_stance("force_eager"):
-        assert gpu.main([*COMMAND, "--output", str(output)]) == 0
-    return json.loads(output.read_text())
+        assert gpu.main([*COMMAND, "--result", str(output)]) == 0
+    content = json.loads(output.read_text())
+    figures = {f["of"]["section"]: {k: v for k, v in f.items() if k != "of"} for f in content["figures"]}
+    return content | {"figures": figures, "table": gpu.table(content["figures"])}
 
 
 def test_every_section_measures_on_a_cpu(result):
     bench = gpu.Bench(gpu.SIZES["tiny"], torch.device("cpu"), torch.bfloat16)
     flash = {"saved, flash", "training, flash"}
     assert set(result["figures"]) == set(gpu.all_sections(bench)) - flash
-    assert set(result["skipped"]) == flash and not result["failed"]
     for name, figures in result["figures"].items():
         for key, value in figures.items():
             assert key not in ("peak_bytes", "free_bytes"), name
@@ -57,17 +58,20 @@ def test_the_figures_agree_with_the_model(result):
     assert none["weight_bytes"] - eighth["weight_bytes"] == attention
     assert eighth["weight_bytes"] - quarter["weight_bytes"] == attention
     training, rate = figures["training, sdpa"], figures["matmul"]["flops_per_second"]
-    assert math.isclose(training["flops_per_second"], training["share_of_matmul_rate"] * rate)
+    (line,) = [line for line in result["table"] if line.startswith("training, sdpa")]
+    assert f"share_of_matmul_rate {training['flops_per_second'] / rate:.4g}" in line
     assert training["tokens_per_step"] <= training["padded_tokens_per_step"]
     assert figures["budget"]["fits"] and figures["budget"]["tokens"] == figures["budget"]["budget_tokens"]
-    assert figures["race"]["candidates"] == 8 and figures["race"]["candidate_epochs"] < 8
+    layer = figures["saved, a layer"]
+    assert layer["bytes_per_token"] < layer["bytes_per_token_padded"]
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter():
-    x, y = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
+    model = torch.nn.ParameterList([torch.ones(10), torch.ones(10)])
+    x, y = model
     # Saved: x and y (parameters) by the product, the exponential by itself and by the square.
-    assert measuring.saved_bytes(lambda: (x * y).exp() ** 2, [x, y]) == 40
-    assert measuring.saved_bytes(lambda: (x * y).exp() ** 2, [x]) == 80
+    assert saved_bytes(model, lambda: (x * y).exp() ** 2) == 40
+    assert saved_bytes(model[:1], lambda: (x * y).exp() ** 2) == 80
 
 
 class ProductCounter(TorchDispatchMode):
@@ -96,26 +100,27 @@ def test_flops_are_those_of_the_products():
         assert measuring.count_flops(model, batches, skipped=1) == counter.flops + attention
 
 
-def test_sections_stop_at_the_time_limit_and_outlive_a_failure():
-    kept, results = [], sections.Results()
-
+def test_sections_stop_at_the_time_limit_and_outlive_a_failure(tmp_path):
     def fail():
         raise RuntimeError("broken")
 
-    all_sections = {
-        "fails": sections.Section(1, fail),
-        "lacks": sections.Section(1, dict, missing="a tool"),
-        "long": sections.Section(61, dict),
-        "short": sections.Section(1, lambda: {"figure": 2.5}),
+    sections = {
+        "fails": gpu.Section(1, fail),
+        "lacks": gpu.Section(1, dict, missing="a tool"),
+        "long": gpu.Section(61, dict),
+        "short": gpu.Section(1, lambda: {"figure": 2.5}),
     }
-    sections.run(all_sections, 1, results, lambda: kept.append(dict(results.figures)))
-    assert results.figures == kept[-1] == {"short": {"figure": 2.5}} and kept[:3] == [{}] * 3
-    assert results.failed == {"fails": "RuntimeError: broken"}
-    assert set(results.skipped) == {"lacks", "long"} and "61 s" in results.skipped["long"]
-    assert "short: figure 2.5" in results.table() and "long: skipped" in results.table()
+    results = measuring.Results(tmp_path / "r.json", {})
+    without = gpu.run(sections, 1, results)
+    assert without.pop("fails") == "failed, RuntimeError: broken"
+    assert set(without) == {"lacks", "long"} and "61 s" in without["long"]
+    assert measuring.figures_in(results.path) == [{"of": {"section": "short"}, "figure": 2.5}]
+    assert gpu.table(results.figures) == ["short: figure 2.5"]
+    measured_before = sections | {"short": gpu.Section(1, fail)}
+    assert set(gpu.run(measured_before, 1, results)) == {"fails", "lacks", "long"}
 
 
 def test_what_tells_nothing_of_a_card_stays_out_of_the_results(capsys):
     with pytest.raises(SystemExit) as error:
         gpu.main(COMMAND)
-    assert error.value.code == 2 and "--output" in capsys.readouterr().err
+    assert error.value.code == 2 and "--result" in capsys.readouterr().err

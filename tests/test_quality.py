@@ -1,12 +1,10 @@
 """benchmarks/quality.py: how answers are read and scored, and what the other figures' scripts compute."""
 
 import importlib.util
-import itertools
 import json
 import math
 import random
 import re
-import statistics
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -17,11 +15,10 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import criteria  # noqa: E402
-import data_study  # noqa: E402
 import problems  # noqa: E402
 import quality  # noqa: E402
-import recipes  # noqa: E402
-from growing import GrowingResults  # noqa: E402
+import training  # noqa: E402
+from measuring import Results  # noqa: E402
 
 from hopscotch_common import scales  # noqa: E402
 from hopscotch_common.loading import load_model  # noqa: E402
@@ -127,13 +124,13 @@ def test_results_survive_an_interruption(tmp_path):
         calls.append(1)
         return {"figure": len(calls)}
 
-    first = GrowingResults(path, {"dtype": "float32", "tasks": ("gsm8k",)})
-    assert first.measure(work, count=1)["figure"] == 1
-    assert first.measure(work, count=2)["figure"] == 2
-    again = GrowingResults(path, {"dtype": "float32", "tasks": ("gsm8k",)})
-    assert again.measure(work, count=1)["figure"] == 1 and len(calls) == 2
+    first = Results(path, {"dtype": "float32", "tasks": ("gsm8k",)})
+    assert first.measure({"count": 1}, work)["figure"] == 1
+    assert first.measure({"count": 2}, work)["figure"] == 2
+    again = Results(path, {"dtype": "float32", "tasks": ("gsm8k",)})
+    assert again.measure({"count": 1}, work)["figure"] == 1 and len(calls) == 2
     with pytest.raises(SystemExit, match="another dtype"):
-        GrowingResults(path, {"dtype": "bfloat16", "tasks": ("gsm8k",)})
+        Results(path, {"dtype": "bfloat16", "tasks": ("gsm8k",)})
 
 
 def random_samples(count: int, vocab_size: int) -> list[Sample]:
@@ -178,33 +175,6 @@ def test_greedy_picks_follow_their_scores(tiny):
         return {b: 0.0 if 1 in skipped and b == 3 else scores[b] for b in blocks}
 
     assert criteria.greedily(tiny, 3, score) == {"blocks": [1, 3, 2], "candidates": 4 + 3 + 2}
-
-
-def test_swaps_end_where_no_exchange_gains(tiny):
-    draw = random.Random(3)
-    cost = {frozenset(pair): draw.random() for pair in itertools.combinations(range(4), 2)}
-
-    def score(skipped, blocks):
-        return {block: cost[frozenset([*skipped, block])] for block in blocks}
-
-    dearest = max(cost, key=cost.get)
-    found = criteria.swapped(sorted(dearest), score, tiny)
-    end = frozenset(found["blocks"])
-    assert end != dearest and found["candidates"] in (6, 12)
-    assert all(cost[end] <= cost[other] for other in cost if len(end & other) == 1)
-
-
-def test_a_warm_candidate_starts_from_the_last_picks_scales(tiny):
-    samples = random_samples(8, tiny.config.vocab_size)
-    options = TrainingOptions(0.01, 4)
-    found = criteria.warm_search(tiny, samples, options, 2)
-    batches = EpochBatches(tiny, samples, options).epoch()
-    first = ScaleTrainer(tiny, 0.01, found["blocks"][:1])
-    assert math.isclose(statistics.fmean(first.run(batches, "x")), found["losses"][0], rel_tol=1e-5)
-    values = scales.snapshot(tiny)
-    second = ScaleTrainer(tiny, 0.01, found["blocks"])
-    scales.restore(tiny, values)
-    assert math.isclose(statistics.fmean(second.run(batches, "x")), found["losses"][1], rel_tol=1e-5)
 
 
 def write_data(folder, count: int) -> str:
@@ -294,8 +264,6 @@ def test_criteria(tiny_folder, tmp_path, capsys):
     chosen = {f["of"]["choose"]: f for f in figures if "choose" in f["of"]}
     assert set(chosen) == {
         "search",
-        "swap",
-        "warm",
         "cosine",
         "weights",
         "untrained",
@@ -303,87 +271,83 @@ def test_criteria(tiny_folder, tmp_path, capsys):
         *(f"random-{i}" for i in range(5)),
     }
     assert chosen["search"]["blocks"] == [2, 1] and chosen["search"]["candidate_epochs"] == 5.0
-    assert len(set(chosen["warm"]["blocks"])) == 2 and chosen["warm"]["candidate_epochs"] > 2
-    assert [len(set(chosen["swap"]["by_count"][count])) for count in ("1", "2")] == [1, 2]
     for name in ("cosine", "weights"):
         ranked = sorted(range(4), key=lambda block, name=name: chosen[name]["scores"][str(block)])
         assert chosen[name]["blocks"] == ranked[:2]
     for figure in figures:
         if "judge" in figure["of"] and figure["of"]["count"]:
-            assert figure["unscaled"]["kl"] > 0 and figure["scaled"] != figure["unscaled"]
+            assert figure["unscaled"]["kl"] > 0
+            assert figure["epochs"][-1]["held_out"] != figure["unscaled"]
+    capsys.readouterr()
     criteria.main([*words, "--table"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * 8 and "random, 5 seeds" in lines[9]
+    assert len(lines) == 3 + 2 * 6 and " to " in lines[8] and "random" in lines[8]
 
 
-def test_data_study(tiny_folder, tmp_path, capsys):
-    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 12), "--blocks", "2"]
-    words += [
-        "--answers",
-        "4",
-        "8",
-        "--held_out",
-        "4",
-        "--epochs",
-        "1",
-        "--variants",
-        "layer-ce",
-        "channel-kl",
-    ]
-    words += ["--result", str(tmp_path / "result.json")]
-    data_study.main(words)
-    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
-    assert [figure["of"]["variant"] for figure in figures] == ["none"] + 2 * ["layer-ce", "channel-kl"]
-    assert figures[0]["original"]["kl"] == 0 < figures[0]["unscaled"]["kl"]
-    data_study.main([*words, "--table"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[:3] for line in lines[4:]] == [
-        ["| layer", "ce", "4"],
-        ["| layer", "ce", "8"],
-        ["| channel", "kl", "4"],
-        ["| channel", "kl", "8"],
-    ]
-
-
-def test_recipes(tiny_folder, tmp_path, capsys, monkeypatch):
+def test_training(tiny_folder, tmp_path, capsys):
     folder, path = str(tiny_folder("llama")), write_data(tmp_path, 12)
-    # Pulled all the way back to 1 after each step, scales stay where they began.
-    monkeypatch.setitem(recipes.RECIPES, "pull-10", recipes.Recipe(pull=1 / 3e-3))
+    names = ["layer-ce", "channel-kl", "channel-kl-lr0.01", "channel-kl-decay", "channel-kl-rank4"]
     words = ["--model", folder, "--data_path", path, "--blocks", "2", "--answers", "8", "--held_out", "4"]
-    words += ["--result", str(tmp_path / "result.json")]
-    recipes.main(words)
-    found = {
-        figure["of"]["recipe"]: [epoch["held_out"] for epoch in figure["epochs"]]
-        for figure in json.loads((tmp_path / "result.json").read_text())["figures"]
-    }
-    assert list(found) == list(recipes.RECIPES)
+    words += ["--settings", *names, "--result", str(tmp_path / "result.json")]
+    training.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    found = {figure["of"]["setting"]: figure for figure in figures}
+    assert list(found) == names
     model = load_model(model_ref(folder), "float32", "cpu", scale_granularity="channel")
     samples = load_samples(Path(path), model.config.vocab_size)
-    options = TrainingOptions(3e-3, 4, loss="kl")
-    plain = EpochTraining(model, [2], samples[:8], samples[8:], options)
-    untrained = plain.baselines()["unscaled"]
+    plain = EpochTraining(model, [2], samples[:8], samples[8:], TrainingOptions(3e-3, 4, loss="kl"))
+    assert found["channel-kl"]["unscaled"]["kl"] == pytest.approx(plain.baselines()["unscaled"].kl, rel=1e-4)
     plain.start()
-    for number in range(2):
-        figures = plain.epoch(number).held_out
-        assert math.isclose(found["default"][number]["kl"], figures.kl, rel_tol=1e-4)
-        assert math.isclose(found["pull-10"][number]["kl"], untrained.kl, rel_tol=1e-4)
-    last = {name: held_out[-1]["kl"] for name, held_out in found.items()}
-    assert len(set(last.values())) == len(recipes.RECIPES)
-    recipes.main([*words, "--table"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines[2:]] == list(recipes.RECIPES)
+    for epoch in found["channel-kl"]["epochs"]:
+        number = found["channel-kl"]["epochs"].index(epoch)
+        assert epoch["held_out"]["kl"] == pytest.approx(plain.epoch(number).held_out.kl, rel=1e-4)
+    last = {name: figure["epochs"][-1]["held_out"]["kl"] for name, figure in found.items()}
+    assert len(set(last.values())) == len(names)
+    assert found["layer-ce"]["original"]["kl"] == 0
+    assert found["channel-kl-rank4"]["unscaled"] != found["channel-kl"]["unscaled"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| original",
+        "| unscaled",
+        "| channel-kl",
+        "| channel-kl-decay",
+        "| channel-kl-lr0.01",
+        "| channel-kl-rank4, as fitted",
+        "| channel-kl-rank4",
+        "| layer-ce",
+    ]
+    with pytest.raises(SystemExit):
+        training.main([*words, "--settings", "channel-mse"])
 
 
-def test_a_decay_ends_near_zero_and_hooks_go(tiny):
-    samples = random_samples(8, tiny.config.vocab_size)
-    training = EpochBatches(tiny, samples, TrainingOptions(3e-3, 2))
-    batches = training.epoch()
-    scales.reset(tiny)
-    before = evaluate(tiny, batches, "x")
-    trainer = recipes.RecipeTrainer(tiny, recipes.Recipe(decay=True, norms=True), 4, [2], None)
+def test_a_decay_falls_in_a_straight_line(tiny, monkeypatch):
     rates = []
-    trainer.run(batches, "x", on_batch=lambda loss: rates.append(trainer.optimizer.param_groups[0]["lr"]))
-    assert rates[-1] == pytest.approx(3e-3 / 4) and len(trainer._hooks) == 7
-    trainer.close()
-    scales.reset(tiny)
-    assert evaluate(tiny, batches, "x").cross_entropy == pytest.approx(before.cross_entropy)
+    step = ScaleTrainer.step
+
+    def noted(trainer, *arguments):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(ScaleTrainer, "step", noted)
+    samples = random_samples(6, tiny.config.vocab_size)
+    training.study(tiny, [2], samples[:4], samples[4:], training.Setting.named("layer-ce-decay"), 2, 2)
+    assert rates == pytest.approx([3e-3 * (1 - n / 4) for n in range(4)])
+
+
+def test_differences_are_to_the_variant_that_is_named():
+    def figure(blocks: list[int], variant: str, right: str) -> dict:
+        return {"of": {"blocks": blocks, "variant": variant}, "gsm8k": {"right": right}}
+
+    figures = [
+        figure([], "original", "1111"),
+        figure([3], "unscaled", "0001"),
+        figure([3], "channel-kl", "0111"),
+    ]
+
+    def differences(*less) -> list[str]:
+        return [line.split(" | ")[3].split(" ±")[0] for line in quality.table(figures, *less)[2:]]
+
+    assert differences() == ["-", "-75.0", "-25.0"]
+    assert differences("unscaled") == ["-", "-", "+50.0"]
+    elsewhere = [figure([3], "unscaled", "0111")]
+    assert differences("unscaled", elsewhere) == ["-", "-50.0", "+0.0"]
