@@ -17,7 +17,7 @@ import math
 import sys
 from pathlib import Path
 
-from hopscotch_common import cli, files, writing
+from hopscotch_common import cli, files
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.log import Log
 from hopscotch_common.report.bend import find_bend
@@ -333,7 +333,7 @@ def line_of(pick, stops: bool, most_increase: float | None) -> str:
 
 def write_results(output: Path, report: dict, plot: Path | None) -> None:
     """The JSON report, and the plot if one is asked for, once there is a pick to draw."""
-    writing.write_json(output, report)
+    files.write_json(output, report)
     if plot and report["iterations"]:
         from hopscotch_common.report.search_plots import plot_search  # matplotlib takes a second
 

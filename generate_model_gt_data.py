@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hopscotch_common import cli, files, writing
+from hopscotch_common import cli, files
 from hopscotch_common.answers import BACKENDS, EngineOptions
 from hopscotch_common.answers.partial import PartialAnswers
 from hopscotch_common.answers.prompts import (
@@ -199,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"no answer is left of {len(prompts)}: {figures['truncated_dropped']} were cut off at "
                 f"--max_tokens {args.max_tokens} (see --keep_truncated), {figures['empty_dropped']} are empty"
             )
-        writing.write_json(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
-        writing.write_atomic(final, files.lines_of(kept))
+        files.write_json(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
+        files.write_atomic(final, files.lines_of(kept))
     finally:
         partial.close()
     cli.result(

@@ -22,7 +22,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from hopscotch_common import cli, files, writing
+from hopscotch_common import cli, files
 from hopscotch_common.errors import logger
 from hopscotch_common.models import QUANTIZATIONS
 from hopscotch_common.report.runs import describe_run, plain
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         processes.check_alike(cli.flags_of_all(arguments) | settings | {"model": None})
         runs, before = [], None
         if processes.rank == 0:
-            resources.enter_context(writing.locked(output_dir / "report.json"))
+            resources.enter_context(files.locked(output_dir / "report.json"))
             if arguments.resume:
                 runs = checkpoints.resumable_epochs(output_dir, name, settings)
             if runs:
@@ -189,14 +189,14 @@ def main(argv: list[str] | None = None) -> int:
             runs.append(run)
         if processes.rank == 0:
             report = final_report(arguments, runs)
-            writing.write_json(output_dir / "report.json", report)  # before an export, which may be refused
+            files.write_json(output_dir / "report.json", report)  # before an export, which may be refused
             print_held_out(report)
             if arguments.export:
                 folder = checkpoints.epoch_folder(output_dir, name, report["best_epoch"])
                 report["exports"] = run_exports(
                     arguments.export, folder, export_target(output_dir, name), arguments.device
                 )
-                writing.write_json(output_dir / "report.json", report)
+                files.write_json(output_dir / "report.json", report)
                 for kind, exported in report["exports"].items():
                     cli.result(f"Exported {kind}: {exported['folder']}")
     return 0

@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from hopscotch_common import cli, files, writing
+from hopscotch_common import cli, files
 from hopscotch_common.answers.labels import samples_of
 from hopscotch_common.answers.prompts import check_vocabulary
 from hopscotch_common.answers.records import read_records
@@ -162,8 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
     records = list(read_records(input_file))
     processes = processes_worth(args.num_cpu_procs, len(records))
-    with _removed_after_errors(output_dir), writing.locked(data_file):
-        with writing.atomic_file(data_file) as file:
+    with _removed_after_errors(output_dir), files.locked(data_file):
+        with files.atomic_file(data_file) as file:
             made = make_samples(records, tokenizer, stop_ids, processes)
             figures = write_kept_samples(made, file, args.max_seq_len, config.vocab_size)
             if not figures["kept"]:
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"--max_seq_len {args.max_seq_len} tokens or more, "
                     f"{figures['dropped_too_short']} fewer than {MIN_SEQ_LEN}"
                 )
-        writing.write_json(report_file, describe_run(vars(args)) | {"input_file": str(input_file)} | figures)
+        files.write_json(report_file, describe_run(vars(args)) | {"input_file": str(input_file)} | figures)
     logger.info("longest sample: %d tokens", figures["longest"])
     cli.result(
         f"{data_file}: {figures['kept']} of {figures['samples']} samples kept "

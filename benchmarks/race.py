@@ -19,6 +19,7 @@ from pathlib import Path
 import measuring
 from measuring import row, title
 
+from hopscotch_common.files import write_json
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
 from hopscotch_common.search.schedule import FULL, Candidate, Schedule, default_first_look
@@ -27,7 +28,6 @@ from hopscotch_common.search.search import Iteration, Search
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import fingerprint, load_samples
 from hopscotch_common.training.trainer import EpochBatches
-from hopscotch_common.writing import write_json
 
 
 class Recorded:

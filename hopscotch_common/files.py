@@ -1,13 +1,23 @@
-"""JSON and JSONL, read strictly, and paths, checked before they are used."""
+"""JSON, read strictly; paths, checked before use; and files and folders that are whole or not there.
 
+Everything is written under the temporary name `.NAME.tmp` beside its place, flushed to disk, and
+renamed. Whoever writes holds a lock, which the kernel takes back from a killed process, so what
+lies under a temporary name that nobody holds is a killed writer's, and the next writer removes it.
+"""
+
+import contextlib
+import errno
 import json
 import os
+import shutil
+import socket
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import InputError, logger
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -166,3 +176,155 @@ def same_place(one: Path, other: Path) -> bool:
 def lines_of(records: Sequence[dict]) -> str:
     """Records as the text of a JSONL file."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock on an output, by the file `.NAME.lock` beside it, which goes with the lock.
+
+    Raises InputError, naming the holder, where another run has it, unless it should `wait`. A killed
+    run's lock is free: the kernel took it back. Its holder may take it again.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, is_singleton=True, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=-1 if wait else 0.1)  # not 0: its last holder may be removing the file just now
+    except Timeout as error:
+        holder = ""
+        with contextlib.suppress(OSError):
+            holder = file.read_text(errors="replace")
+        raise InputError(
+            f"{path}: {holder or 'another run'} is writing there; wait for it, or name another output"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+            raise
+        logger.warning("%s: cannot be locked (%s); see that no other run writes there", path, error)
+    try:
+        script = Path(sys.argv[0]).name or "a Python session"
+        file.write_text(f"{script} (process {os.getpid()} on {socket.gethostname()})")
+        yield
+    finally:
+        if lock.lock_counter <= 1:
+            file.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file to, which takes the place of `path` when all went well.
+
+    Otherwise it is removed. InputError where another run is writing the same file.
+    """
+    with locked(path):
+        temporary = _temporary(path)
+        try:
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        flush_to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """An open file that takes the place of `path` when all went well, and otherwise is removed.
+
+    mode: "w" (UTF-8 text) or "wb". InputError where another run is writing the same file.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding) as file:
+        yield file
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file under a temporary name, flush it to disk, and rename it into place."""
+    with atomic_file(path, "wb" if isinstance(content, bytes) else "w") as file:
+        file.write(content)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, atomically. ValueError for a number that is not finite."""
+    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` when all went well.
+
+    What was there before is replaced only at the very end, and comes back where a killed run had
+    moved it away. InputError where another run is writing the same folder.
+    """
+    with locked(folder), _replacement(folder) as temporary:
+        yield temporary
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Make a folder by `build` unless it is there. Of several processes one does, and the others wait."""
+    with locked(folder, wait=True):
+        recover_folder(folder)
+        if not folder.exists():
+            with _replacement(folder) as temporary:
+                build(temporary)
+
+
+@contextlib.contextmanager
+def _replacement(folder: Path) -> Iterator[Path]:
+    recover_folder(folder)
+    temporary, old = _temporary(folder), _old(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            flush_to_disk(path)
+        flush_to_disk(temporary)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        flush_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        recover_folder(folder)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def recover_folder(folder: Path) -> None:
+    """Put back what a killed `atomic_folder` had moved away, or remove it where its successor is there."""
+    old = _old(folder)
+    if old.exists():
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, folder)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard link a file, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -22,7 +22,7 @@ from transformers import modeling_gguf_pytorch_utils as gguf_utils
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hopscotch_common import families, files, weights, writing
+from hopscotch_common import families, files, weights
 from hopscotch_common.errors import InputError, logger, reason_of
 
 LAYOUT = 3  # raised when `unpack` writes something else, so that folders from before are not used
@@ -74,7 +74,7 @@ def unpack_once(gguf: Path, target: Path, dtype: torch.dtype) -> None:
     files.check_name(target, f"{gguf}: its folder")
     needed = sum(int(tensor.n_elements) for tensor in reader.tensors) * dtype.itemsize
     logger.info("unpacking %s into %s (once): %.2f GB", gguf.name, target, needed / 1e9)
-    writing.build_once(target, lambda temporary: unpack(gguf, reader, config, tokenizer, temporary, dtype))
+    files.build_once(target, lambda temporary: unpack(gguf, reader, config, tokenizer, temporary, dtype))
 
 
 def open_gguf(path: Path, remedy: str = REMEDY):

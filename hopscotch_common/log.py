@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import check_input, parse_record
-from hopscotch_common.writing import locked
+from hopscotch_common.files import check_input, locked, parse_record
 
 _HEADER = b'{"settings": {'
 

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from hopscotch_common import checkpoints, scales, writing
+from hopscotch_common import checkpoints, files, scales
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
 
@@ -94,7 +94,7 @@ def test_a_failed_save_leaves_what_was_there(tiny_folder, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "ckpt").iterdir()}
     with (
         pytest.raises(RuntimeError, match="disk full"),
-        writing.atomic_folder(tmp_path / "ckpt") as target,
+        files.atomic_folder(tmp_path / "ckpt") as target,
     ):
         (target / "half").write_text("written")
         raise RuntimeError("disk full")

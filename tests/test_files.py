@@ -1,24 +1,27 @@
 """Files that are whole or not there, locks, and logs that resumed runs go on with."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from concurrent import futures
 
 import pytest
 from conftest import ROOT
 
-from hopscotch_common import files, writing
+from hopscotch_common import files
 from hopscotch_common.errors import InputError
 from hopscotch_common.log import Log
 
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
-from hopscotch_common import writing
-with writing.locked(Path(sys.argv[1])):
-    print("held", flush=True)
+from hopscotch_common import files
+with files.locked(Path(sys.argv[1])):
+    if os.fork():  # the child does not hold its parent's lock
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
@@ -27,35 +30,42 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@contextlib.contextmanager
+def held(target):
+    """Another process's lock on `target`; its process number."""
+    command = [sys.executable, "-c", HOLD, str(target)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    yield int(process.stdout.readline())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
     target = tmp_path / "out.json"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(target)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match=rf"out.json: .*process {process.pid} on .* is writing there"):
-        with writing.locked(target):
-            pass
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    with writing.locked(target):  # its file is still there, its lock is not
-        assert names(tmp_path) == [".out.json.lock"]
-    assert names(tmp_path) == []
+    with held(target) as process:
+        with pytest.raises(InputError, match=rf"out.json: .*process {process} on .* is writing there"):
+            files.write_atomic(target, "at once")
+        os.kill(process, signal.SIGKILL)
+        with files.locked(target):  # its file is still there, its lock is not
+            assert names(tmp_path) == [".out.json.lock"]
+            files.write_atomic(target, "by the holder itself")
+            with pytest.raises(InputError, match="is writing there"), futures.ThreadPoolExecutor() as other:
+                other.submit(files.write_atomic, target, "by another").result()
+            assert names(tmp_path) == [".out.json.lock", "out.json"]
+    assert names(tmp_path) == ["out.json"]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
-    writing.write_atomic(path, "first")
+    files.write_atomic(path, "first")
     (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")
-    with pytest.raises(RuntimeError), writing.atomic_file(path) as file:
+    with pytest.raises(RuntimeError), files.atomic_file(path) as file:
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "first" and names(tmp_path) == ["report.json"]
     (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")
-    writing.write_atomic(path, "second")
+    files.write_atomic(path, "second")
     assert path.read_text() == "second" and names(tmp_path) == ["report.json"]
-    with writing.atomic_file(path), pytest.raises(InputError, match="is writing there"):
-        writing.write_atomic(path, "at once")
 
 
 def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
@@ -63,13 +73,13 @@ def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
         (tmp_path / ".ckpt.old").mkdir()
         (tmp_path / ".ckpt.old/whole").write_text("first")
         if successor_is_there:
-            writing.recover_folder(tmp_path / "ckpt")
+            files.recover_folder(tmp_path / "ckpt")
             assert (tmp_path / "ckpt/whole").read_text() == "first"
-        with pytest.raises(RuntimeError), writing.atomic_folder(tmp_path / "ckpt") as folder:
+        with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "ckpt") as folder:
             (folder / "whole").write_text("half")
             raise RuntimeError
         assert (tmp_path / "ckpt/whole").read_text() == "first" and names(tmp_path) == ["ckpt"]
-        with writing.atomic_folder(tmp_path / "ckpt") as folder:
+        with files.atomic_folder(tmp_path / "ckpt") as folder:
             (folder / "whole").write_text("first")
 
 

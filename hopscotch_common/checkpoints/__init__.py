@@ -26,7 +26,7 @@ from transformers import PretrainedConfig
 from hopscotch_common import modeling_hopscotch, scales
 from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.files import read_json
+from hopscotch_common.files import atomic_folder, link_or_copy, locked, read_json, recover_folder
 from hopscotch_common.loading import (
     hopscotch_classes,
     hopscotch_config,
@@ -53,7 +53,6 @@ from hopscotch_common.weights import (
     stored_shapes,
     weight_files,
 )
-from hopscotch_common.writing import atomic_folder, link_or_copy, locked, recover_folder
 
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"

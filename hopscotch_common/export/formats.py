@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import checkpoints, files, weights, writing
+from hopscotch_common import checkpoints, files, weights
 from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.export import check, decilm, folders, folding
@@ -99,7 +99,7 @@ def export_checkpoint(
         config.dtype = weights.stored_dtype(checkpoint)
     if weights.has_own_head(checkpoint):
         config.tie_word_embeddings = False  # else the export would have one matrix for both
-    with writing.atomic_folder(output) as folder:
+    with files.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values, checkpoints.load_maps(checkpoint))
         folders.write_weights(checkpoint, folder, config, target)

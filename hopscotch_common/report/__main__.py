@@ -14,8 +14,7 @@ from pathlib import Path
 
 from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import check_writable
-from hopscotch_common.writing import write_atomic
+from hopscotch_common.files import check_writable, write_atomic
 
 
 def build_parser() -> ArgumentParser:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hopscotch_common.files import write_atomic
 from hopscotch_common.report.bend import find_bend
 from hopscotch_common.report.drawing import (
     BLUE,
@@ -27,7 +28,6 @@ from hopscotch_common.report.drawing import (
 )
 from hopscotch_common.report.reading import parse_search
 from hopscotch_common.report.records import Iteration, SearchRun
-from hopscotch_common.writing import write_atomic
 
 
 def plot_search(path: Path, report: dict) -> None:
