@@ -192,7 +192,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f".{path.name}.lock")
-    lock = FileLock(file, is_singleton=True, fallback_to_soft=False)
+    lock = FileLock(file, is_singleton=True, fallback_to_soft=False, on_acquired=_sign)
     try:
         lock.acquire(timeout=-1 if wait else 0.1)  # not 0: its last holder may be removing the file just now
     except Timeout as error:
@@ -207,13 +207,19 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             raise
         logger.warning("%s: cannot be locked (%s); see that no other run writes there", path, error)
     try:
-        script = Path(sys.argv[0]).name or "a Python session"
-        file.write_text(f"{script} (process {os.getpid()} on {socket.gethostname()})")
         yield
     finally:
         if lock.lock_counter <= 1:
             file.unlink(missing_ok=True)
         lock.release()
+
+
+def _sign(descriptor: int) -> None:
+    """Write into a lock's file who holds it, as far as there is space."""
+    script = Path(sys.argv[0]).name or "a Python session"
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{script} (process {os.getpid()} on {socket.gethostname()})".encode(), 0)
 
 
 @contextlib.contextmanager
