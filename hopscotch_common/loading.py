@@ -173,6 +173,12 @@ def load_whole(model_class, folder: Path, **options):
         if "size" not in str(error) and "shape" not in str(error):  # out of memory, for example
             raise
         raise InputError(f"{folder}: its weights do not fit its config.json ({reason_of(error)})") from error
+    check_loaded(folder, found)
+    return model.eval()
+
+
+def check_loaded(folder: Path, found: dict) -> None:
+    """Raise InputError where transformers' loading info names weights that a folder lacks or has too many."""
     for kind, what in (
         ("missing_keys", "is missing from its weights"),
         ("mismatched_keys", "has another shape than its config.json says"),
@@ -181,7 +187,6 @@ def load_whole(model_class, folder: Path, **options):
         if found.get(kind):
             first = sorted(map(str, found[kind]))[0]
             raise InputError(f"{folder}: {first} {what} ({len(found[kind])} such); both must be one model's")
-    return model.eval()
 
 
 def quantization_config(quantization: str, device):

@@ -4,19 +4,17 @@ import hashlib
 import json
 import os
 import pickle
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import logging as transformers_logging
 
 from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.files import read_json
+from hopscotch_common.loading import check_loaded
 from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -155,13 +153,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: not a whole file of weights ({reason}); fetch the model again") from error
 
 
-def tensor_shapes(path: Path) -> dict[str, torch.Size]:
-    """The shapes of a weight file's tensors, by name, without reading them where the format allows."""
+def tensor_names(path: Path) -> set[str]:
+    """The names of a weight file's tensors, without reading them where the format allows."""
     if path.suffix != ".safetensors":
-        return {key: tensor.shape for key, tensor in read_tensors(path).items()}
+        return set(read_tensors(path))
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
+            return set(file.keys())
     except SafetensorError as error:
         raise InputError(f"{path}: not a whole file of weights ({error}); fetch the model again") from error
 
@@ -178,7 +176,7 @@ def has_own_head(folder: Path) -> bool:
     """
     found = {}
     for path in weight_files(folder):
-        if {"lm_head.weight", "model.embed_tokens.weight"} & tensor_shapes(path).keys():
+        if {"lm_head.weight", "model.embed_tokens.weight"} & tensor_names(path):
             found |= read_tensors(path)
     head, embeddings = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
     return head is not None and embeddings is not None and not torch.equal(head, embeddings)
@@ -206,31 +204,25 @@ def check_weights(folder: Path, config, attn_implementation: str = "auto") -> No
         raise InputError(
             f"{folder / 'config.json'}: quantization_config is of no known kind; give another model"
         )
-    check_tensors(folder, lambda: AutoModelForCausalLM.from_config(config, **options), stored_shapes(folder))
+    check_tensors(folder, AutoModelForCausalLM, config, **options)
 
 
-def stored_shapes(folder: Path) -> dict[str, torch.Size]:
-    """The shapes of all weights of a folder; InputError unless each lies in the file that the index says."""
-    index = _index(folder)
-    places = weight_map(index) if index else {}
-    found: dict[str, torch.Size] = {}
-    for path in weight_files(folder):
-        for key, shape in tensor_shapes(path).items():
-            if index and places.pop(key, None) != path.name:
-                raise InputError(
-                    f"{index}: does not say that {key} lies in {path.name}; make or fetch it again"
-                )
-            found[key] = shape
-    if places:
-        raise InputError(f"{index}: {min(places)} is not in {places[min(places)]}; make or fetch it again")
-    return found
+def check_tensors(folder: Path, model_class, config, **options) -> None:
+    """Raise InputError unless a folder's weights are all that a model has, of the shapes that it has.
 
-
-def check_tensors(folder: Path, make: Callable, found: dict[str, torch.Size]) -> None:
-    """Raise InputError unless a folder's tensors are those of the model that `make` makes of its config."""
+    transformers loads them as it will later, but to no device, so that it reads none.
+    """
+    check_names(folder)
+    if getattr(config, "transformers_weights", None):
+        raise InputError(
+            f"{folder / 'config.json'}: transformers_weights names weight files of other names, which "
+            "is not supported; give them their usual names"
+        )
+    options |= {"config": config, "device_map": "meta", "ignore_mismatched_sizes": True}  # told all the same
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
-        with torch.device("meta"):  # nothing is allocated
-            model = make()
+        _, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
     except ImportError as error:
         raise InputError(
             f"{folder}: {reason_of(error)} Install it, or give another --attn_implementation"
@@ -239,47 +231,26 @@ def check_tensors(folder: Path, make: Callable, found: dict[str, torch.Size]) ->
         raise InputError(
             f"{folder / 'config.json'}: describes no model ({reason_of(error)}); make or fetch it again"
         ) from error
-    if getattr(model.config, "transformers_weights", None):
-        raise InputError(
-            f"{folder / 'config.json'}: transformers_weights names weight files of other names, which "
-            "is not supported; give them their usual names"
-        )
-    tied = set(model.all_tied_weights_keys)
-    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    unread = "|".join([r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())])
-    found = _as_loaded(model, found, expected)
-    found = {key: shape for key, shape in found.items() if key in expected or not re.search(unread, key)}
-    made = "|".join(model._keys_to_ignore_on_load_missing or ["$^"])
-    wrong = {
-        "is missing": {key for key in set(expected) - set(found) - tied if not re.search(made, key)},
-        "is no part of it": set(found) - set(expected),
-        "has another shape": {key for key in expected if key in found and found[key] != expected[key]},
-    }
-    for what, keys in wrong.items():
-        if keys:
-            raise InputError(
-                f"{folder}: {min(keys)} {what} ({len(keys)} such): weights and config.json must be one "
-                "model's; make or fetch it again"
-            )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    check_loaded(folder, found)
 
 
-def _as_loaded(model, found: dict[str, torch.Size], expected: dict[str, torch.Size]) -> dict[str, torch.Size]:
-    """Stored shapes under the names that the model gives them: experts lie apart in files, and make one.
+def check_names(folder: Path) -> None:
+    """Raise InputError unless each of a folder's weights lies in the file that its index, if any, says.
 
-    What is made of several tensors has its expected shape where they hold as many numbers, else (numbers,).
+    And where they are named as those of a model without a head are, which transformers takes for the same.
     """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    shapes: dict[str, torch.Size] = {}
-    numbers: dict[str, int] = {}
-    for key, shape in found.items():
-        name, converted = (key, None) if key in expected else rename_source_key(key, renamings, converters)
-        if converted is None:
-            shapes[name] = shape
-        else:
-            numbers[name] = numbers.get(name, 0) + shape.numel()
-    for name, count in numbers.items():
-        whole = name in expected and expected[name].numel() == count
-        shapes[name] = expected[name] if whole else torch.Size([count])
-    return shapes
+    index = _index(folder)
+    places = weight_map(index) if index else {}
+    for path in weight_files(folder):
+        for name in sorted(tensor_names(path)):
+            if index and places.pop(name, None) != path.name:
+                raise InputError(
+                    f"{index}: does not say that {name} lies in {path.name}; make or fetch it again"
+                )
+            if name.startswith("layers."):
+                raise InputError(f"{path}: {name} is of a model without a head; give a causal language model")
+    if places:
+        raise InputError(f"{index}: {min(places)} is not in {places[min(places)]}; make or fetch it again")

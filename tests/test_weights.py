@@ -86,7 +86,7 @@ def test_a_missing_weight_beside_experts_is_found(tiny_folder, tmp_path, family)
     folder = tmp_path / "with one more"
     shutil.copytree(base, folder)
     rewrite(folder, lambda tensors: tensors | {"model.layers.0.odd": torch.ones(2)})
-    with pytest.raises(InputError, match="odd is no part"):
+    with pytest.raises(InputError, match="odd is among its weights, but no part"):
         weights.check_weights(folder, read_config(model_ref(str(folder))))
 
 

@@ -46,11 +46,11 @@ from hopscotch_common.models import ModelRef
 from hopscotch_common.tokenization import check_copies, copy_tokenizer
 from hopscotch_common.weights import (
     INDEX_FILE,
+    check_names,
     check_tensors,
     check_weights,
     read_tensors,
     save_tensors,
-    stored_shapes,
     weight_files,
 )
 
@@ -288,11 +288,11 @@ def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
     """Config and scales [layers, width] of a checkpoint; InputError unless its weights are what they say."""
     config = checkpoint_config(folder)
     _, model_class = hopscotch_classes(config.model_type)
-    found = stored_shapes(folder)
+    check_names(folder)
     values = load_scales(folder, config)
     load_maps(folder)
     if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
-        check_tensors(folder, lambda: model_class(config), found)
+        check_tensors(folder, model_class, config)
     return config, values
 
 
