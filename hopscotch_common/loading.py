@@ -9,14 +9,25 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import families, files, scales
+from hopscotch_common import files, scales
 from hopscotch_common.errors import InputError, reason_of
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, family_classes
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, family_classes
 from hopscotch_common.models import ModelRef
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")  # have a causal head, too
+# What a model is that is no decoder-only language model, by the first group that holds its type.
+OTHER_KINDS = (
+    (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "a vision-language model"),
+    (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "a speech model"),
+    (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder-decoder model"),
+    (set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(ENCODERS), None),
+    (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "an encoder"),
+    (auto.MODEL_MAPPING_NAMES, "no language model"),
+)
 
 
 def read_config(ref: ModelRef, checkpoint: bool = False):
@@ -31,7 +42,7 @@ def read_config(ref: ModelRef, checkpoint: bool = False):
     stock_kind = kind.removeprefix(PREFIX)
     if kind != stock_kind and not checkpoint:
         raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
-    families.check_supported(stock_kind, ref.source)
+    check_supported(stock_kind, ref.source)
     if kind != stock_kind:
         config_class, model_class = hopscotch_classes(kind)
         AutoConfig.register(kind, config_class, exist_ok=True)
@@ -44,6 +55,24 @@ def read_config(ref: ModelRef, checkpoint: bool = False):
             f"{folder / 'config.json'}: describes no model ({reason_of(error)}); fetch the model again"
         ) from error
     return config
+
+
+def check_supported(model_type: str, where: object) -> None:
+    """Raise InputError, which says `where`, unless a `model_type` of transformers is in FAMILIES."""
+    if model_type in FAMILIES:
+        return
+    what, known = f"{where}: architecture {model_type!r} is", f"supported are {', '.join(FAMILIES)}"
+    if model_type in REFUSED:
+        raise InputError(f"{what} not supported: {REFUSED[model_type]}; give another model")
+    kinds = [kind for names, kind in OTHER_KINDS if model_type in names]
+    if kinds and kinds[0]:
+        raise InputError(
+            f"{what} {kinds[0]}; give a decoder-only language model, as its text generation needs: {known}"
+        )
+    raise InputError(
+        f"{what} not supported; {known}; give another model, or describe its decoder layer in FAMILIES "
+        "in hopscotch_common/modeling_hopscotch.py"
+    )
 
 
 def _check_config(config) -> None:
