@@ -18,6 +18,9 @@ from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, famil
 from hopscotch_common.models import ModelRef
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+# transformers checks the types of these, but not that they can be.
+LEAST = dict(num_hidden_layers=1, hidden_size=1, vocab_size=1, max_position_embeddings=1)
+LEAST |= dict(rms_norm_eps=0, sliding_window=0)
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")  # have a causal head, too
 # What a model is that is no decoder-only language model, by the first group that holds its type.
 OTHER_KINDS = (
@@ -77,15 +80,10 @@ def check_supported(model_type: str, where: object) -> None:
 
 def _check_config(config) -> None:
     """Raise ValueError for what transformers lets pass, and would only show when a model runs."""
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
+    for name, least in LEAST.items():
+        value = getattr(config, name, None)
+        if value is not None and not value >= least:
             raise ValueError(f"{name} is {value!r}")
-    if not getattr(config, "rms_norm_eps", 0) >= 0:
-        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps!r}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and (type(window) is not int or window < 0):
-        raise ValueError(f"sliding_window is {window!r}")
     known = set(ATTENTION_LAYER_TYPES)
     if FAMILIES[config.model_type.removeprefix(PREFIX)].recurrent is not None:
         known |= set(ALLOWED_LAYER_TYPES)
