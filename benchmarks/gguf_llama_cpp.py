@@ -30,7 +30,7 @@ import measuring
 import torch
 from measuring import row, title
 
-from hopscotch_common import checkpoints, embedded, models
+from hopscotch_common import checkpoints, models
 from hopscotch_common.cli import ArgumentParser, command, positive_int
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export.formats import export_checkpoint
@@ -49,7 +49,7 @@ PROMPTS = (
 
 def make_checkpoint(folder: Path, skipped: list[int], seed: int) -> None:
     """A checkpoint of the embedded model with random scales near 1."""
-    base = models.model_ref(embedded.NAME)
+    base = models.model_ref(models.EMBEDDED)
     layers = read_config(base).num_hidden_layers
     values = 1 + 0.05 * torch.randn(layers, 4, generator=torch.Generator().manual_seed(seed))
     values[skipped, 0] = 0
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = {"model": "given by --checkpoint", "threads": arguments.threads, "rounds": arguments.rounds}
     settings["num_tokens"] = arguments.num_tokens
     if arguments.checkpoint is None:
-        settings["model"] = f"{models.ALIASES[embedded.NAME]}, random scales, seed {arguments.seed}"
+        settings["model"] = f"{models.ALIASES[models.EMBEDDED]}, random scales, seed {arguments.seed}"
     busy = {"load_average_5_minutes": round(os.getloadavg()[1], 1)}  # of the measurements just made
     content = {"command": COMMAND, "machine": measuring.machine() | busy, "settings": settings}
     write_json(path, content | {"figures": figures})

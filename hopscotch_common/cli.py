@@ -180,75 +180,54 @@ def model(text: str) -> models.ModelRef:
 
 def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> None:
     """Add `--model`, and with `load` the flags of every script that loads one."""
-    parser.add_argument(
-        "--model",
-        type=model,
-        required=True,
-        help=f"{', '.join(models.ALIASES)} (smollm needs no hub), a Hugging Face id, a local folder, or "
-        "a GGUF file",
-    )
+    add = parser.add_argument
+    what = f"{', '.join(models.ALIASES)} (smollm needs no hub), a Hugging Face id, a folder, or a GGUF file"
+    add("--model", type=model, required=True, help=what)
     if not load:
         return
-    parser.add_argument(
+    add(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
         help="dtype of the frozen weights and activations; auto: the checkpoint's own. "
         "Scales are float32 always",
     )
-    parser.add_argument(
+    add(
         "--device",
         default="auto",
-        help="cpu, cuda, cuda:1, …; auto: a GPU if there is one; split: one model over all GPUs (device_map)",
+        help="cpu, cuda, cuda:1, …; auto: a GPU if there is one; split: over all GPUs",
     )
-    parser.add_argument(
-        "--attn_implementation",
-        choices=["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"],
-        default="auto",
-        help="attention kernel; auto: transformers' choice",
-    )
-    parser.add_argument(
-        "--seed", type=seed, default=TrainingOptions.seed, help="seed of data order and splits"
-    )
+    kernels = ["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+    add("--attn_implementation", choices=kernels, default="auto", help="auto: transformers' choice")
+    add("--seed", type=seed, default=TrainingOptions.seed, help="seed of data order and splits")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float) -> None:
     """Add the flags that search and scale training share; `training_options` reads them."""
-    group = parser.add_argument_group("training of the scales")
-    group.add_argument(
+    add = parser.add_argument_group("training of the scales").add_argument
+    add(
         "--loss",
         choices=list(MEASURES),
         default=TrainingOptions.loss,
         help="what to train on: ce, cross entropy on the answers' tokens; kl, the divergence from the "
         "original model's distribution at each of them",
     )
-    group.add_argument(
-        "--learning_rate", type=positive_float, default=learning_rate, help="Adam's learning rate"
-    )
-    group.add_argument(
-        "--batch_size",
-        type=positive_int,
-        default=TrainingOptions.batch_size,
-        help="answers per optimizer step",
-    )
-    group.add_argument(
+    add("--learning_rate", type=positive_float, default=learning_rate, help="Adam's learning rate")
+    add("--batch_size", type=positive_int, default=TrainingOptions.batch_size, help="answers per update")
+    add(
         "--max_tokens_per_batch",
         type=positive_int,
         help="most tokens that run at once, padding included: bounds memory, does not change the result "
         "(default: 512 on a CPU, what fits on a GPU, and at least the longest answer); what does not fit "
         "all the same is split",
     )
-    group.add_argument(
-        "--max_samples", type=positive_int, help="use the first so many answers (default: all)"
-    )
-    group.add_argument(
+    add("--max_samples", type=positive_int, help="use the first so many answers (default: all)")
+    add(
         "--gradient_checkpointing",
         action="store_true",
         help="recompute activations in the backward pass: less memory, about a third more time",
     )
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile each decoder layer; pays on long GPU runs"
-    )
+    add("--compile", action="store_true", help="torch.compile each decoder layer; pays on long GPU runs")
 
 
 def add_validation_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -257,21 +236,15 @@ def add_validation_argument(parser: argparse.ArgumentParser, purpose: str) -> No
         "--validation_split",
         type=fraction,
         default=0.0,
-        help=f"share of the answers held out to measure {purpose}, at least 0 and below 1",
+        help=f"share of answers held out to measure {purpose}",
     )
 
 
 def training_options(arguments: argparse.Namespace) -> TrainingOptions:
     """The options of `add_training_arguments`, with `--seed`."""
-    return TrainingOptions(
-        learning_rate=arguments.learning_rate,
-        batch_size=arguments.batch_size,
-        max_tokens_per_batch=arguments.max_tokens_per_batch,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        compile_layers=arguments.compile,
-        seed=arguments.seed,
-        loss=arguments.loss,
-    )
+    names = ("learning_rate", "batch_size", "max_tokens_per_batch", "gradient_checkpointing", "seed", "loss")
+    named_alike = {name: getattr(arguments, name) for name in names}
+    return TrainingOptions(compile_layers=arguments.compile, **named_alike)
 
 
 def flags_of_all(arguments: argparse.Namespace) -> dict:
@@ -284,13 +257,8 @@ def load_samples(arguments: argparse.Namespace, config) -> list:
     """The samples of `--data_path` that `add_training_arguments` leave, checked against a model's config."""
     from hopscotch_common.training import batches
 
-    return batches.load_samples(
-        arguments.data_path,
-        config.vocab_size,
-        models.context_length(config),
-        arguments.max_tokens_per_batch,
-        arguments.max_samples,
-    )
+    longest, limits = models.context_length(config), (arguments.max_tokens_per_batch, arguments.max_samples)
+    return batches.load_samples(arguments.data_path, config.vocab_size, longest, *limits)
 
 
 def add_replacement_argument(parser: argparse.ArgumentParser) -> None:
@@ -313,13 +281,8 @@ def check_rank(rank: int, config) -> None:
 
 def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--blocks_to_skip`; `blocks_from` reads it."""
-    parser.add_argument(
-        "--blocks_to_skip",
-        nargs="+",
-        required=True,
-        metavar="BLOCK",
-        help="attention blocks to skip: indices, or the path of a report of block_selection.py",
-    )
+    what = "attention blocks to skip: indices, or the path of a report of block_selection.py"
+    parser.add_argument("--blocks_to_skip", nargs="+", required=True, metavar="BLOCK", help=what)
 
 
 def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str) -> list[int]:

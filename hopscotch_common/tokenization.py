@@ -22,7 +22,7 @@ from hopscotch_common.modeling_hopscotch import PREFIX
 from hopscotch_common.models import ModelRef
 
 AS_IT_IS = (
-    "PreTrainedTokenizerFast"  # what TokenizersBackend was called before transformers 5, and still may be
+    "PreTrainedTokenizerFast"  # TokenizersBackend's name before transformers 5, which it still may have
 )
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PROBE = "In 2023, 650,841 apples;  two spaces,\ta tab\n\nand lines: naïve café, 你好 😀 don't x_1=3.14e-5 "
@@ -33,7 +33,14 @@ def load_tokenizer(ref: ModelRef):
 
     Raises InputError when it has no chat template: prompts and answers could not be told apart.
     """
-    tokenizer = _read(ref.folder(weights=False), ref.source)
+    folder = ref.folder(weights=False)
+    try:
+        tokenizer = read_tokenizer(folder, ref.source)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the libraries raise at a file that is broken or missing
+        reason = reason_of(error)
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason}); check its files") from error
     if not tokenizer.chat_template:
         raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
     if tokenizer.pad_token is None:
@@ -69,29 +76,27 @@ def read_tokenizer(folder: Path, source: str | None = None):
     return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
 
 
-def _read(folder: Path, source: str):
-    try:
-        return read_tokenizer(folder, source)
-    except InputError:
-        raise
-    except Exception as error:  # whatever the libraries raise at a file that is broken or missing
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({reason_of(error)}); check its files"
-        ) from error
-
-
 def probe(tokenizer) -> dict:
     """What tells tokenizers apart: a text with the special tokens, and its ids."""
     text = PROBE + " ".join(tokenizer.all_special_tokens)
     return {"text": text, "ids": tokenizer.encode(text)}
 
 
-def write_tokenizer(tokenizer, folder: Path, wanted: dict | None = None) -> dict:
-    """Write a tokenizer into a folder with a config.json, so that any reader takes it for the same.
+def copy_tokenizer(
+    source: Path, folder: Path, hub_id: str | None = None, wanted: dict | None = None
+) -> dict | None:
+    """Give `folder`, which has a config.json, the tokenizer of `source`, as any reader takes it for the same.
 
-    Returns its `probe`. wanted: the base's, where the tokenizer is a copy itself. Raises InputError, naming
-    the first token, where what is read back gives other ids or another text.
+    Returns its `probe`, None where `source` has no tokenizer. wanted: the base's, where `source` holds a copy
+    itself. Raises InputError, naming a token, where what is read back gives other ids or another text.
     """
+    try:
+        tokenizer = read_tokenizer(source, hub_id)
+    except Exception as error:
+        logger.warning(
+            "%s: has no tokenizer that can be loaded (%s); its files are copied", source, reason_of(error)
+        )
+        return None
     wanted = wanted or probe(tokenizer)
     try:
         tokenizer.save_pretrained(folder)
@@ -124,23 +129,6 @@ def check_tokens(folder: Path, wanted: dict, decoded: str | None = None) -> None
         raise InputError(
             f"{folder}: its tokenizer writes tokens otherwise than the base model's; make it again"
         )
-
-
-def copy_tokenizer(
-    source: Path, folder: Path, hub_id: str | None = None, wanted: dict | None = None
-) -> dict | None:
-    """Give `folder` the tokenizer of the model in `source`; its `probe`, None where `source` has none.
-
-    wanted: the `probe` that it must have. Raises InputError as `write_tokenizer`.
-    """
-    try:
-        tokenizer = read_tokenizer(source, hub_id)
-    except Exception as error:
-        logger.warning(
-            "%s: has no tokenizer that can be loaded (%s); its files are copied", source, reason_of(error)
-        )
-        return None
-    return write_tokenizer(tokenizer, folder, wanted)
 
 
 def check_copies(ref: ModelRef) -> None:

@@ -4,27 +4,34 @@
     vllm serve scaled_smollm_ckpts/smollm_scaled_epoch_2
 
 vLLM calls `register` in each of its processes. No code of a checkpoint runs: configs and models come
-from this project. What needs vLLM's model code stands in `vllm_model`, which vLLM imports once it
-is asked for a checkpoint.
+from this project. vLLM's own model code is imported once it asks for a checkpoint's class, and not before.
+
+The models stand on vLLM's Transformers backend, which builds the scaled base model of
+`modeling_hopscotch`, and puts its own linear layers, norms, experts and paged attention into it. It
+expects an attention block in every layer; here a skipped one has neither attention nor KV cache.
 """
 
-from transformers import AutoConfig, PreTrainedConfig
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from hopscotch_common.modeling_hopscotch import (
     CLASS_PREFIX,
     FAMILIES,
     PREFIX,
     RECURRENT_TYPES,
+    ScaledDecoderLayer,
     attention_blocks,
     attention_types,
+    family_classes,
     family_config,
     known_families,
     stock_names,
 )
 
-TESTED = "0.32."  # vllm_model is built on methods that vLLM may change in any release
+TESTED = "0.32."  # the models override methods that vLLM may change in any release
 MORE_THAN_LINEAR = {"phimoe": "router"}
-MODEL, EXPERTS_MODEL = (f"hopscotch_common.vllm_model:{name}" for name in ("Hopscotch", "HopscotchExperts"))
+# The models' classes: without experts, and with experts, which run in vLLM's fused kernels.
+BACKENDS = {"Hopscotch": "TransformersForCausalLM", "HopscotchExperts": "TransformersMoEForCausalLM"}
 
 
 def version_obstacle() -> str | None:
@@ -75,7 +82,7 @@ def register() -> None:
         # Where some layers are recurrent, experts are no modules that vLLM has a kernel for.
         experts = FAMILIES[name].recurrent is None and hasattr(config, "num_experts_per_tok")
         causal = CLASS_PREFIX + stock_names(name)[-1]
-        ModelRegistry.register_model(causal, EXPERTS_MODEL if experts else MODEL)
+        ModelRegistry.register_model(causal, f"{__name__}:Hopscotch{'Experts' if experts else ''}")
 
 
 def refusing_config(name: str, obstacle: str) -> type:
@@ -87,3 +94,73 @@ def refusing_config(name: str, obstacle: str) -> type:
     return type(
         "Refused", (PreTrainedConfig,), {"model_type": PREFIX + name, "from_dict": classmethod(from_dict)}
     )
+
+
+class AttentionWhereItIs:
+    """Mixin over the backend's causal LMs: skipped attention blocks, scales and scaled logits."""
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        config = vllm_config.model_config.hf_config
+        if obstacle := family_obstacle(config):
+            raise ValueError(f"{obstacle}; run the checkpoint with transformers")
+        config_class, base_class, _ = family_classes(config.model_type.removeprefix(PREFIX))
+        AutoModel.register(config_class, base_class, exist_ok=True)
+        config.in_vllm_plugin = True
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self.pp_group.is_last_rank:  # the backend knows a `logit_scale` only, and no Granite
+            self.logits_processor.scale /= getattr(config, "logits_scaling", None) or 1.0
+        if not self.pp_group.is_first_rank and hasattr(self.model, "embedding_multiplier"):
+            self.model.embedding_multiplier = 1.0  # what comes in has been multiplied on the first rank
+
+    def recursive_replace(self) -> None:
+        """Number attention blocks by their layers again, not by slots of transformers' cache."""
+        for module in self.model.modules():
+            plain = not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
+            assert plain, f"{type(module).__name__} belongs into MORE_THAN_LINEAR"
+        for index, layer in enumerate(self.model.layers):
+            if isinstance(layer, ScaledDecoderLayer) and not layer.skip_attention:  # else on another rank
+                getattr(layer, layer.family.attention).layer_idx = index
+        super().recursive_replace()
+
+    def _create_attention_instances(self, prefix: str = "") -> None:
+        """Give each attention block of this rank its vLLM attention, and with it its KV cache."""
+        from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
+        from vllm.model_executor.models.utils import maybe_prefix
+
+        layers = enumerate(self.model.layers)
+        present = {i for i, x in layers if isinstance(x, ScaledDecoderLayer) and not x.skip_attention}
+        if present != set(self.attention_fusers):
+            lost = sorted(present ^ set(self.attention_fusers))
+            raise ValueError(f"vLLM finds no attention, or one too many, in layers {lost}")
+        config, types = self.text_config, attention_types(self.text_config)
+        for index, (name, fuser) in self.attention_fusers.items():
+            module = self.get_submodule(name)
+            size = self.model_config.model_arch_config[index]
+            options = {}
+            if types[index] == "sliding_attention":
+                options["per_layer_sliding_window"] = config.sliding_window
+            if (sinks := fuser.sinks(module)) is not None:
+                options["sinks"] = sinks
+            scale = fuser.scale(module)
+            attention = Attention(
+                num_heads=self.model_config.get_num_attention_heads(self.parallel_config, size),
+                num_kv_heads=self.model_config.get_num_kv_heads(self.parallel_config, size),
+                head_size=size.head_size,
+                scale=size.head_size**-0.5 if scale is None else scale,
+                logits_soft_cap=getattr(config, "attn_logit_softcapping", None),
+                cache_config=self.cache_config,
+                quant_config=self.quant_config,
+                prefix=maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}"),
+                **options,
+            )
+            setattr(module, VLLM_ATTN_ATTR, attention)
+
+
+def __getattr__(name: str) -> type:
+    """A class of BACKENDS, over vLLM's own: made when vLLM asks for it."""
+    if name not in BACKENDS:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from vllm.model_executor.models import transformers as backend
+
+    return globals().setdefault(name, type(name, (AttentionWhereItIs, getattr(backend, BACKENDS[name])), {}))

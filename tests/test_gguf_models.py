@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -87,8 +88,7 @@ def test_the_unpacked_model_is_the_original(tmp_path, family, changes):
     prompt = [{"role": "user", "content": "the ö"}]
     ids = load_tokenizer(ref).apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
     assert ids[0] == 3 and 2 in ids and 260 in ids  # <|im_start|>, <|im_end|>, and the merged "th"
-    generation = json.loads((ref.folder() / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == 2
+    assert json.loads((ref.folder() / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_the_tokenizer_is_that_of_the_file(tmp_path):
@@ -108,9 +108,11 @@ def parts(tokenizer, text: str) -> list[str]:
     return [part for part, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "F16"])
-def test_quantised_weights_are_what_the_blocks_say(tmp_path, family, kind):
+@pytest.mark.parametrize("family, kind", [("llama", "Q4_0"), ("qwen2", "Q8_0"), ("llama", "F16")])
+def test_quantised_weights_are_what_the_blocks_say(tmp_path, monkeypatch, family, kind):
+    monkeypatch.setattr(
+        gguf_files, "DECODED_AT_ONCE", 1000
+    )  # a part of a matrix, and not the same in the last
     path = write_model(tiny(family), tmp_path / "q.gguf", kind)
     folder = exactly(path).folder()
     weights = load_file(folder / "model.safetensors")
@@ -120,12 +122,8 @@ def test_quantised_weights_are_what_the_blocks_say(tmp_path, family, kind):
         tensor = stored[f"blk.2.{name}.weight"]
         expected = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
         assert torch.equal(weights[f"model.layers.2.{key}.weight"], expected)
-    unquantised = AutoModelForCausalLM.from_pretrained(
-        tmp_path,
-        gguf_file="q.gguf",
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    options = dict(dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+    unquantised = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="q.gguf", **options)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(unquantised))
     in_16_bits = AutoModelForCausalLM.from_pretrained(model_ref(str(path)).folder())
     assert in_16_bits.dtype == torch.bfloat16
@@ -159,12 +157,8 @@ def test_dtype_float32_asks_for_exact_weights(tmp_path):
 def rope_divisors(rope) -> torch.Tensor:
     """rope_freqs.weight, spelt out: what each frequency of a head of 8 is divided by."""
     wavelengths = [2 * torch.pi * rope["rope_theta"] ** (i / 8) for i in range(0, 8, 2)]
-    context, low, high = (
-        rope["original_max_position_embeddings"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-    )
-    divisors = []
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    context, divisors = rope["original_max_position_embeddings"], []
     for wavelength in wavelengths:
         smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
         divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
@@ -185,28 +179,15 @@ def test_llama_3s_rotary_scaling_survives(tmp_path):
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (
-            {"rope_freqs.weight": torch.tensor([1.0, 2.0, 3.0, 5.0])},
-            "rope_freqs.weight are not those of Llama 3",
-        ),
+        ({"rope_freqs.weight": torch.tensor([1.0, 2.0, 3.0, 5.0])}, "weight are not those of Llama 3"),
         ({"rope_scaling_type": RopeScalingType.YARN}, "does not read its rotary scaling .yarn"),
-        ({"blk.1.attn_q.bias": torch.ones(32)}, "holds 56,384 weights, and transformers' LlamaForCausalLM"),
-        (
-            {"blk.1.ffn_up.weight": None},
-            "holds 54,304 weights, and transformers. LlamaForCausalLM of this config 56,352",
-        ),
-        (
-            {"blk.1.ffn_up.weight": torch.ones(16, 128)},
-            "model.layers.1.mlp.up_proj.weight is of another shape there",
-        ),
-        ({"architecture": "gptj"}, "transformers cannot read this GGUF file .*gptj is not supported yet"),
-        ({"architecture": "falcon"}, "architecture 'falcon' is not supported: attention and MLP stand"),
+        ({"blk.1.attn_q.bias": torch.ones(32)}, "holds 56,384 weights, and .* LlamaForCausalLM .* 56,352"),
+        ({"blk.1.ffn_up.weight": torch.ones(16, 128)}, "layers.1.mlp.up_proj.weight is of another shape"),
         ({"tokenizer_pre": "unheard-of"}, "splits text .tokenizer.ggml.pre: unheard-of. is not known"),
-        ({"template": ""}, "holds no chat template; give the GGUF of an instruction-tuned"),
-        ({"split.count": 2}, "one of several parts"),
     ],
 )
 def test_what_would_become_another_model_is_refused(tmp_path, cache, extra, message):
+    """The rest of what is refused is among the bad inputs."""
     path = write_model(tiny(), tmp_path / "bad.gguf", **extra)
     with pytest.raises(InputError, match=message) as caught:
         read_config(model_ref(str(path)))
@@ -243,12 +224,9 @@ def test_a_file_is_unpacked_once_and_another_is_never_taken_for_it(tmp_path, cac
     other = model_ref(str(write_model(tiny("qwen2"), tmp_path / "elsewhere" / "one.gguf"))).folder()
     path.unlink()
     replaced = model_ref(str(write_model(tiny("qwen3", head_dim=128), path))).folder()
-    kinds = [
-        json.loads((folder / "config.json").read_text())["model_type"] for folder in (first, other, replaced)
-    ]
-    assert kinds == ["llama", "qwen2", "qwen3"]
-    assert {folder.parent for folder in (first, other, replaced)} == {cache}
-    assert all(folder.name.startswith("one-") for folder in (first, other, replaced))
+    for folder, kind in ((first, "llama"), (other, "qwen2"), (replaced, "qwen3")):
+        assert json.loads((folder / "config.json").read_text())["model_type"] == kind
+        assert folder.parent == cache and folder.name.startswith("one-")
 
 
 def test_a_failure_on_the_way_leaves_nothing_and_the_next_run_starts_over(tmp_path, cache, monkeypatch):
@@ -274,8 +252,7 @@ def test_a_failure_on_the_way_leaves_nothing_and_the_next_run_starts_over(tmp_pa
 
 def test_two_at_once_unpack_it_once(tmp_path, cache, monkeypatch):
     path = write_model(tiny(), tmp_path / "one.gguf")
-    unpack, calls, folders, meet = gguf_files.unpack, [], [], threading.Barrier(2)
-    read = gguf_files.read_description
+    unpack, read, calls, meet = gguf_files.unpack, gguf_files.read_description, [], threading.Barrier(2)
 
     def counted(*arguments):
         calls.append(arguments)
@@ -287,12 +264,7 @@ def test_two_at_once_unpack_it_once(tmp_path, cache, monkeypatch):
 
     monkeypatch.setattr(gguf_files, "unpack", counted)
     monkeypatch.setattr(gguf_files, "read_description", both_there)
-    threads = [
-        threading.Thread(target=lambda: folders.append(model_ref(str(path)).folder())) for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == 1 and len(folders) == 2 and folders[0] == folders[1]
+    with ThreadPoolExecutor(2) as threads:
+        folders = list(threads.map(lambda _: model_ref(str(path)).folder(), range(2)))
+    assert len(calls) == 1 and folders[0] == folders[1]
     assert os.listdir(cache) == [folders[0].name]

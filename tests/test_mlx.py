@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hopscotch_common import checkpoints, embedded
+from hopscotch_common import checkpoints
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.modeling_hopscotch import REPLACEMENT_NAMES
 from hopscotch_common.models import ModelRef, model_ref
@@ -84,7 +84,7 @@ def runs(python, tiny_folder, tmp_path_factory) -> dict[str, tuple]:
     from transformers import AutoTokenizer
 
     root, expected, jobs = tmp_path_factory.mktemp("exports"), {}, {}
-    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
+    tokenizer = AutoTokenizer.from_pretrained(model_ref("smollm").folder())
     chat = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     for name, skipped in SKIPPED.items():

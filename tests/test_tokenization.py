@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -85,9 +86,12 @@ def write_base(folder, family: str, tokenizer: Tokenizer, name: str, weights: bo
     special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **more)
     wrapped.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
+    edit(folder / "tokenizer_config.json", tokenizer_class=name)
     return folder
+
+
+def edit(path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def says(folder) -> tuple[list[int], str]:
@@ -104,9 +108,8 @@ def test_a_checkpoint_reads_text_as_its_base(tmp_path, family, name, make):
     expected = says(base)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    (checkpoint / "config.json").write_text(
-        json.dumps(json.loads((base / "config.json").read_text()) | {"model_type": f"hopscotch_{family}"})
-    )
+    shutil.copyfile(base / "config.json", checkpoint / "config.json")
+    edit(checkpoint / "config.json", model_type=f"hopscotch_{family}")
     tokenization.copy_tokenizer(base, checkpoint)
     assert says(checkpoint) == expected
     for folder in (base, checkpoint):
@@ -114,9 +117,7 @@ def test_a_checkpoint_reads_text_as_its_base(tmp_path, family, name, make):
         assert (tokenizer.encode(TEXT), tokenizer.decode(expected[0])) == expected
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [("granite", "GPT2Tokenizer"), ("mistral", "LlamaTokenizerFast")]
-)
+@pytest.mark.parametrize("family, name", [("granite", "GPT2Tokenizer"), ("mistral", "LlamaTokenizerFast")])
 def test_so_do_its_exports_and_vllm(tmp_path, family, name):
     base = write_base(tmp_path / "base", family, digits_apart(), name, chat_template="{{ messages }}")
     values = torch.ones(4, 4)
@@ -127,9 +128,7 @@ def test_so_do_its_exports_and_vllm(tmp_path, family, name):
     folders = [tmp_path / "checkpoint", tmp_path / "folded", tmp_path / "nemotron_nas"]
     for folder in folders:
         assert says(folder) == says(base)
-        assert (
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template == "{{ messages }}"
-        )
+        assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
     if importlib.util.find_spec("vllm") is not None:
         program = (
             "import json, sys\n"
@@ -146,8 +145,7 @@ def test_an_older_checkpoint_is_still_read_as_its_base(tmp_path):
     """One whose files are the base's, with a class that transformers takes from them."""
     base = write_base(tmp_path / "base", "granite", digits_apart(), "GPT2Tokenizer")
     expected = says(base)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "hopscotch_granite"}))
+    edit(base / "config.json", model_type="hopscotch_granite")
     assert says(base) != expected  # what transformers makes of it by itself
     assert tokenization.read_tokenizer(base).encode(TEXT) == expected[0]
 
@@ -156,8 +154,7 @@ def test_verify_finds_another_tokenizer(tmp_path):
     base = write_base(tmp_path / "base", "granite", digits_apart(), "GPT2Tokenizer")
     checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(base)), [1], torch.ones(4, 4), {})
     verify(tmp_path / "c")
-    path = tmp_path / "c" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    edit(tmp_path / "c" / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     with pytest.raises(InputError, match="reads text otherwise than the base model's: token"):
         verify(tmp_path / "c")
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from hopscotch_common import checkpoints, embedded
+from hopscotch_common import checkpoints
 from hopscotch_common.export.formats import FORMATS, export_checkpoint
 from hopscotch_common.models import ModelRef, model_ref
 
@@ -87,7 +87,7 @@ def runs(tmp_path_factory, tiny_folder):
     from transformers import AutoTokenizer
 
     root = tmp_path_factory.mktemp("vllm")
-    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
+    tokenizer = AutoTokenizer.from_pretrained(model_ref("smollm").folder())
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
         for text in PROMPTS

@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT
 
-from hopscotch_common import checkpoints, embedded, modeling_hopscotch, scales, vllm_plugin
+from hopscotch_common import checkpoints, modeling_hopscotch, scales, vllm_plugin
 from hopscotch_common.models import ModelRef, model_ref
 
 pytestmark = [
@@ -259,7 +259,7 @@ def smollm(tmp_path_factory) -> Path:
 def chat() -> list[int]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
+    tokenizer = AutoTokenizer.from_pretrained(model_ref("smollm").folder())
     messages = [{"role": "user", "content": QUESTION}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
@@ -405,7 +405,7 @@ def client(smollm, environment, tmp_path_factory):
 def test_a_client_chats_with_the_server(client, smollm, chat):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded.folder())
+    tokenizer = AutoTokenizer.from_pretrained(model_ref("smollm").folder())
     expected = tokenizer.decode(greedy(smollm, [chat])[0][0], skip_special_tokens=True)
     options = dict(
         model=str(smollm),

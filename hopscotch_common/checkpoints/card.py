@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from hopscotch_common import embedded, scales
+from hopscotch_common import scales
 from hopscotch_common.errors import logger, reason_of
 from hopscotch_common.modeling_hopscotch import attention_blocks
-from hopscotch_common.models import ModelRef
+from hopscotch_common.models import EMBEDDED_LICENCE, ModelRef
 
 CARD_FILE = "README.md"
 LICENCE_FIELDS = ("license", "license_name", "license_link", "language")
@@ -174,7 +174,7 @@ def origin_of(base: ModelRef) -> dict:
     """
     found = {"base_model": base.hub_id} if base.hub_id else {}
     if base.embedded:
-        return found | {"license": embedded.LICENCE}
+        return found | {"license": EMBEDDED_LICENCE}
     if Path(base.source).is_file():
         from hopscotch_common.gguf_files import open_gguf, value_of
 

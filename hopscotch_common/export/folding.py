@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from hopscotch_common.errors import InputError
-from hopscotch_common.families import check_supported
+from hopscotch_common.loading import check_supported
 from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, SCALE_NAMES, Family
 from hopscotch_common.scales import columns
 
