@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
+from transformers import DataCollatorWithFlattening
 
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_jsonl
@@ -168,8 +170,8 @@ class Minibatch:
 
     @staticmethod
     def of(samples: Sequence[Sample], layout: Layout, prefix_length: int = 0) -> "Minibatch":
-        """The tensors of some samples, by instructlab-training's collate functions."""
-        from instructlab.training.sampler import mb_collate_fn, padded_mb_collate_fn
+        """The tensors of some samples, by transformers' and instructlab-training's collate functions."""
+        from instructlab.training.sampler import padded_mb_collate_fn
 
         items = [
             {
@@ -179,17 +181,16 @@ class Minibatch:
             }
             for sample in samples
         ]
-        if layout.packed:
-            item = mb_collate_fn(items, None)
-            inputs = {"input_ids": item["input_ids"], "position_ids": item["position_ids"]}
-            inputs |= _borders([len(item["input_ids"]) for item in items])
+        if layout.packed:  # without the borders, transformers looks for them in every layer
+            inputs = dict(DataCollatorWithFlattening(return_flash_attn_kwargs=True)(items))
+            labels = inputs.pop("labels")
         else:
             item = padded_mb_collate_fn(items, None, layout.pad_token_id)
-            inputs = {"input_ids": item["input_ids"]}
+            inputs, labels = {"input_ids": item["input_ids"]}, item["labels"]
             if not bool(item["attention_mask"].all()):  # else the kernel's own causal mask is faster
                 inputs["attention_mask"] = item["attention_mask"]
-        next_labels = torch.full_like(item["labels"], IGNORE_INDEX)
-        next_labels[:, :-1] = item["labels"][:, 1:]  # a packed sample's first label is -100: none crosses
+        next_labels = torch.full_like(labels, IGNORE_INDEX)
+        next_labels[:, :-1] = labels[:, 1:]  # a packed sample's first label is -100: none crosses
         next_labels = next_labels.flatten()
         predicting = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
         return Minibatch(tuple(samples), prefix_length, layout, inputs, predicting, next_labels[predicting])
@@ -217,32 +218,12 @@ class Minibatch:
 
     def to(self, device) -> "Minibatch":
         """On a device; with CUDA the copies do not wait for the work that is queued there."""
-
-        def move(value):
-            if not isinstance(value, torch.Tensor):
-                return value
-            if torch.device(device).type == "cuda":
-                return value.pin_memory().to(device, non_blocking=True)
-            return value.to(device)
-
-        return dataclasses.replace(
-            self,
-            inputs={name: move(value) for name, value in self.inputs.items()},
-            predicting=move(self.predicting),
-            targets=move(self.targets),
-        )
-
-
-def _borders(lengths: list[int]) -> dict:
-    """Where packed samples begin and end; without it, transformers looks for them in every layer."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    longest = max(lengths)
-    return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+        tensors = (self.inputs, self.predicting, self.targets)
+        is_cuda = torch.device(device).type == "cuda"
+        if is_cuda:
+            tensors = recursively_apply(torch.Tensor.pin_memory, tensors)
+        inputs, predicting, targets = send_to_device(tensors, device, non_blocking=is_cuda)
+        return dataclasses.replace(self, inputs=inputs, predicting=predicting, targets=targets)
 
 
 @dataclass(frozen=True)
