@@ -67,139 +67,171 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export_target(output_dir: Path, name: str) -> Path:
-    return output_dir / f"{name}_scaled"
+@cli.command
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    arguments.output_dir = arguments.output_dir or Path(f"scaled_{arguments.model.name}_ckpts")
+
+    from hopscotch_common.training.distributed import join_processes
+
+    blocks, samples = checked(arguments)
+    settings = run_settings(arguments, blocks, samples)
+    cli.seed_everything(arguments.seed)
+    with join_processes(arguments.device) as processes:
+        processes.check_alike(cli.flags_of_all(arguments) | settings | {"model": None})
+        with files.locked(report_path(arguments)) if processes.rank == 0 else contextlib.nullcontext():
+            runs = train(arguments, blocks, samples, settings, processes)
+            if processes.rank == 0:
+                report = final_report(arguments, runs)
+                files.write_json(report_path(arguments), report)  # before an export, which may be refused
+                print_held_out(report)
+                export(arguments, report)
+    return 0
 
 
-def run_settings(arguments: argparse.Namespace, blocks: list[int], weights: str, data: str) -> dict:
-    """What a run's results depend on, and `--resume` demands again. weights, data: fingerprints.
+def report_path(arguments: argparse.Namespace) -> Path:
+    return arguments.output_dir / "report.json"
+
+
+def export_target(arguments: argparse.Namespace) -> Path:
+    return arguments.output_dir / f"{arguments.model.name}_scaled"
+
+
+def checked(arguments: argparse.Namespace) -> tuple[list[int], list]:
+    """(blocks to skip, samples), after all that can be refused before a model is loaded."""
+    from hopscotch_common import checkpoints, weights
+    from hopscotch_common.export.formats import check_exports
+    from hopscotch_common.loading import read_config
+    from hopscotch_common.training.distributed import check_launch
+
+    config = read_config(arguments.model)
+    blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
+    cli.check_rank(arguments.replacement_rank, config)
+    files.check_writable(arguments.output_dir)
+    inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
+    files.check_output(report_path(arguments), "--output_dir", inputs)
+    check_launch(arguments.device)
+    weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
+    checkpoints.check_base(arguments.model, config)
+    samples = cli.load_samples(arguments, config)
+    check_exports(arguments.export, config, export_target(arguments), arguments.replacement_rank)
+    for epoch in range(arguments.num_epochs):
+        folder = checkpoints.epoch_folder(arguments.output_dir, arguments.model.name, epoch)
+        checkpoints.check_replaceable(folder)
+    return blocks, samples
+
+
+def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list) -> dict:
+    """What a run's results depend on, and `--resume` demands again.
 
     Not the learning rate: it is what to change where training diverged. Each epoch records its own.
     """
+    from hopscotch_common import weights
+    from hopscotch_common.training import batches
+
     names = ("seed", "batch_size", "validation_split", "dtype", "quantization", "granularity", "loss")
     return {
         "model": arguments.model.source,
-        "weights": weights,
-        "data": data,
+        "weights": weights.fingerprint(arguments.model.folder()),
+        "data": batches.fingerprint(samples),
         "blocks_to_skip": sorted(blocks),
         "replacement_rank": arguments.replacement_rank or None,
         **{name: getattr(arguments, name) for name in names},
     }
 
 
-@cli.command
-def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    name = arguments.model.name
-    output_dir = arguments.output_dir or Path(f"scaled_{name}_ckpts")
+def train(
+    arguments: argparse.Namespace, blocks: list[int], samples: list, settings: dict, processes
+) -> list[dict]:
+    """Train epoch after epoch, or go on after the last that is there; what each of them recorded."""
+    from hopscotch_common import scales
+    from hopscotch_common.loading import load_model
+    from hopscotch_common.training.batches import split_samples
+    from hopscotch_common.training.trainer import EpochTraining, prepare_model
 
-    from hopscotch_common import checkpoints, scales, weights
-    from hopscotch_common.export.formats import check_exports, run_exports
-    from hopscotch_common.loading import load_model, read_config
-    from hopscotch_common.training import batches
-    from hopscotch_common.training.distributed import check_launch, join_processes
-    from hopscotch_common.training.epochs import EpochTraining
-    from hopscotch_common.training.trainer import ScaleState, prepare_model
-
-    config = read_config(arguments.model)
-    blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
-    cli.check_rank(arguments.replacement_rank, config)
-    files.check_writable(output_dir)
-    inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
-    files.check_output(output_dir / "report.json", "--output_dir", inputs)
-
-    check_launch(arguments.device)
-    weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
-    checkpoints.check_base(arguments.model, config)
-    samples = cli.load_samples(arguments, config)
-    training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
-    check_exports(arguments.export, config, export_target(output_dir, name), arguments.replacement_rank)
-    for epoch in range(arguments.num_epochs):
-        checkpoints.check_replaceable(checkpoints.epoch_folder(output_dir, name, epoch))
-    settings = run_settings(
-        arguments, blocks, weights.fingerprint(arguments.model.folder()), batches.fingerprint(samples)
+    before = epochs_before(arguments, settings) if processes.rank == 0 else None
+    runs, state = processes.gather(before)[0]  # only rank 0's disk is sure to hold the epochs
+    model = load_model(
+        arguments.model,
+        arguments.dtype,
+        arguments.device,
+        arguments.attn_implementation,
+        arguments.quantization,
+        arguments.granularity,
+        arguments.replacement_rank,
     )
-    cli.seed_everything(arguments.seed)
-    with contextlib.ExitStack() as resources:
-        processes = resources.enter_context(join_processes(arguments.device))
-        processes.check_alike(cli.flags_of_all(arguments) | settings | {"model": None})
-        runs, before = [], None
+    options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=MAP_LEARNING_RATE)
+    prepare_model(model, options)
+    parts = split_samples(samples, arguments.validation_split, arguments.seed)
+    trained = EpochTraining(model, blocks, *parts, options, processes.group(1))
+    if arguments.replacement_rank and not runs:
+        trained.fit_maps()
+    if runs:
+        baselines = runs[-1]["held_out"]
+    else:
+        baselines = {name: plain(figures) for name, figures in trained.baselines().items()}
+    trained.start(state)
+    logger.info(
+        "%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)",
+        *(*scales.count_parameters(model), blocks, processes.count),
+    )
+    for number in range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs):
+        epoch = trained.epoch(number)
+        run = {
+            "epoch": number,
+            "base_model": arguments.model.source,
+            "skipped_attention_blocks": sorted(blocks),
+            "learning_rate": options.learning_rate,
+            "learning_rates": [*(runs[-1]["learning_rates"] if runs else ()), options.learning_rate],
+            "loss": epoch.loss,
+            "batch_losses": epoch.losses,
+            "held_out": baselines | {"scaled": plain(epoch.held_out)},
+            "settings": settings,
+        } | describe_run(vars(arguments))
         if processes.rank == 0:
-            resources.enter_context(files.locked(output_dir / "report.json"))
-            if arguments.resume:
-                runs = checkpoints.resumable_epochs(output_dir, name, settings)
-            if runs:
-                last = checkpoints.epoch_folder(output_dir, name, runs[-1]["epoch"])
-                state = checkpoints.load_training_state(last)
-                before = ScaleState(state.pop("scale_state"), state)
-        runs, before = processes.gather((runs, before))[0]  # only rank 0's disk is sure to hold the epochs
-        model = load_model(
-            arguments.model,
-            arguments.dtype,
-            arguments.device,
-            arguments.attn_implementation,
-            arguments.quantization,
-            arguments.granularity,
-            arguments.replacement_rank,
-        )
-        options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=MAP_LEARNING_RATE)
-        prepare_model(model, options)
-        trained = EpochTraining(model, blocks, training, held_out, options, processes.group(1), cli.progress)
-        if arguments.replacement_rank and not runs:
-            trained.fit_maps()
-        if runs:
-            baselines = runs[-1]["held_out"]
-        else:
-            baselines = {name: plain(figures) for name, figures in trained.baselines().items()}
-        trained.start(before)
-        logger.info(
-            "%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)",
-            *scales.count_parameters(model),
-            blocks,
-            processes.count,
-        )
-        for number in range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs):
-            epoch = trained.epoch(number)
-            run = {
-                "epoch": number,
-                "base_model": arguments.model.source,
-                "skipped_attention_blocks": sorted(blocks),
-                "learning_rate": options.learning_rate,
-                "learning_rates": [*(runs[-1]["learning_rates"] if runs else ()), options.learning_rate],
-                "loss": epoch.loss,
-                "batch_losses": epoch.losses,
-                "held_out": baselines | {"scaled": plain(epoch.held_out)},
-                "settings": settings,
-            } | describe_run(vars(arguments))
-            if processes.rank == 0:
-                earlier = [checkpoints.epoch_folder(output_dir, name, run["epoch"]) for run in runs]
-                checkpoints.save_checkpoint(
-                    checkpoints.epoch_folder(output_dir, name, number),
-                    arguments.model,
-                    blocks,
-                    epoch.values,
-                    run,
-                    {"scale_state": epoch.state.tensors} | epoch.state.maps,
-                    share_with=next((folder for folder in reversed(earlier) if folder.is_dir()), None),
-                    maps=epoch.maps,
-                )
-                scaled = run["held_out"]["scaled"]
-                tail = f", held-out {scaled[MEASURES[options.loss]]:.4f}" if scaled else ""
-                cli.result(f"Epoch {number}: loss {epoch.loss:.4f}{tail}")
-            runs.append(run)
-        if processes.rank == 0:
-            report = final_report(arguments, runs)
-            files.write_json(output_dir / "report.json", report)  # before an export, which may be refused
-            print_held_out(report)
-            if arguments.export:
-                folder = checkpoints.epoch_folder(output_dir, name, report["best_epoch"])
-                report["exports"] = run_exports(
-                    arguments.export, folder, export_target(output_dir, name), arguments.device
-                )
-                files.write_json(output_dir / "report.json", report)
-                for kind, exported in report["exports"].items():
-                    cli.result(f"Exported {kind}: {exported['folder']}")
-    return 0
+            save_epoch(arguments, blocks, run, runs, epoch.state)
+        runs.append(run)
+    return runs
+
+
+def epochs_before(arguments: argparse.Namespace, settings: dict) -> tuple[list[dict], object | None]:
+    """(what the epochs to go on from recorded, the `ScaleState` after the last), of `--resume`."""
+    from hopscotch_common import checkpoints
+    from hopscotch_common.training.trainer import ScaleState
+
+    name, runs = arguments.model.name, []
+    if arguments.resume:
+        runs = checkpoints.resumable_epochs(arguments.output_dir, name, settings)
+    if not runs:
+        return [], None
+    last = checkpoints.epoch_folder(arguments.output_dir, name, runs[-1]["epoch"])
+    state = checkpoints.load_training_state(last)
+    return runs, ScaleState(state.pop("scale_state"), state)
+
+
+def save_epoch(
+    arguments: argparse.Namespace, blocks: list[int], run: dict, before: list[dict], state
+) -> None:
+    """Write an epoch's checkpoint, which shares the base weights with those before, and print its loss."""
+    from hopscotch_common import checkpoints
+
+    folder, *earlier = [
+        checkpoints.epoch_folder(arguments.output_dir, arguments.model.name, each["epoch"])
+        for each in (run, *reversed(before))
+    ]
+    checkpoints.save_checkpoint(
+        folder,
+        arguments.model,
+        blocks,
+        state.tensors[0],
+        run,
+        {"scale_state": state.tensors} | state.maps,
+        share_with=next(filter(Path.is_dir, earlier), None),
+        maps={key: rows[0] for key, rows in state.maps.items()},
+    )
+    scaled = run["held_out"]["scaled"]
+    tail = f", held-out {scaled[MEASURES[arguments.loss]]:.4f}" if scaled else ""
+    cli.result(f"Epoch {run['epoch']}: loss {run['loss']:.4f}{tail}")
 
 
 def final_report(arguments: argparse.Namespace, runs: list[dict]) -> dict:
@@ -228,6 +260,20 @@ def print_held_out(report: dict) -> None:
     for measure, title in (("cross_entropy", "loss"), ("kl", "KL"), ("agreement", "agreement")):
         figures = [f"{name} {held_out[name][measure]:.4f}" for name in ("original", "unscaled", "scaled")]
         cli.result(f"Held-out {title}: {', '.join(figures)} (epoch {report['best_epoch']})")
+
+
+def export(arguments: argparse.Namespace, report: dict) -> None:
+    """Export the best epoch as `--export` says, and add it to the report."""
+    from hopscotch_common import checkpoints
+    from hopscotch_common.export.formats import run_exports
+
+    if not arguments.export:
+        return
+    best = checkpoints.epoch_folder(arguments.output_dir, arguments.model.name, report["best_epoch"])
+    report["exports"] = run_exports(arguments.export, best, export_target(arguments), arguments.device)
+    files.write_json(report_path(arguments), report)
+    for kind, exported in report["exports"].items():
+        cli.result(f"Exported {kind}: {exported['folder']}")
 
 
 if __name__ == "__main__":

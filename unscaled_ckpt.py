@@ -40,7 +40,7 @@ def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dic
     from hopscotch_common import models, scales
     from hopscotch_common.loading import load_model
     from hopscotch_common.training import TrainingOptions, batches
-    from hopscotch_common.training.epochs import EpochTraining
+    from hopscotch_common.training.trainer import EpochTraining
 
     samples = batches.load_samples(arguments.data_path, config.vocab_size, models.context_length(config))
     cli.seed_everything(arguments.seed)
@@ -51,7 +51,7 @@ def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dic
         arguments.attn_implementation,
         replacement_rank=arguments.replacement_rank,
     )
-    EpochTraining(model, blocks, samples, [], TrainingOptions(0.0), bar=cli.progress).fit_maps()
+    EpochTraining(model, blocks, samples, [], TrainingOptions(0.0)).fit_maps()
     scales.reset(model, blocks)
     return scales.maps_of(model)
 

@@ -38,10 +38,8 @@ from hopscotch_common import scales
 from hopscotch_common.search.distances import stream_distances
 from hopscotch_common.search.schedule import SCREENING_COST
 from hopscotch_common.search.screening import untrained_losses
-from hopscotch_common.training.batches import Batch, Sample
-from hopscotch_common.training.loss import summed_loss
-from hopscotch_common.training.memory import MinibatchRunner
-from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.batches import Batch, MinibatchRunner, Sample
+from hopscotch_common.training.loss import Originals, summed_loss
 from hopscotch_common.training.trainer import EpochBatches
 
 RANDOM = [f"random-{seed}" for seed in range(5)]

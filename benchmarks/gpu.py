@@ -34,12 +34,10 @@ from hopscotch_common.recomputation import saved_bytes
 from hopscotch_common.scales import freeze_base
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.batches import IGNORE_INDEX, Sample
-from hopscotch_common.training.loss import summed_loss
-from hopscotch_common.training.memory import MinibatchRunner, free_bytes
-from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.batches import IGNORE_INDEX, MinibatchRunner, Sample
+from hopscotch_common.training.loss import Originals, summed_loss
 from hopscotch_common.training.replacement import collect, solve
-from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, prepare_model
+from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, free_bytes, prepare_model
 
 LEARNING_RATE = 1e-2
 CANDIDATE = 4  # the block that is skipped where one candidate stands for all

@@ -27,7 +27,7 @@ from hopscotch_common import cli
 from hopscotch_common.loading import load_model
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Sample, load_samples
-from hopscotch_common.training.epochs import EpochTraining
+from hopscotch_common.training.trainer import EpochTraining
 
 SETTING = re.compile(r"(layer|channel)-(ce|kl)(?:-rank(\d+))?(?:-lr([\d.]+))?(-decay)?")
 
@@ -105,7 +105,7 @@ def study(
 ) -> dict:
     """Held-out figures of the original model, of the skips (with maps as fitted), and after each epoch."""
     options = setting.options(batch_size)
-    trained = EpochTraining(model, blocks, training, held_out, options, bar=cli.progress)
+    trained = EpochTraining(model, blocks, training, held_out, options)
     if setting.rank:
         trained.fit_maps()
     figures = {which: dataclasses.asdict(found) for which, found in trained.baselines().items()}

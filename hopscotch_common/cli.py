@@ -16,8 +16,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from hopscotch_common import files, models
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.training import MEASURES, TrainingOptions
@@ -131,19 +129,6 @@ def seed_everything(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
-
-
-@contextlib.contextmanager
-def progress(total: int, what: str):
-    """A bar on stderr with an ETA, from rank 0; `.update_loss(loss)` steps it and shows the loss."""
-
-    class Bar(tqdm):
-        def update_loss(self, loss: float) -> None:
-            self.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self.update()
-
-    with Bar(total=total, desc=what, unit="batch", disable=not is_main_process(), dynamic_ncols=True) as bar:
-        yield bar
 
 
 def number(kind: type, condition: Callable[[float], bool], needed: str) -> Callable[[str], float]:

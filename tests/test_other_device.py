@@ -19,11 +19,10 @@ from hopscotch_common.models import model_ref
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.schedule import COSINE, FULL, UNTRAINED, Candidate, Schedule
 from hopscotch_common.search.search import Search
-from hopscotch_common.training import TrainingOptions, loss, memory
+from hopscotch_common.training import TrainingOptions, loss, trainer
 from hopscotch_common.training.batches import Layout, Sample
 from hopscotch_common.training.distributed import Group
-from hopscotch_common.training.epochs import EpochTraining
-from hopscotch_common.training.trainer import ScaleState, prepare_model
+from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
 
 SEARCHES = {"full": FULL, "race": Schedule(1, 3.0, 0.5), "untrained": UNTRAINED, "cosine": COSINE}
 
@@ -115,15 +114,15 @@ def test_training_and_going_on(on_both, tiny_folder, granularity, rank, checkpoi
         first = trained.epoch(0)
         trained.start(ScaleState(first.state.tensors, first.state.maps))
         second = trained.epoch(1)
-        return figures + [vars(second.held_out)], second.values, second.maps
+        return figures + [vars(second.held_out)], second.state
 
     near, far = on_both(work)
     for ours, theirs in zip(far[0], near[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    torch.testing.assert_close(far[1], near[1], rtol=1e-4, atol=1e-5)
-    for key, ours in far[2].items():
+    torch.testing.assert_close(far[1].tensors[0], near[1].tensors[0], rtol=1e-4, atol=1e-5)
+    for key, ours in far[1].maps.items():
         assert is_on_cpu(ours)  # as what is saved does
-        torch.testing.assert_close(ours, near[2][key], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours[0], near[1].maps[key][0], rtol=1e-3, atol=1e-5)
 
 
 def test_generation(on_both, tiny_folder):
@@ -144,7 +143,7 @@ def test_what_is_left_on_the_cpu_is_found(tiny_folder, monkeypatch):
     model = load_model(model_ref(str(tiny_folder("llama"))), device="cpu")
     options = TrainingOptions(1e-2, 3)
     counted = loss._counted
-    monkeypatch.setattr(loss, "_counted", lambda *given: counted(*given).cpu())
+    monkeypatch.setattr(loss, "_counted", lambda *given: [tensor.cpu() for tensor in counted(*given)])
     with two_devices(), pytest.raises(MixedDevices, match="aten"):
         CandidateTrainer(to_far(model), random_samples(3), options).train([], Candidate(1), 1, Group(), print)
 
@@ -167,7 +166,7 @@ class FakeMemory:
         for name in ("mem_get_info", "memory_reserved", "memory_allocated", "max_memory_allocated"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-        monkeypatch.setattr(memory, "gpus_of", lambda model: set(gpus))
+        monkeypatch.setattr(trainer, "gpus_of", lambda model: set(gpus))
 
     def mem_get_info(self, device) -> tuple[int, int]:
         return self.gpus[device][0], 10**9
@@ -179,7 +178,7 @@ class FakeMemory:
         return 300
 
     def max_memory_allocated(self, device) -> int:
-        return 300 + self.gpus[device][1] * memory.PROBE_TOKENS
+        return 300 + self.gpus[device][1] * trainer.PROBE_TOKENS
 
 
 def test_a_gpus_token_budget(tiny_folder, monkeypatch):
@@ -187,14 +186,14 @@ def test_a_gpus_token_budget(tiny_folder, monkeypatch):
     model, samples = loaded(tiny_folder("llama", max_position_embeddings=2048), stay), random_samples(3)
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     FakeMemory(monkeypatch, {first: (10**6, 100), second: (4 * 10**5, 50)})
-    assert memory.token_budget(model, samples, Layout(), None) == int(0.8 * (4 * 10**5 + 400) / 50)
-    assert memory.token_budget(model, samples, Layout(), 33) == 33
+    assert trainer.token_budget(model, samples, Layout(), None) == int(0.8 * (4 * 10**5 + 400) / 50)
+    assert trainer.token_budget(model, samples, Layout(), 33) == 33
     FakeMemory(monkeypatch, {first: (100, 100)})
-    assert memory.token_budget(model, samples, Layout(), None) == max(map(len, samples))
+    assert trainer.token_budget(model, samples, Layout(), None) == max(map(len, samples))
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(memory, "summed_loss", full)
+    monkeypatch.setattr(trainer, "summed_loss", full)
     with pytest.raises(TrainingError, match="out of memory in a training step of 1024 tokens"):
-        memory.token_budget(model, samples, Layout(), None)
+        trainer.token_budget(model, samples, Layout(), None)

@@ -20,7 +20,7 @@ from hopscotch_common import scales
 from hopscotch_common.export.folding import Folding, fold_factors
 from hopscotch_common.loading import hopscotch_classes, hopscotch_config
 from hopscotch_common.training.batches import IGNORE_INDEX, Layout, Sample
-from hopscotch_common.training.trainer import evaluate
+from hopscotch_common.training.loss import evaluate
 
 VOCABULARY = 300
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.05}  # nats a token

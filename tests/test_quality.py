@@ -25,8 +25,12 @@ from hopscotch_common.loading import load_model  # noqa: E402
 from hopscotch_common.models import model_ref  # noqa: E402
 from hopscotch_common.training import TrainingOptions  # noqa: E402
 from hopscotch_common.training.batches import IGNORE_INDEX, Sample, load_samples  # noqa: E402
-from hopscotch_common.training.epochs import EpochTraining  # noqa: E402
-from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, evaluate  # noqa: E402
+from hopscotch_common.training.loss import evaluate
+from hopscotch_common.training.trainer import (  # noqa: E402
+    EpochBatches,
+    EpochTraining,  # noqa: E402
+    ScaleTrainer,
+)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ from hopscotch_common.search.picks import Picks
 from hopscotch_common.search.schedule import Candidate, Schedule
 from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.trainer import HeldOut, ScaleState
+from hopscotch_common.training.loss import HeldOut
+from hopscotch_common.training.trainer import ScaleState
 
 
 @dataclasses.dataclass

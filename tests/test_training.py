@@ -19,11 +19,10 @@ from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, InputError, TrainingError
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
-from hopscotch_common.training import TrainingOptions, originals, trainer
+from hopscotch_common.training import TrainingOptions, trainer
 from hopscotch_common.training import batches as data
 from hopscotch_common.training.batches import Batch, Layout, Sample
-from hopscotch_common.training.loss import LOGIT_ROWS, HeadLoss, summed_loss
-from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.loss import LOGIT_ROWS, HeadLoss, Originals, summed_loss
 from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer, evaluate, prepare_model
 
 
@@ -312,7 +311,7 @@ def test_original_states_that_are_kept_are_not_computed_again(tiny_folder, monke
     runs = []
     hook = model.model.register_forward_hook(lambda *_: runs.append(1))
     for kept_bytes, runs_a_minibatch in ((2**30, 1), (10, 2)):
-        monkeypatch.setattr(originals, "KEPT_BYTES", kept_bytes)
+        monkeypatch.setattr("hopscotch_common.training.loss.KEPT_BYTES", kept_bytes)
         kept = Originals(model)
         kept.keep(make_batches(samples, 4, 100, shuffle=False))
         trainer = ScaleTrainer(model, 1e-2, [1], originals=kept)
@@ -614,7 +613,7 @@ def test_bad_samples_are_refused_with_their_line(tmp_path, record, message):
 def test_batches_are_divided_by_the_least_budget_of_all_processes(tiny_folder, monkeypatch):
     model = load_model(model_ref(str(tiny_folder())), device="cpu")
     asked = []
-    monkeypatch.setattr(trainer, "least", lambda budget: asked.append(budget) or 64)
+    monkeypatch.setattr(trainer, "gather_object", lambda mine: asked.extend(mine) or [512, 64])
     batches = EpochBatches(model, random_samples(), TrainingOptions(1e-2, 8))
     assert asked == [512] and batches.max_tokens == 64
     assert all(part.num_tokens <= 64 for batch in batches.epoch() for part in batch.minibatches)

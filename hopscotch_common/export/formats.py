@@ -16,7 +16,7 @@ from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.export import check, decilm, folders, folding
 from hopscotch_common.loading import device_map, resolve_device
 from hopscotch_common.tokenization import copy_tokenizer
-from hopscotch_common.training.memory import is_out_of_memory
+from hopscotch_common.training.batches import is_out_of_memory
 
 REPORT_FILE = "hopscotch_export.json"
 TOLERANCE = 1e-2  # relative logit error in float32, which folding adds

@@ -9,20 +9,12 @@ from hopscotch_common.modeling_hopscotch import attention_blocks
 from hopscotch_common.search.distances import stream_distances
 from hopscotch_common.search.schedule import Candidate
 from hopscotch_common.search.screening import untrained_losses
-from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.batches import Batch, Sample
+from hopscotch_common.training import MEASURES, TrainingOptions
+from hopscotch_common.training.batches import Batch, MinibatchRunner, Sample
 from hopscotch_common.training.distributed import Group
-from hopscotch_common.training.memory import MinibatchRunner
-from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.loss import HeldOut, Originals, evaluate
 from hopscotch_common.training.replacement import fit_maps
-from hopscotch_common.training.trainer import (
-    EpochBatches,
-    HeldOut,
-    ScaleState,
-    ScaleTrainer,
-    evaluate,
-    mean_loss,
-)
+from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer
 
 
 class CandidateTrainer:
@@ -134,10 +126,11 @@ class CandidateTrainer:
     def original_loss(self) -> float:
         """Mean of the batches' losses with nothing skipped, as a candidate's is."""
         scales.reset(self.model)
-        return statistics.fmean(
-            mean_loss(self.model, [batch], "the original model", self._trained_towards)
+        figures = [
+            evaluate(self.model, [batch], "the original model", originals=self._originals)
             for batch in self._part(Group())
-        )
+        ]
+        return statistics.fmean(getattr(found, MEASURES[self.options.loss]) for found in figures)
 
     @property
     def holds_out(self) -> bool:

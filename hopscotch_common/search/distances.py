@@ -11,8 +11,7 @@ from accelerate.utils import send_to_device
 from torch.nn.functional import cosine_similarity
 
 from hopscotch_common import scales
-from hopscotch_common.training.batches import Batch, Minibatch
-from hopscotch_common.training.memory import MinibatchRunner
+from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner
 from hopscotch_common.training.replacement import layer_calls
 
 

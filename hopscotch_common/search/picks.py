@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hopscotch_common.search.limits import LossLimit
 from hopscotch_common.search.search import Iteration, Search
 from hopscotch_common.training import MEASURES
-from hopscotch_common.training.trainer import HeldOut
+from hopscotch_common.training.loss import HeldOut
 
 
 @dataclass(frozen=True)

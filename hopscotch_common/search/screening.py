@@ -11,10 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hopscotch_common import scales
-from hopscotch_common.training.batches import Batch, Minibatch
-from hopscotch_common.training.loss import summed_head_loss
-from hopscotch_common.training.memory import MinibatchRunner
-from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner
+from hopscotch_common.training.loss import Originals, summed_head_loss
 from hopscotch_common.training.replacement import layer_calls
 
 

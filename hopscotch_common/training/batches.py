@@ -1,22 +1,28 @@
-"""Processed samples, and the batches and minibatches that they train in."""
+"""Processed samples, the batches and minibatches that they train in, and halves of what does not fit."""
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from accelerate.utils import recursively_apply, send_to_device
+from transformers import DataCollatorWithFlattening
 
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import InputError, TrainingError, logger
 from hopscotch_common.files import read_jsonl
 from hopscotch_common.training import TrainingOptions
 
 IGNORE_INDEX = -100
 MIN_SHARED = 0.2  # of a batch's tokens: less is not worth a pass of its own
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -168,8 +174,8 @@ class Minibatch:
 
     @staticmethod
     def of(samples: Sequence[Sample], layout: Layout, prefix_length: int = 0) -> "Minibatch":
-        """The tensors of some samples, by instructlab-training's collate functions."""
-        from instructlab.training.sampler import mb_collate_fn, padded_mb_collate_fn
+        """The tensors of some samples, by transformers' and instructlab-training's collate functions."""
+        from instructlab.training.sampler import padded_mb_collate_fn
 
         items = [
             {
@@ -179,17 +185,16 @@ class Minibatch:
             }
             for sample in samples
         ]
-        if layout.packed:
-            item = mb_collate_fn(items, None)
-            inputs = {"input_ids": item["input_ids"], "position_ids": item["position_ids"]}
-            inputs |= _borders([len(item["input_ids"]) for item in items])
+        if layout.packed:  # without the borders, transformers looks for them in every layer
+            inputs = dict(DataCollatorWithFlattening(return_flash_attn_kwargs=True)(items))
+            labels = inputs.pop("labels")
         else:
             item = padded_mb_collate_fn(items, None, layout.pad_token_id)
-            inputs = {"input_ids": item["input_ids"]}
+            inputs, labels = {"input_ids": item["input_ids"]}, item["labels"]
             if not bool(item["attention_mask"].all()):  # else the kernel's own causal mask is faster
                 inputs["attention_mask"] = item["attention_mask"]
-        next_labels = torch.full_like(item["labels"], IGNORE_INDEX)
-        next_labels[:, :-1] = item["labels"][:, 1:]  # a packed sample's first label is -100: none crosses
+        next_labels = torch.full_like(labels, IGNORE_INDEX)
+        next_labels[:, :-1] = labels[:, 1:]  # a packed sample's first label is -100: none crosses
         next_labels = next_labels.flatten()
         predicting = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
         return Minibatch(tuple(samples), prefix_length, layout, inputs, predicting, next_labels[predicting])
@@ -217,32 +222,12 @@ class Minibatch:
 
     def to(self, device) -> "Minibatch":
         """On a device; with CUDA the copies do not wait for the work that is queued there."""
-
-        def move(value):
-            if not isinstance(value, torch.Tensor):
-                return value
-            if torch.device(device).type == "cuda":
-                return value.pin_memory().to(device, non_blocking=True)
-            return value.to(device)
-
-        return dataclasses.replace(
-            self,
-            inputs={name: move(value) for name, value in self.inputs.items()},
-            predicting=move(self.predicting),
-            targets=move(self.targets),
-        )
-
-
-def _borders(lengths: list[int]) -> dict:
-    """Where packed samples begin and end; without it, transformers looks for them in every layer."""
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    longest = max(lengths)
-    return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+        tensors = (self.inputs, self.predicting, self.targets)
+        is_cuda = torch.device(device).type == "cuda"
+        if is_cuda:
+            tensors = recursively_apply(torch.Tensor.pin_memory, tensors)
+        inputs, predicting, targets = send_to_device(tensors, device, non_blocking=is_cuda)
+        return dataclasses.replace(self, inputs=inputs, predicting=predicting, targets=targets)
 
 
 @dataclass(frozen=True)
@@ -321,3 +306,61 @@ def shared_prefix(samples: Sequence[Sample]) -> list[int]:
 
 def _first_counted(sample: Sample) -> int:
     return next(i for i, label in enumerate(sample.labels) if label != IGNORE_INDEX)
+
+
+class MinibatchRunner:
+    """Runs minibatches one by one, and halves of those that do not fit into memory.
+
+    A loss or gradient is a sum over samples, so how they are split does not change it. What turned
+    out too large once is split beforehand from then on.
+    """
+
+    def __init__(self):
+        self.too_large = math.inf  # tokens
+
+    def run(
+        self, minibatches: Sequence[Minibatch], function: Callable[[Minibatch], Result], where: str
+    ) -> Iterator[tuple[Minibatch, Result]]:
+        """(minibatch, function(minibatch)) of each minibatch, or of its parts.
+
+        where: named in errors, for example "epoch 0, batch 3". Raises TrainingError, naming the
+        answer, when a single one does not fit.
+        """
+        for minibatch in minibatches:
+            alone, result = len(minibatch.samples) == 1, None
+            if alone or minibatch.num_tokens < self.too_large:
+                result = _unless_out_of_memory(function, minibatch)
+                if result is None:
+                    self._learn(minibatch, where)
+            if result is None:
+                yield from self.run(minibatch.split(), function, where)
+            else:
+                yield minibatch, result
+
+    def _learn(self, minibatch: Minibatch, where: str) -> None:
+        """Of a minibatch that does not fit."""
+        if len(minibatch.samples) == 1:
+            sample = minibatch.samples[0]
+            raise TrainingError(
+                f"{where}: out of memory with a single answer of {len(sample)} tokens, "
+                f"{sample.where}; use --gradient_checkpointing, or a smaller --max_seq_len in step 2"
+            )
+        tokens = minibatch.num_tokens
+        logger.warning("%s: out of memory with %d tokens at once; going on with half", where, tokens)
+        self.too_large = min(self.too_large, tokens)
+
+
+def _unless_out_of_memory(function: Callable[[Minibatch], Result], minibatch: Minibatch) -> Result | None:
+    """The function's result; None when memory ran out, with all that it had made freed."""
+    try:
+        return function(minibatch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # here, where the error no longer holds the frames that hold the tensors
+    return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is torch's way to say so, which differs by device."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,6 +1,7 @@
 """Several processes (`accelerate launch --multi_gpu`): they share a search's candidates, or each batch."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from hopscotch_common.errors import HopscotchError, InputError
 # All processes of a round have about as much to do, so one that is so late hangs.
 TIMEOUT = timedelta(hours=2)
 
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes, in place
+
 
 @dataclass(frozen=True)
 class Group:
@@ -28,7 +31,7 @@ class Group:
     rank: int = 0
     size: int = 1
     time_share: float = 1.0
-    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    reduce: Reduce | None = None
 
 
 @dataclass
@@ -52,41 +55,30 @@ class Processes:
                         "start all with one command, over the same data and model"
                     )
 
-    def part(self) -> None:
-        """Let go of the groups, whose threads live as long as something holds them."""
-        self._made.clear()
-
     def group(self, number: int) -> Group:
         """This process's group where all are spread over so many groups, 1 to `count`.
 
         All processes must ask for the same numbers in the same order.
         """
         if number not in self._groups:
-            self._groups[number] = self._make_group(number)
+            members: list[list[int]] = [[] for _ in range(number)]
+            for rank in range(self.count):
+                members[rank * number // self.count].append(rank)
+            mine = self.rank * number // self.count
+            if number < self.count:
+                self._made[number], _ = torch.distributed.new_subgroups_by_enumeration(members, TIMEOUT)
+            reduce = functools.partial(self._sum, number) if len(members[mine]) > 1 else None
+            place = (mine, members[mine].index(self.rank), len(members[mine]))
+            self._groups[number] = Group(*place, 1 / min(map(len, members)), reduce)
         return self._groups[number]
 
-    def _make_group(self, number: int) -> Group:
-        members: list[list[int]] = [[] for _ in range(number)]
-        for rank in range(self.count):
-            members[rank * number // self.count].append(rank)
-        mine = self.rank * number // self.count
-        ranks = members[mine]
-        reduce = None
-        if number < self.count:
-            made = [torch.distributed.new_group(ranks, timeout=TIMEOUT) for ranks in members]
-            self._made[number] = made[mine]
-            if len(ranks) > 1:
+    def _sum(self, number: int, tensor: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(tensor, group=self._made[number])
+        return tensor
 
-                def reduce(tensor: torch.Tensor) -> torch.Tensor:
-                    torch.distributed.all_reduce(tensor, group=self._made[number])
-                    return tensor
-
-        return Group(mine, ranks.index(self.rank), len(ranks), 1 / min(map(len, members)), reduce)
-
-
-def least(value: int) -> int:
-    """The least of all processes' values, in all of them, which must all ask; alone, the value itself."""
-    return min(gather_object([value])) if torch.distributed.is_initialized() else value
+    def part(self) -> None:
+        """Let go of torch's groups, whose threads live as long as something holds them."""
+        self._made.clear()
 
 
 def check_launch(device: str) -> None:

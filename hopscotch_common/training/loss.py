@@ -1,13 +1,24 @@
-"""The loss of a minibatch: no logits where none count, and no matrix of all tokens by the vocabulary."""
+"""The loss of minibatches and batches, on the answers' tokens or against the original model.
+
+No logits are made where none count, and no matrix of all tokens by the vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 from transformers import DynamicCache
 
+from hopscotch_common import scales
+from hopscotch_common.errors import Diverged, TrainingError
 from hopscotch_common.modeling_hopscotch import scaled_logits, scaled_logits_slope
-from hopscotch_common.training.batches import Minibatch
+from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample, is_out_of_memory
+from hopscotch_common.training.distributed import Reduce
 
 LOGIT_ROWS = 256  # rows of logits alive at once
+KEPT_BYTES = 2 * 2**30  # of the original model's states: of main memory, in each process
 
 
 class HeadLoss(torch.autograd.Function):
@@ -38,7 +49,7 @@ class HeadLoss(torch.autograd.Function):
                 total += nll_loss(ours, targets[rows], reduction="sum")
             else:
                 theirs = _log_probabilities(head, config, original[rows])
-                total += _divergence(theirs, ours)
+                total += kl_div(ours, theirs, reduction="sum", log_target=True)
             if trains:
                 difference = ours.exp_()
                 if original is None:
@@ -65,56 +76,14 @@ def _log_probabilities(head, config, hidden: torch.Tensor) -> torch.Tensor:
     return log_softmax(scaled_logits(config, head(hidden)), dim=-1, dtype=torch.float32)
 
 
-def _divergence(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """KL(theirs || ours) summed over rows of log probabilities."""
-    return kl_div(ours, theirs, reduction="sum", log_target=True)
-
-
-class SharedPrefix:
-    """The first tokens that all samples of a batch share, computed once for the batch.
-
-    A chat template begins every conversation alike, often with a system prompt. Attention is causal,
-    so these tokens have the same keys and values in every sample. They are computed once, put into
-    the KV cache before each minibatch, and the gradients that arrive there go back through them once.
-
-    input_ids: [1, tokens]. `cache` serves any number of minibatches. `leaves` are the keys and values
-    through which a gradient may come, detached; `computed` are the same with their graph.
-    """
-
-    def __init__(self, model, input_ids: torch.Tensor):
-        output = model.model(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
-        self.length = input_ids.shape[1]
-        self.computed: list[torch.Tensor] = []
-        self.leaves: list[torch.Tensor] = []
-        self._slots: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        for slot, layer in enumerate(output.past_key_values.layers):
-            if layer.is_initialized:
-                self._slots.append((slot, self._leaf(layer.keys), self._leaf(layer.values)))
-
-    def _leaf(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.requires_grad:
-            return tensor
-        leaf = tensor.detach().requires_grad_()
-        self.computed.append(tensor)
-        self.leaves.append(leaf)
-        return leaf
-
-    def cache(self, rows: int) -> DynamicCache:
-        """A KV cache that begins with the prefix in each of so many rows."""
-        cache = DynamicCache()
-        for slot, keys, values in self._slots:
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), slot)
-        return cache
-
-    def extended_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """A minibatch's attention mask [rows, length] with the prefix before it."""
-        if mask is None:
-            return None
-        return torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)
+# What a minibatch's loss is
 
 
 def summed_loss(
-    model, minibatch: Minibatch, prefix: SharedPrefix | None = None, original: torch.Tensor | None = None
+    model,
+    minibatch: Minibatch,
+    prefix: "SharedPrefix | None" = None,
+    original: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss summed over the minibatch's loss-counted tokens, a float32 scalar.
 
@@ -133,46 +102,194 @@ def summed_head_loss(
     made and consumed a few rows at a time, so the full [tokens, vocabulary] matrix never exists. Of
     a model that is spread over devices, the loss is on the LM head's.
     """
-    hidden, targets = _counted(model, hidden, minibatch), minibatch.targets.to(model.lm_head.weight.device)
+    hidden, targets = _counted(model, hidden, minibatch)
     return HeadLoss.apply(hidden, model.lm_head, model.config, targets, original)
 
 
 @torch.no_grad()
 def summed_figures(
-    model, minibatch: Minibatch, original: torch.Tensor, prefix: SharedPrefix | None = None
+    model, minibatch: Minibatch, prefix: "SharedPrefix | None", original: torch.Tensor
 ) -> torch.Tensor:
-    """Sums over the minibatch's loss-counted tokens, float32 [3]: cross entropy, KL, agreement.
+    """Sums over the minibatch's loss-counted tokens, float32 [3]: the fields of `HeldOut`.
 
-    original: the original model's states (`Originals`), for KL(original || model). Agreement counts the
-    positions where the model's most likely token is the target. The minibatch is on the model's device.
+    Arguments as `summed_loss` has them. Agreement counts the positions where the model's most likely token
+    is the target.
     """
-    head, config = model.lm_head, model.config
-    hidden = counted_states(model, minibatch, prefix)
-    targets = minibatch.targets.to(hidden.device)
+    hidden, targets = _counted(model, _last_hidden_state(model, minibatch, prefix), minibatch)
     total = torch.zeros(3, device=hidden.device)
     for rows in _few_rows(hidden):
-        ours = _log_probabilities(head, config, hidden[rows])
+        ours, theirs = (_log_probabilities(model.lm_head, model.config, h[rows]) for h in (hidden, original))
         total[0] += nll_loss(ours, targets[rows], reduction="sum")
-        total[1] += _divergence(_log_probabilities(head, config, original[rows]), ours)
+        total[1] += kl_div(ours, theirs, reduction="sum", log_target=True)
         total[2] += (ours.argmax(dim=-1) == targets[rows]).sum()
     return total
 
 
-def counted_states(model, minibatch: Minibatch, prefix: SharedPrefix | None = None) -> torch.Tensor:
-    """What reaches the LM head, [loss-counted tokens, hidden], on its device, in the minibatch's order."""
-    return _counted(model, _last_hidden_state(model, minibatch, prefix), minibatch)
-
-
-def _last_hidden_state(model, minibatch: Minibatch, prefix: SharedPrefix | None = None) -> torch.Tensor:
-    inputs = minibatch.inputs
-    if prefix is not None:
-        inputs = inputs | {
-            "attention_mask": prefix.extended_mask(minibatch.attention_mask),
-            "past_key_values": prefix.cache(len(minibatch.samples)),
-        }
+def _last_hidden_state(model, minibatch: Minibatch, prefix: "SharedPrefix | None" = None) -> torch.Tensor:
+    inputs = minibatch.inputs if prefix is None else prefix.followed_by(minibatch)
     return model.model(**inputs, use_cache=False).last_hidden_state
 
 
-def _counted(model, hidden: torch.Tensor, minibatch: Minibatch) -> torch.Tensor:
-    """The rows of [rows, length, hidden] that predict a loss-counted token, on the LM head's device."""
-    return hidden.flatten(0, 1)[minibatch.predicting.to(hidden.device)].to(model.lm_head.weight.device)
+def _counted(model, hidden: torch.Tensor, minibatch: Minibatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(hidden states [tokens, hidden] that predict loss-counted tokens, those), on the LM head's device."""
+    device = model.lm_head.weight.device
+    counted = hidden.flatten(0, 1)[minibatch.predicting.to(hidden.device)]
+    return counted.to(device), minibatch.targets.to(device)
+
+
+class SharedPrefix:
+    """The first tokens that all samples of a batch share, computed once for the batch.
+
+    A chat template begins every conversation alike, often with a system prompt. Attention is causal,
+    so these tokens have the same keys and values in every sample. They are computed once, put into
+    the KV cache before each minibatch, and the gradients that arrive there go back through them once.
+
+    input_ids: [1, tokens]. `leaves` are the keys and values through which a gradient may come, detached.
+    """
+
+    def __init__(self, model, input_ids: torch.Tensor):
+        output = model.model(input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
+        self.length = input_ids.shape[1]
+        self._computed: list[torch.Tensor] = []  # the leaves with their graph
+        self.leaves: list[torch.Tensor] = []
+        self._slots: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        for slot, layer in enumerate(output.past_key_values.layers):
+            if layer.is_initialized:
+                self._slots.append((slot, self._leaf(layer.keys), self._leaf(layer.values)))
+
+    def _leaf(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        self._computed.append(tensor)
+        self.leaves.append(tensor.detach().requires_grad_())
+        return self.leaves[-1]
+
+    def followed_by(self, minibatch: Minibatch) -> dict:
+        """What the base model takes for a minibatch behind the prefix: a mask with it, and its KV cache."""
+        cache, mask, rows = DynamicCache(), minibatch.attention_mask, len(minibatch.samples)
+        for slot, keys, values in self._slots:
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), slot)
+        if mask is not None:
+            mask = torch.cat([mask.new_ones(rows, self.length), mask], dim=1)
+        return minibatch.inputs | {"attention_mask": mask, "past_key_values": cache}
+
+    def gradients(self, inputs: Sequence[torch.Tensor], arrived: Sequence[torch.Tensor], where: str) -> tuple:
+        """The gradients by `inputs` of what came out of minibatches, given those that arrived at the leaves.
+
+        Raises TrainingError when they do not fit into memory.
+        """
+        arrived = [found.to(leaf.dtype) for found, leaf in zip(arrived, self.leaves, strict=True)]
+        try:
+            return torch.autograd.grad(self._computed, inputs, arrived, materialize_grads=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"{where}: out of memory in the {self.length} tokens that all answers share; "
+                "use --gradient_checkpointing"
+            ) from error
+
+
+def compute_prefix(model, batch: Batch) -> tuple[SharedPrefix | None, list[Minibatch]]:
+    """What the batch's samples share, computed, and the minibatches to run after it.
+
+    Without a prefix, or where there is no memory to keep one, these are whole samples.
+    """
+    if batch.prefix is None:
+        return None, batch.minibatches
+    try:
+        return SharedPrefix(model, batch.prefix.to(model.device)), batch.minibatches
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None, [minibatch.whole() for minibatch in batch.minibatches]
+
+
+# What the original model makes of the same tokens
+
+
+class Originals:
+    """What the original model hands to its LM head where a loss-counted token follows.
+
+    The original is the same loaded model with nothing skipped and all scales 1, so its states are the
+    same in every epoch and for every candidate.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self._kept: dict[int, tuple[Sample, torch.Tensor]] = {}
+
+    def keep(self, batches: Sequence[Batch]) -> None:
+        """Compute the states of all samples of some batches now, unless they take more than KEPT_BYTES.
+
+        They are computed in the batches that are given, so the same ones give the same bits.
+        """
+        tokens = sum(batch.num_loss_counted_tokens for batch in batches)
+        if tokens * self.model.config.hidden_size * self.model.dtype.itemsize > KEPT_BYTES:
+            return
+        runner = MinibatchRunner()
+        for batch in batches:
+            for minibatch, states in runner.run(batch.minibatches, self._compute, "the original model"):
+                counts = [sample.num_loss_counted_tokens for sample in minibatch.samples]
+                for sample, rows in zip(minibatch.samples, states.cpu().split(counts), strict=True):
+                    self._kept[id(sample)] = (sample, rows.clone())
+
+    def __call__(self, minibatch: Minibatch) -> torch.Tensor:
+        """The states of a minibatch's samples in its order, [tokens, hidden], on the LM head's device."""
+        kept = [self._kept.get(id(sample)) for sample in minibatch.samples]
+        if None in kept:
+            return self._compute(minibatch)
+        return torch.cat([rows for _, rows in kept]).to(self.model.lm_head.weight.device)
+
+    @torch.no_grad()
+    def _compute(self, minibatch: Minibatch) -> torch.Tensor:
+        """Runs whole samples, without a shared prefix. The minibatch is not moved yet."""
+        with scales.neutral(self.model):
+            whole = minibatch.whole().to(self.model.device)
+            return _counted(self.model, _last_hidden_state(self.model, whole), whole)[0]
+
+
+# Means over batches
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over the loss-counted tokens of answers that were not trained on.
+
+    cross_entropy: of the answers' tokens; kl: divergence from the original model's distributions; both
+    in nats a token. agreement: share of positions where the most likely token is the answer's.
+    """
+
+    cross_entropy: float
+    kl: float
+    agreement: float
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    batches: Iterable[Batch],
+    where: str,
+    reduce: Reduce | None = None,
+    originals: Originals | None = None,
+) -> HeldOut:
+    """Figures over all loss-counted tokens of the batches (of all processes).
+
+    originals: kept by the caller, where the same batches come again. Raises TrainingError when a single
+    answer does not fit into memory, Diverged when a figure is not finite.
+    """
+    originals, runner = originals or Originals(model), MinibatchRunner()
+    total, tokens = torch.zeros(len(fields(HeldOut)), device=model.device), 0
+    for batch in batches:
+        prefix, minibatches = compute_prefix(model, batch)
+
+        def sums_of(minibatch: Minibatch, prefix=prefix) -> torch.Tensor:
+            return summed_figures(model, minibatch.to(model.device), prefix, originals(minibatch))
+
+        for _, sums in runner.run(minibatches, sums_of, where):
+            total += sums.to(model.device)
+        tokens += batch.num_loss_counted_tokens
+    means = [value / tokens for value in (total if reduce is None else reduce(total)).tolist()]
+    if not all(map(math.isfinite, means)):
+        raise Diverged(f"{where}: the loss is {means[0]}; use --dtype float32")
+    return HeldOut(*means)

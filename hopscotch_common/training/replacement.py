@@ -6,24 +6,21 @@ outputs' covariance S'(X'X)S its best map of that rank: down = (S P)', up = P (r
 Full maps, fitted alike, stand in NBL (arXiv 2505.21077).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
 
 from hopscotch_common import scales
 from hopscotch_common.errors import TrainingError
-from hopscotch_common.training.batches import Batch, Minibatch
-from hopscotch_common.training.memory import MinibatchRunner
+from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner
+from hopscotch_common.training.distributed import Reduce
 
 RIDGE = 1e-3  # lambda, in means of the diagonal of X'X
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes, in place
 
-
-@dataclass
-class Sums:
+class Sums(NamedTuple):
     """Of one block, over tokens, float32 on its layer's device: X'X and X'Y, [hidden, hidden].
 
     energies: [2], of Y'Y's trace and of the squared norms of the stream behind the block.
@@ -37,11 +34,7 @@ class Sums:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def fit_maps(
-    model,
-    batches: Sequence[Batch],
-    blocks: Sequence[int],
-    reduce: Reduce | None = None,
-    on_batch: Callable[[], None] = lambda: None,
+    model, batches: Iterable[Batch], blocks: Sequence[int], reduce: Reduce | None = None
 ) -> dict[int, float]:
     """Fit the maps of `blocks` to the original model on all tokens of some batches, and put them in place.
 
@@ -50,12 +43,12 @@ def fit_maps(
     Returns the share of the stream behind each block that its map gets wrong: the squared norm of the
     difference over that of the stream. Raises TrainingError for states that are not finite.
     """
-    sums = collect(model, batches, blocks, on_batch)
+    sums = collect(model, batches, blocks)
     left = {}
     for block in blocks:
         layer, found = model.model.layers[block], sums.pop(block)
         if reduce is not None:
-            for tensor in (found.inputs, found.products, found.energies):
+            for tensor in found:
                 reduce(tensor)
         rank = len(layer.replacement_down)
         try:
@@ -72,34 +65,29 @@ def fit_maps(
 
 
 @torch.no_grad()
-def collect(
-    model, batches: Sequence[Batch], blocks: Sequence[int], on_batch: Callable[[], None] = lambda: None
-) -> dict[int, Sums]:
+def collect(model, batches: Iterable[Batch], blocks: Sequence[int]) -> dict[int, Sums]:
     """The sums of blocks over all tokens of some batches, in the original model."""
     scales.reset(model)
-    sums = {block: _no_sums(model.model.layers[block], model.config.hidden_size) for block in blocks}
+    square = (model.config.hidden_size,) * 2
+    sums = {}
+    for block in blocks:
+        device = model.model.layers[block].s_scale_attn.device
+        sums[block] = Sums(*(torch.zeros(shape, device=device) for shape in (square, square, 2)))
 
     def add(minibatch: Minibatch) -> bool:
         on_device = minibatch.to(model.device)
         calls = layer_calls(model, on_device)
         parts = [_part(model.model.layers[b], *calls[b], on_device.attention_mask) for b in blocks]
         for block, part in zip(blocks, parts, strict=True):  # all or none: what does not fit runs again
-            for name, value in vars(part).items():
-                getattr(sums[block], name).add_(value)
+            for tensor, more in zip(sums[block], part, strict=True):
+                tensor += more
         return True
 
     runner = MinibatchRunner()
     for batch in batches:
         for _ in runner.run([each.whole() for each in batch.minibatches], add, "fitting the maps"):
             pass
-        on_batch()
     return sums
-
-
-def _no_sums(layer, hidden: int) -> Sums:
-    device = layer.s_scale_attn.device
-    square = [torch.zeros(hidden, hidden, device=device) for _ in range(2)]
-    return Sums(*square, torch.zeros(2, device=device))
 
 
 def _part(layer, stream: torch.Tensor, keywords: dict, mask: torch.Tensor | None) -> Sums:
@@ -117,7 +105,7 @@ def solve(sums: Sums, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
 
     Raises LinAlgError where the sums are not finite.
     """
-    inputs, products, energies = (value.double() for value in vars(sums).values())
+    inputs, products, energies = (tensor.double() for tensor in sums)
     ridge = RIDGE * inputs.diagonal().mean()
     factor = torch.linalg.cholesky(inputs + ridge * torch.eye(len(inputs)).to(inputs))
     whole = torch.cholesky_solve(products, factor)

@@ -1,23 +1,34 @@
 """Training the scales: the search and the final training both call this."""
 
 import base64
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import gather_object
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged, TrainingError
+from hopscotch_common.errors import Diverged, TrainingError, logger
 from hopscotch_common.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.batches import Batch, Layout, Minibatch, Sample, make_batches
-from hopscotch_common.training.distributed import least
-from hopscotch_common.training.loss import SharedPrefix, summed_figures, summed_loss
-from hopscotch_common.training.memory import MinibatchRunner, is_out_of_memory, token_budget
-from hopscotch_common.training.originals import Originals
+from hopscotch_common.training.batches import Batch, Layout, Minibatch, MinibatchRunner, Sample, make_batches
+from hopscotch_common.training.distributed import Group, Reduce
+from hopscotch_common.training.loss import HeldOut, Originals, compute_prefix, evaluate, summed_loss
+from hopscotch_common.training.replacement import fit_maps
 
-Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over the processes that share a batch
+CPU_TOKENS = 512  # few answers at a time are as fast as many, waste less on padding and need less memory
+PROBE_TOKENS = 1024
+MARGIN = 0.8  # of the free memory: fragments, and the logits of a few rows, take the rest
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam's state
+
+
+# What a model needs for training, and how much of the data it takes at once
 
 
 def prepare_model(model, options: TrainingOptions) -> None:
@@ -41,136 +52,85 @@ class EpochBatches:
     """
 
     def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions):
-        self.samples, self.options = samples, options
         recurrent = len(attention_blocks(model.config)) < model.config.num_hidden_layers
         # A recurrent layer carries its state along a row, over the borders of what is packed.
         packed = "flash" in (model.config._attn_implementation or "") and not recurrent
         padding = model.config.pad_token_id
-        self.layout = Layout(packed, padding if padding in range(model.config.vocab_size) else 0)
-        self.share_prefix = not (
-            packed or recurrent or options.gradient_checkpointing or options.compile_layers
+        layout = Layout(packed, padding if padding in range(model.config.vocab_size) else 0)
+        budget = token_budget(model, samples, layout, options.max_tokens_per_batch)
+        self.max_tokens = min(gather_object([budget]))
+        share_prefix = not (packed or recurrent or options.gradient_checkpointing or options.compile_layers)
+        self._length = math.ceil(len(samples) / options.batch_size)
+        self._make = functools.partial(
+            make_batches, samples, options, self.max_tokens, layout=layout, share_prefix=share_prefix
         )
-        self.max_tokens = least(token_budget(model, samples, self.layout, options.max_tokens_per_batch))
 
     def __len__(self) -> int:
-        return math.ceil(len(self.samples) / self.options.batch_size)
+        return self._length
 
     def epoch(self, number: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """An epoch's batches, the part of one of the processes that share each."""
-        return self._batches(epoch=number, rank=rank, world_size=world_size)
+        return self._make(epoch=number, rank=rank, world_size=world_size)
 
     def in_order(self, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """The batches of the samples in their own order, for what is only measured."""
-        return self._batches(shuffle=False, rank=rank, world_size=world_size)
-
-    def _batches(self, **choice) -> list[Batch]:
-        return make_batches(
-            self.samples,
-            self.options,
-            self.max_tokens,
-            layout=self.layout,
-            share_prefix=self.share_prefix,
-            **choice,
-        )
+        return self._make(shuffle=False, rank=rank, world_size=world_size)
 
 
-def compute_prefix(model, batch: Batch) -> tuple[SharedPrefix | None, list[Minibatch]]:
-    """What the batch's samples share, computed, and the minibatches to run after it.
+def token_budget(model, samples: Sequence[Sample], layout: Layout, requested: int | None) -> int:
+    """Tokens that run at once: as requested, else by device, and never below the longest sample.
 
-    Without a prefix, or where there is no memory to keep one, these are whole samples.
+    On a GPU a probe measures the memory that a token takes in a training step. Of a model that is
+    spread over GPUs, the fullest one decides.
     """
-    if batch.prefix is None:
-        return None, batch.minibatches
+    if requested is not None:
+        return requested
+    longest = max(len(sample) for sample in samples)
+    devices = gpus_of(model)
+    if not devices:
+        return max(CPU_TOKENS, longest)
+    taken = bytes_per_token(model, samples, layout, devices)
+    budgets = {device: int(MARGIN * free_bytes(device) / taken[device]) for device in devices}
+    tightest = min(budgets, key=budgets.get)
+    budget = max(budgets[tightest], longest)
+    logger.info(
+        "%d tokens at once: %.0f kB a token, %.1f GB free on %s (--max_tokens_per_batch sets it)",
+        *(budget, taken[tightest] / 1e3, free_bytes(tightest) / 1e9, tightest),
+    )
+    return budget
+
+
+def gpus_of(model) -> set[torch.device]:
+    """The GPUs that hold a model's parameters."""
+    return {p.device for p in model.parameters() if p.device.type == "cuda"}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process may still take, its allocator's cache included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def bytes_per_token(model, samples: Sequence[Sample], layout: Layout, devices) -> dict[torch.device, float]:
+    """Peak memory above the weights of one training step, a token, on each of the (CUDA) devices."""
+    ids = list(itertools.islice(itertools.cycle(max(samples, key=len).input_ids), PROBE_TOKENS))
+    minibatch = Minibatch.of([Sample(ids, ids)], layout).to(model.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = {}
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+        before[device] = torch.cuda.memory_allocated(device)
     try:
-        return SharedPrefix(model, batch.prefix.to(model.device)), batch.minibatches
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    return None, [minibatch.whole() for minibatch in batch.minibatches]
+        torch.autograd.grad(summed_loss(model, minibatch), parameters, allow_unused=True)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory in a training step of {PROBE_TOKENS} tokens; use --gradient_checkpointing, "
+            "--device split or --dtype bfloat16"
+        ) from error
+    return {d: max(1, torch.cuda.max_memory_allocated(d) - before[d]) / PROBE_TOKENS for d in devices}
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Means over the loss-counted tokens of answers that were not trained on.
-
-    cross_entropy: of the answers' tokens; kl: divergence from the original model's distributions; both
-    in nats a token. agreement: share of positions where the most likely token is the answer's.
-    """
-
-    cross_entropy: float
-    kl: float
-    agreement: float
-
-
-def evaluate(
-    model,
-    batches: Sequence[Batch],
-    where: str,
-    on_batch: Callable[[], None] = lambda: None,
-    reduce: Reduce | None = None,
-    originals: Originals | None = None,
-) -> HeldOut:
-    """Figures over all loss-counted tokens of the batches (of all processes).
-
-    originals: kept by the caller, where the same batches come again. Raises TrainingError when a single
-    answer does not fit into memory, Diverged when a figure is not finite.
-    """
-
-    originals = originals or Originals(model)
-
-    def sums_of(minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
-        return summed_figures(model, minibatch.to(model.device), originals(minibatch), prefix)
-
-    return HeldOut(*_means(model, batches, where, sums_of, len(fields(HeldOut)), on_batch, reduce))
-
-
-def mean_loss(
-    model,
-    batches: Sequence[Batch],
-    where: str,
-    originals: Originals | None = None,
-    reduce: Reduce | None = None,
-) -> float:
-    """The loss over all loss-counted tokens of the batches: cross entropy, or KL to the originals.
-
-    Raises as `evaluate`.
-    """
-
-    def sums_of(minibatch: Minibatch, prefix: SharedPrefix | None) -> torch.Tensor:
-        return _summed_loss(model, minibatch, prefix, originals).view(1)
-
-    return _means(model, batches, where, sums_of, 1, reduce=reduce)[0]
-
-
-def _summed_loss(model, minibatch: Minibatch, prefix: SharedPrefix | None, originals: Originals | None):
-    original = None if originals is None else originals(minibatch)
-    return summed_loss(model, minibatch.to(model.device), prefix, original)
-
-
-@torch.no_grad()
-def _means(
-    model,
-    batches: Sequence[Batch],
-    where: str,
-    sums_of: Callable[[Minibatch, SharedPrefix | None], torch.Tensor],
-    count: int,
-    on_batch: Callable[[], None] = lambda: None,
-    reduce: Reduce | None = None,
-) -> list[float]:
-    """So many sums over minibatches, by the batches' loss-counted tokens; errors as `evaluate`."""
-    runner = MinibatchRunner()
-    total, tokens = torch.zeros(count, device=model.device), 0
-    for batch in batches:
-        prefix, minibatches = compute_prefix(model, batch)
-        for _, sums in runner.run(minibatches, lambda part, prefix=prefix: sums_of(part, prefix), where):
-            total += sums.to(model.device)
-        tokens += batch.num_loss_counted_tokens
-        on_batch()
-    means = [value / tokens for value in (total if reduce is None else reduce(total)).tolist()]
-    for mean in means:
-        if not math.isfinite(mean):
-            raise Diverged(f"{where}: the loss is {mean}; use --dtype float32")
-    return means
+# One choice of skipped blocks, step by step
 
 
 @dataclass(frozen=True)
@@ -234,47 +194,41 @@ class ScaleTrainer:
         if map_learning_rate is not None and (maps := dict(scales.named_maps(model))):
             self._maps = {key: parameter.requires_grad_() for key, parameter in maps.items()}
             groups.append({"params": list(maps.values()), "lr": map_learning_rate})
+        self._named = dict(scales.named_scales(model)) | self._maps
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.Adam(groups)
         if state is not None:
             self._go_on_from(state)
 
     def _go_on_from(self, state: ScaleState) -> None:
-        scales.restore(self.model, state.tensors[0])
-        rows = [scales.as_state_dict(row) for row in state.tensors[1:]]
-        for key, scale in scales.named_scales(self.model):
-            if scale.requires_grad:
-                self._set_moments(scale, *(row[key] for row in rows))
-        for key, parameter in self._maps.items():
-            parameter.data.copy_(state.maps[key][0])
-            self._set_moments(parameter, *state.maps[key][1:])
-
-    def _set_moments(self, parameter: torch.Tensor, first, second, step) -> None:
-        self.optimizer.state[parameter] = {
-            "step": step.flatten()[0].clone(),
-            "exp_avg": first.to(parameter.device, copy=True),
-            "exp_avg_sq": second.to(parameter.device, copy=True),
-        }
-
-    def _moment(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
-        """Of Adam's state, on the CPU and in the parameter's shape; 0 before the first step."""
-        moment = self.optimizer.state.get(parameter, {}).get(name, torch.zeros(()))
-        return moment.detach().cpu().float().expand_as(parameter).clone()
+        rows = [scales.as_state_dict(row) for row in state.tensors]
+        for key, parameter in self._named.items():
+            value, *moments = state.maps[key] if key in self._maps else (row[key] for row in rows)
+            parameter.data.copy_(value)
+            if parameter.requires_grad:
+                first, second, step = moments
+                self.optimizer.state[parameter] = {
+                    "step": step.flatten()[0].clone(),
+                    "exp_avg": first.to(parameter.device, copy=True),
+                    "exp_avg_sq": second.to(parameter.device, copy=True),
+                }
 
     def state(self) -> ScaleState:
         """The present state, a copy."""
-        names, layers = ("exp_avg", "exp_avg_sq", "step"), len(self.model.model.layers)
-        moments = [
+        by_key = {key: self._state_of(parameter) for key, parameter in self._named.items()}
+        rows = [
             scales.from_state_dict(
-                {key: self._moment(name, scale) for key, scale in scales.named_scales(self.model)}, layers
+                {key: rows[i] for key, rows in by_key.items()}, len(self.model.model.layers)
             )
-            for name in names
+            for i in range(1 + len(MOMENTS))
         ]
-        maps = {
-            key: torch.stack([parameter.detach().cpu(), *(self._moment(name, parameter) for name in names)])
-            for key, parameter in self._maps.items()
-        }
-        return ScaleState(torch.stack([scales.snapshot(self.model), *moments]), maps)
+        return ScaleState(torch.stack(rows), {key: by_key[key] for key in self._maps})
+
+    def _state_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """[4, *shape] on the CPU: a parameter and Adam's moments of it, 0 before the first step."""
+        adam = self.optimizer.state.get(parameter, {})
+        rows = [parameter, *(adam.get(name, torch.zeros(())) for name in MOMENTS)]
+        return torch.stack([row.detach().cpu().float().expand(parameter.shape) for row in rows])
 
     def step(self, batch: Batch, where: str) -> torch.Tensor:
         """One optimizer step; the batch's mean loss, a detached scalar on the model's device.
@@ -295,50 +249,30 @@ class ScaleTrainer:
 
         Sums are taken in float32, and divided only at the end: the mean's gradients underflow in float16.
         """
-        device = self.model.device
         prefix, minibatches = compute_prefix(self.model, batch)
-        leaves = prefix.leaves if prefix else []
-        inputs = [*self.parameters, *leaves]
+        inputs = [*self.parameters, *(prefix.leaves if prefix else [])]
         sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in inputs]
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=self.model.device)
 
         def run(minibatch: Minibatch) -> tuple[torch.Tensor, tuple]:
-            loss = _summed_loss(self.model, minibatch, prefix, self.originals)
-            return loss.detach(), torch.autograd.grad(loss, inputs, allow_unused=True)
+            original = None if self.originals is None else self.originals(minibatch)
+            loss = summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
+            return loss.detach(), torch.autograd.grad(loss, inputs, materialize_grads=True)
+
+        def add(gradients: Sequence[torch.Tensor]) -> None:
+            for tensor, gradient in zip(sums, gradients, strict=False):  # those of the parameters come first
+                tensor += gradient
 
         for _, (loss, gradients) in self.runner.run(minibatches, run, where):
-            total += loss.to(device)
-            _add(sums, gradients)
-        if leaves:
-            arrived = [
-                gathered.to(leaf.dtype)
-                for gathered, leaf in zip(sums[len(self.parameters) :], leaves, strict=True)
-            ]
-            _add(sums, self._through_prefix(prefix, arrived, where))
-        gradients = sums[: len(self.parameters)]
-        if self.reduce is not None:
-            total, gradients = self._reduce(total, gradients)
-        return total, [gradient / batch.num_loss_counted_tokens for gradient in gradients]
-
-    def _through_prefix(self, prefix: SharedPrefix, arrived: list[torch.Tensor], where: str) -> tuple:
-        """The parameters' gradients by way of the shared prefix, given those that arrived at its leaves."""
-        try:
-            return torch.autograd.grad(prefix.computed, self.parameters, arrived, allow_unused=True)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"{where}: out of memory in the {prefix.length} tokens that all answers share; "
-                "use --gradient_checkpointing"
-            ) from error
-
-    def _reduce(
-        self, loss: torch.Tensor, gradients: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Sum loss and gradients over processes, in one message."""
-        message = self.reduce(torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)]))
-        parts = message[1:].split([gradient.numel() for gradient in gradients])
-        return message[0], [p.view_as(gradient) for p, gradient in zip(parts, gradients, strict=True)]
+            total += loss.to(total.device)
+            add(gradients)
+        arrived = sums[len(self.parameters) :]
+        if arrived:
+            add(prefix.gradients(self.parameters, arrived, where))
+        sums = sums[: len(self.parameters)]
+        if self.reduce is not None:  # in one message
+            vector_to_parameters(self.reduce(parameters_to_vector([total, *sums])), [total, *sums])
+        return total, [gradient / batch.num_loss_counted_tokens for gradient in sums]
 
     def run(
         self,
@@ -353,25 +287,15 @@ class ScaleTrainer:
         Diverged at a loss that is not finite, naming `name` and the batch (numbered from `first`).
         """
         losses: list[float] = []
-
-        def read(loss: torch.Tensor) -> None:
-            value = loss.item()
-            if not math.isfinite(value):
+        steps = (self.step(batch, f"{name}, batch {number}") for number, batch in enumerate(batches, first))
+        for loss, _next in itertools.pairwise(itertools.chain(steps, [None])):
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
                 raise Diverged(
-                    f"{name}, batch {first + len(losses)}: the loss is {value}; "
+                    f"{name}, batch {first + len(losses) - 1}: the loss is {losses[-1]}; "
                     "lower --learning_rate, or use --dtype float32"
                 )
-            losses.append(value)
-            on_batch(value)
-
-        pending = None
-        for index, batch in enumerate(batches):
-            loss = self.step(batch, f"{name}, batch {first + index}")
-            if pending is not None:
-                read(pending)
-            pending = loss
-        if pending is not None:
-            read(pending)
+            on_batch(losses[-1])
         return losses
 
     def check_sound(self, batches: Sequence[Batch], where: str) -> None:
@@ -380,17 +304,104 @@ class ScaleTrainer:
         The losses of `run` are those before each step, so they cannot tell what the last one did.
         """
         remedy = "lower --learning_rate, or use --dtype float32 (with --resume, earlier epochs stay)"
-        for name, parameter in [*scales.named_scales(self.model), *self._maps.items()]:
+        for name, parameter in self._named.items():
             if not bool(parameter.isfinite().all()):
                 raise Diverged(f"{where}: {name} is not finite after it; {remedy}")
         try:
-            mean_loss(self.model, batches[-1:], where, self.originals, self.reduce)
+            evaluate(self.model, batches[-1:], where, self.reduce, self.originals)
         except Diverged as error:
             raise Diverged(f"{where}: the loss is not finite after it; {remedy}") from error
 
 
-def _add(sums: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-    """Add gradients to the float32 sums of the first tensors, in place."""
-    for total, gradient in zip(sums, gradients, strict=False):
-        if gradient is not None:
-            total += gradient
+# The final training, epoch after epoch
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to. losses: one a batch; held_out: None where nothing is held out.
+
+    state: of the scales, and of the maps in skipped blocks' place: all that it takes to go on.
+    """
+
+    losses: list[float]
+    held_out: HeldOut | None
+    state: ScaleState
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+
+class EpochTraining:
+    """Trains a model's scales with some blocks skipped, on samples, and measures others held out."""
+
+    def __init__(
+        self,
+        model,
+        skipped: Sequence[int],
+        training: Sequence[Sample],
+        held_out: Sequence[Sample],
+        options: TrainingOptions,
+        group: Group | None = None,
+    ):
+        self.model, self.skipped, self.options = model, list(skipped), options
+        self.group = group or Group()
+        self._share = {"rank": self.group.rank, "world_size": self.group.size}
+        self._training = EpochBatches(model, training, options)
+        self._held_out = []
+        if held_out:
+            self._held_out = EpochBatches(model, held_out, options).in_order(**self._share)
+        self._originals = Originals(model)
+        self._originals.keep(self._held_out)
+        if options.loss == "kl":  # an epoch's shuffle spreads them over the processes anew: each keeps all
+            self._originals.keep(self._training.in_order())
+        self._trainer: ScaleTrainer | None = None
+
+    def fit_maps(self) -> None:
+        """Put a map fitted to the original model on the training answers into each skipped block's place."""
+        with self._bar(self._training.in_order(**self._share), "fitting the maps") as batches:
+            fit_maps(self.model, batches, self.skipped, self.group.reduce)
+
+    def baselines(self) -> dict[str, HeldOut | None]:
+        """Held-out figures without training: of the original model, and with the blocks skipped."""
+        figures = {}
+        for what, skipped in (("original", []), ("unscaled", self.skipped)):
+            scales.reset(self.model, skipped)
+            figures[what] = self._held_out_figures(what)
+        return figures
+
+    def start(self, state: ScaleState | None = None) -> None:
+        """Begin with scales of 1, or go on from an earlier epoch's state."""
+        self._trainer = ScaleTrainer(
+            self.model,
+            self.options.learning_rate,
+            self.skipped,
+            state,
+            self.group.reduce,
+            originals=self._originals if self.options.loss == "kl" else None,
+            map_learning_rate=self.options.map_learning_rate,
+        )
+
+    def epoch(self, number: int) -> Epoch:
+        """Train one epoch. Raises Diverged, naming epoch and batch, where nothing sound comes of it."""
+        batches = self._training.epoch(number, **self._share)
+        with self._bar(batches, f"epoch {number}") as bar:
+
+            def show(loss: float) -> None:
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                bar.update()
+
+            losses = self._trainer.run(batches, f"epoch {number}", on_batch=show)
+        self._trainer.check_sound(batches, f"epoch {number}, batch {len(batches) - 1}")
+        return Epoch(losses, self._held_out_figures(f"epoch {number}"), self._trainer.state())
+
+    def _held_out_figures(self, what: str) -> HeldOut | None:
+        if not self._held_out:
+            return None
+        name = f"held-out loss, {what}"
+        with self._bar(self._held_out, name) as batches:
+            return evaluate(self.model, batches, name, self.group.reduce, self._originals)
+
+    def _bar(self, batches: list[Batch], what: str) -> tqdm:
+        """Batches with a bar on stderr, of one of the processes."""
+        return tqdm(batches, what, unit="batch", disable=self.group.rank != 0, dynamic_ncols=True)
