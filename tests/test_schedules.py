@@ -50,9 +50,8 @@ def test_fewer_go_on_the_more_batches_were_seen():
 
 
 def test_the_default_race_is_bounded_whatever_the_data():
-    arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
     for num_batches, share in ((12, 1 / 4), (16, 1 / 4), (64, 1 / 8), (128, 1 / 8), (1000, 1 / 8)):
-        race = Schedule(schedule.default_first_look(num_batches), arguments.confidence, arguments.screening)
+        race = schedule.named("race", num_batches, block_selection.SCREENING)
         for layers in (28, 30, 32):
             assert race.longest(layers, num_batches) <= share * layers * num_batches
 
@@ -69,17 +68,14 @@ def test_the_bar_knows_what_a_full_search_takes():
     bar = SearchBar(num_iterations=2, schedule=schedule.FULL, processes=Processes())
     for candidates in (4, 3):
         bar.start_iteration(candidates, candidates, num_batches=5)
-        assert bar.bar.total == 35
-        assert not bar.bar.postfix
-        bar.on_candidate(7, 1.0)
+        assert bar.total == 35
+        assert not bar.postfix
+        bar.on_candidate(7)
         for _ in range(5 * candidates):
-            bar.on_batch(1.0)
+            bar.move(1.0)
         bar.advanced(candidates, Candidate(0, [1.0]))
-    assert bar.bar.n == 35
-    assert (
-        bar.bar.desc == "pick 2, candidate 7: "
-        and bar.bar.postfix == f"{candidates} racing, leader 0 at 1.0000"
-    )
+    assert bar.n == 35
+    assert bar.desc == "pick 2, candidate 7: " and bar.postfix == f"{candidates} racing, leader 0 at 1.0000"
     bar.close()
 
 
@@ -89,7 +85,7 @@ def test_the_bar_counts_screening_at_its_cost():
     bar.start_iteration(9, 9, num_batches=4)
     for _ in range(36):
         bar.on_screened(0.5)
-    assert bar.bar.n == 6 and bar.bar.total == 6 + 2 * 5 + 4 + 3
+    assert bar.n == 6 and bar.total == 6 + 2 * 5 + 4 + 3
     bar.close()
 
 
@@ -98,12 +94,12 @@ def test_the_bar_leaves_out_what_the_journal_had():
     bar.start_iteration(4, 4, num_batches=5)
     for batches in [9] + [1 / 12] * 12:
         bar.restored(batches)
-    assert bar.bar.total == 10
+    assert bar.total == 10
     bar.close()
 
 
 def test_the_bar_knows_that_later_iterations_train_what_is_known_now():
     bar = SearchBar(num_iterations=2, schedule=schedule.FULL, processes=Processes())
     bar.start_iteration(1, 4, num_batches=5)
-    assert bar.bar.total == 5 + 3 * 5
+    assert bar.total == 5 + 3 * 5
     bar.close()

@@ -27,9 +27,8 @@ from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.journal import Journal
-from hopscotch_common.search.picks import Picks
 from hopscotch_common.search.schedule import Candidate, Schedule
-from hopscotch_common.search.search import Search
+from hopscotch_common.search.search import Picks, Search
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.trainer import HeldOut, ScaleState
 
@@ -236,8 +235,7 @@ def test_the_originals_own_kl_is_0_though_rounding_says_otherwise(tiny_folder, m
     model = load_model(model_ref(str(tiny_folder())), device="cpu")
     options = TrainingOptions(1e-2, 2, loss="kl")
     trainer = CandidateTrainer(model, random_samples(4), options, held_out=random_samples(2))
-    limit = Picks(Search(trainer, schedule.UNTRAINED), most_increase=0.1).limit
-    assert limit.increase(0.07) == 0.07
+    assert Picks(Search(trainer, schedule.UNTRAINED), most_increase=0.1).increase(0.07) == 0.07
 
 
 def test_it_is_an_error_only_when_all_diverge(tiny_folder, monkeypatch):
@@ -363,7 +361,7 @@ def test_killed_at_any_moment_it_ends_alike(tiny_folder, tmp_path, schedule):
     write_data(tmp_path / "data.jsonl", random_samples(16))
     common = ["--search", schedule]
     if schedule == "race":
-        common += ["--confidence", "1.0", "--screening", "0.7"]
+        common += ["--screening", "0.7"]
     whole = selection_command(folder, tmp_path / "data.jsonl", tmp_path / "whole.json", *common)
     expected = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert expected.count("Best block to remove") == 2
