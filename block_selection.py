@@ -31,27 +31,27 @@ PLOT_FORMATS = (".png", ".pdf", ".svg")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
+    add = parser.add_argument
     cli.add_model_arguments(parser)
-    parser.add_argument("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
-    text = "blocks selected before: indices, or the path of a selection report"
-    parser.add_argument("--starting_skipped_blocks", nargs="*", default=[], metavar="BLOCK", help=text)
-    text = (
+    add("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
+    what = "blocks selected before: indices, or the path of a selection report"
+    add("--starting_skipped_blocks", nargs="*", default=[], metavar="BLOCK", help=what)
+    what = (
         "losses of layers 0, 1, 2, … that are known already; one in the place of a skipped layer is ignored"
     )
-    parser.add_argument("--prev", nargs="*", type=float, default=[], metavar="LOSS", help=text)
+    add("--prev", nargs="*", type=float, default=[], metavar="LOSS", help=what)
     group = parser.add_argument_group("how many blocks")
     number = group.add_mutually_exclusive_group()
-    text = "blocks to pick in this run, at most (default: 1; with --max_loss_increase, all that can be)"
-    number.add_argument("--num_blocks", type=cli.positive_int, help=text)
-    text = "pick as many as leave the KV cache at most this share of the whole model's, at most"
-    number.add_argument("--kv_budget", type=cli.part, metavar="SHARE", help=text)
+    what = "blocks to pick in this run, at most (default: 1; with --max_loss_increase, all that can be)"
+    number.add_argument("--num_blocks", type=cli.positive_int, help=what)
+    what = "pick as many as leave the KV cache at most this share of the whole model's, at most"
+    number.add_argument("--kv_budget", type=cli.part, metavar="SHARE", help=what)
     group.add_argument(
         "--max_loss_increase",
         type=cli.positive_float,
         metavar="SHARE",
-        help="stop before the pick that would bring the loss this share above the original model's (0.02: "
-        "2 %%); of --loss kl, which is 0 for the original, the KL itself in nats a token. Of the held-out "
-        "answers with --validation_split, else of the training's",
+        help="stop before the pick that would bring the loss (of held-out answers, if there are any) this "
+        "share above the original model's (0.02: 2 %%); of --loss kl, the KL itself in nats a token",
     )
     cli.add_validation_argument(group, "each pick's loss, KL and agreement")
     group = parser.add_argument_group("search")
@@ -59,24 +59,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--search",
         choices=["full", "race", "untrained", "cosine"],
         default="full",
-        help="full: an epoch for each candidate; race: the worse ones drop out early, and the pick can be "
-        "another one that is about as good. Without training: untrained, by the loss that a skip costs with "
-        "scales of 1, a third of an epoch for each candidate; cosine, in seconds, by how little a block "
-        "turns the residual stream",
+        help="full: an epoch for each candidate; race: the worse ones drop out early. Without training: "
+        "untrained, by the loss that a skip costs with scales of 1, a third of an epoch for each candidate; "
+        "cosine, in seconds, by how little a block turns the residual stream",
     )
-    group.add_argument(
-        "--screening",
-        type=cli.share,
-        default=SCREENING,
-        help="race: share of the candidates that is trained at all (at least 2 are), chosen by their losses "
-        "on the first batches before training; 1 trains all",
+    what = (
+        "race: share of the candidates that is trained, at least 2, by their losses before training; 1: all"
     )
+    group.add_argument("--screening", type=cli.share, default=SCREENING, help=what)
     cli.add_replacement_argument(parser)
     cli.add_training_arguments(parser, learning_rate=1e-2)
-    text = "JSON report (default: {model}_block_selection.json); the journal stands beside it"
-    parser.add_argument("--output", type=Path, help=text)
-    text = "also draw every candidate's loss (PNG, PDF or SVG)"
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=text)
+    what = "JSON report (default: {model}_block_selection.json); the journal stands beside it"
+    add("--output", type=Path, help=what)
+    what = "also draw every candidate's loss (PNG, PDF or SVG)"
+    add("--plot", type=Path, metavar="FILE", help=what)
     return parser
 
 
@@ -100,22 +96,19 @@ def most_blocks(arguments: argparse.Namespace, config, skipped: list[int]) -> in
 
     present, before = len(attention_blocks(config)), len(skipped)
     left = present - 1 - before  # one stays; which may, `check_skipped_blocks` says
-    flag, wanted = "num_blocks", arguments.num_blocks or 1
+    asked = arguments.num_blocks or (1 if arguments.max_loss_increase is None else max(left, 1))
+    flag = f"--num_blocks {asked}"
     if arguments.kv_budget is not None:
-        flag, wanted = "kv_budget", present - math.floor(arguments.kv_budget * present + 1e-9) - before
-        if wanted < 1:
+        flag = f"--kv_budget {arguments.kv_budget}"
+        asked = present - math.floor(arguments.kv_budget * present + 1e-9) - before
+        if asked < 1:
             raise InputError(
-                f"--kv_budget {arguments.kv_budget}: with {before} of {present} blocks skipped already, the "
-                f"KV cache takes {(present - before) / present:.3g} of it; give a smaller share"
+                f"{flag}: with {before} of {present} blocks skipped already, the KV cache takes "
+                f"{(present - before) / present:.3g} of it; give a smaller share"
             )
-    elif arguments.num_blocks is None and arguments.max_loss_increase is not None:
-        flag, wanted = "max_loss_increase", max(left, 1)
-    if wanted > left:
-        raise InputError(
-            f"--{flag} {getattr(arguments, flag) or wanted}: {before} of {config.num_hidden_layers} are "
-            f"skipped already, so at most {left} more can be"
-        )
-    return wanted
+    if asked > left:
+        raise InputError(f"{flag}: {before} blocks are skipped already, so at most {left} more can be")
+    return asked
 
 
 def journal_path(output: Path) -> Path:
@@ -150,12 +143,14 @@ def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> 
     Not the schedule: a race only decides how far a candidate gets.
     """
     names = ("seed", "batch_size", "learning_rate", "dtype", "loss")
+    same = {name: getattr(arguments, name) for name in names}
+    rank = arguments.replacement_rank or None  # a journal without it had no maps
     return {
         "model": arguments.model.source,
         "weights": weights,
         "data": data,
-        **{name: getattr(arguments, name) for name in names},
-        "replacement_rank": arguments.replacement_rank or None,  # a journal without it had no maps
+        **same,
+        "replacement_rank": rank,
     }
 
 
@@ -219,11 +214,9 @@ def main(argv: list[str] | None = None) -> int:
     cli.seed_everything(arguments.seed)
     with contextlib.ExitStack() as resources:
         processes = resources.enter_context(join_processes(arguments.device))
-        processes.check_alike(
-            cli.flags_of_all(arguments)
-            | settings
-            | {"model": None, "skipped blocks": skipped, "--prev": known}
-        )
+        alike = settings | {"skipped blocks": skipped, "--prev": known}
+        del alike["model"]  # which may lie elsewhere on another machine
+        processes.check_alike(cli.flags_of_all(arguments) | alike)
         most = math.ceil(len(training) / arguments.batch_size)
         journal = open_journal(journal_path(output), settings, most, processes, resources)
         trainer = load_trainer(arguments, training, held_out, processes)
@@ -272,18 +265,17 @@ def add_pick(report: dict, pick, stops: bool) -> None:
 
 def line_of(pick, stops: bool, most_increase: float | None) -> str:
     """What stdout says of a pick."""
-    figures = f"loss: {pick.loss:.4f}"
+    figures = [f"loss: {pick.loss:.4f}"]
     if pick.held_out is not None:
-        held_out = "held-out loss: {cross_entropy:.4f}, KL: {kl:.4f}, agreement: {agreement:.4f}"
-        figures += f", {held_out.format(**vars(pick.held_out))}"
+        of = "held-out loss: {cross_entropy:.4f}, KL: {kl:.4f}, agreement: {agreement:.4f}"
+        figures.append(of.format(**vars(pick.held_out)))
     if pick.loss_increase is not None:
-        figures += f", increase: {pick.loss_increase:.4f}"
+        figures.append(f"increase: {pick.loss_increase:.4f}")
+    said = f"Best block to remove: {pick.block}"
     if stops:
-        return (
-            f"Stopped: without block {pick.block} as well, the loss would be above --max_loss_increase "
-            f"{most_increase:g} ({figures})"
-        )
-    return f"Best block to remove: {pick.block} ({figures})"
+        limit = f"--max_loss_increase {most_increase:g}"
+        said = f"Stopped: without block {pick.block} as well, the loss would be above {limit}"
+    return f"{said} ({', '.join(figures)})"
 
 
 def write_results(output: Path, report: dict, plot: Path | None) -> None:

@@ -77,12 +77,12 @@ class CandidateTrainer:
         batches = self._part(group.rank, group.size)[done:look]
         try:
             trainer.run(batches, name, first=done, on_batch=keep)
+            state = trainer.state()
+            if not bool(state.tensors.isfinite().all()):
+                where = f"after batch {len(losses) - 1}"
+                raise Diverged(f"{name}: the scales or their moments are not finite {where}")
         except Diverged as error:
             return Candidate(candidate.block, losses, diverged=str(error))
-        state = trainer.state()
-        if not bool(state.tensors.isfinite().all()):
-            where = f"{name}: the scales or their moments are not finite after batch {len(losses) - 1}"
-            return Candidate(candidate.block, losses, diverged=where)
         return Candidate(candidate.block, losses, state)
 
     def _trainer(self, skipped: Sequence[int], state: ScaleState | None, reduce=None) -> ScaleTrainer:
@@ -110,10 +110,8 @@ class CandidateTrainer:
     def original_loss(self) -> float:
         """Mean of the batches' losses with nothing skipped, as a candidate's is."""
         scales.reset(self.model)
-        return statistics.fmean(
-            mean_loss(self.model, [batch], "the original model", self._trained_towards)
-            for batch in self._part(0, 1)
-        )
+        towards, batches = self._trained_towards, self._part(0, 1)
+        return statistics.fmean(mean_loss(self.model, [each], "original model", towards) for each in batches)
 
     def held_out(self, skipped: Sequence[int], state: ScaleState | None = None) -> HeldOut | None:
         """Figures of the held-out samples, if there are any, with exactly `skipped` skipped.

@@ -122,7 +122,7 @@ class Search:
             distances = self.processes.gather(distances)[0]  # all must pick alike
             found.distances = _finite(found, distances, "what passes through it is not finite")
             self.bar.move(num_batches * SCREENING_COST)
-            self._spend(num_batches * SCREENING_COST, num_batches * SCREENING_COST)
+            self._work = self._time = num_batches * SCREENING_COST
             blocks = sorted(found.distances, key=lambda block: (found.distances[block], block))[:1]
         losses = self._screen(found, blocks, num_batches)
         return [Candidate(block, known_loss=loss) for block, loss in losses.items()]
@@ -143,7 +143,8 @@ class Search:
                 self.journal.add_untrained(skipped, index, known)
             seen.append(known)
         cost = num_batches * SCREENING_COST
-        self._spend(len(blocks) * cost, math.ceil(len(blocks) / count) * cost)
+        self._work += len(blocks) * cost
+        self._time += math.ceil(len(blocks) / count) * cost
         means = {block: statistics.fmean(known[block] for known in seen) for block in blocks}
         return _finite(found, means, "the loss is not finite before any training")
 
@@ -183,16 +184,12 @@ class Search:
                 self.bar.advanced(len(racing), leader(advanced))
         advanced.sort(key=lambda candidate: candidate.block)
         found.batch_losses |= {candidate.block: candidate.losses for candidate in advanced}
-        steps = sum(time for _, time in rounds(len(racing), count)) * (look - done)
-        self._spend(sum(len(candidate.losses) - done for candidate in advanced), steps)
+        self._work += sum(len(candidate.losses) - done for candidate in advanced)
+        self._time += sum(time for _, time in rounds(len(racing), count)) * (look - done)
         for candidate in advanced:
             if candidate.diverged is not None:
                 _note_diverged(found, candidate.block, candidate.diverged)
         return [candidate for candidate in advanced if candidate.diverged is None]
-
-    def _spend(self, work: float, time: float) -> None:
-        self._work += work
-        self._time += time
 
 
 def _drop(after_batches: int, loss: float, leader_loss: float) -> dict:
