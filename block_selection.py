@@ -17,97 +17,62 @@ import math
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from hopscotch_common import cli, files
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.log import Log
 from hopscotch_common.report.bend import find_bend
 from hopscotch_common.report.runs import describe_run, plain
 
-SEARCHES = ("full", "race", "untrained", "cosine")
+SCREENING = 0.33
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
+    add = parser.add_argument
     cli.add_model_arguments(parser)
-    parser.add_argument("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
-    parser.add_argument(
-        "--starting_skipped_blocks",
-        nargs="*",
-        default=[],
-        metavar="BLOCK",
-        help="blocks selected before: indices, or the path of a selection report",
+    add("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
+    what = "blocks selected before: indices, or the path of a selection report"
+    add("--starting_skipped_blocks", nargs="*", default=[], metavar="BLOCK", help=what)
+    what = (
+        "losses of layers 0, 1, 2, … that are known already; one in the place of a skipped layer is ignored"
     )
-    parser.add_argument(
-        "--prev",
-        nargs="*",
-        type=float,
-        default=[],
-        metavar="LOSS",
-        help="losses of layers 0, 1, 2, … of this iteration that are known already; "
-        "a number in the place of a skipped layer is ignored",
-    )
+    add("--prev", nargs="*", type=float, default=[], metavar="LOSS", help=what)
     group = parser.add_argument_group("how many blocks")
     number = group.add_mutually_exclusive_group()
-    number.add_argument(
-        "--num_blocks",
-        type=cli.positive_int,
-        help="blocks to pick in this run, at most (default: 1; with --max_loss_increase, all that can be)",
-    )
-    number.add_argument(
-        "--kv_budget",
-        type=cli.part,
-        metavar="SHARE",
-        help="pick as many as leave the KV cache at most this share of the whole model's, at most",
-    )
+    what = "blocks to pick in this run, at most (default: 1; with --max_loss_increase, all that can be)"
+    number.add_argument("--num_blocks", type=cli.positive_int, help=what)
+    what = "pick as many as leave the KV cache at most this share of the whole model's, at most"
+    number.add_argument("--kv_budget", type=cli.part, metavar="SHARE", help=what)
     group.add_argument(
         "--max_loss_increase",
         type=cli.positive_float,
         metavar="SHARE",
-        help="stop before the pick that would bring the loss this share above the original model's (0.02: "
-        "2 %%); of --loss kl, which is 0 for the original, the KL itself in nats a token. Of the held-out "
-        "answers with --validation_split, else of the training's",
+        help="stop before the pick that would bring the loss (of held-out answers, if there are any) this "
+        "share above the original model's (0.02: 2 %%); of --loss kl, the KL itself in nats a token",
     )
     cli.add_validation_argument(group, "each pick's loss, KL and agreement")
     group = parser.add_argument_group("search")
     group.add_argument(
         "--search",
-        choices=list(SEARCHES),
+        choices=["full", "race", "untrained", "cosine"],
         default="full",
-        help="full: an epoch for each candidate; race: the worse ones drop out early, and the pick can be "
-        "another one that is about as good. Without training: untrained, by the loss that a skip costs with "
-        "scales of 1, a third of an epoch for each candidate; cosine, in seconds, by how little a block "
-        "turns the residual stream",
+        help="full: an epoch for each candidate; race: the worse ones drop out early. Without training: "
+        "untrained, by the loss that a skip costs with scales of 1, a third of an epoch for each candidate; "
+        "cosine, in seconds, by how little a block turns the residual stream",
     )
-    group.add_argument(
-        "--screening",
-        type=cli.share,
-        default=0.33,
-        help="race: share of the candidates that is trained at all (at least 2 are), chosen by their losses "
-        "on the first --first_look batches before training; 1 trains all",
+    what = (
+        "race: share of the candidates that is trained, at least 2, by their losses before training; 1: all"
     )
-    group.add_argument(
-        "--first_look",
-        type=cli.positive_int,
-        help="race: batches before the first comparison, after which at most about half of all candidates go "
-        "on, and about 1/(1+n) after n times as many (default: a 32nd of an epoch, at least 1)",
-    )
-    group.add_argument(
-        "--confidence",
-        type=cli.positive_float,
-        default=3.0,
-        help="race: a candidate that is this many standard errors worse than the leader drops out sooner",
-    )
+    group.add_argument("--screening", type=cli.share, default=SCREENING, help=what)
     cli.add_replacement_argument(parser)
     cli.add_training_arguments(parser, learning_rate=1e-2)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON report (default: {model}_block_selection.json); the journal stands beside it",
-    )
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw every candidate's loss (PNG, PDF or SVG)"
-    )
+    what = "JSON report (default: {model}_block_selection.json); the journal stands beside it"
+    add("--output", type=Path, help=what)
+    what = "also draw every candidate's loss (PNG, PDF or SVG)"
+    add("--plot", type=Path, metavar="FILE", help=what)
     return parser
 
 
@@ -122,6 +87,34 @@ def known_losses(prev: list[float], skipped: list[int], num_layers: int) -> dict
     return known
 
 
+def most_blocks(arguments: argparse.Namespace, config, skipped: list[int]) -> int:
+    """How many blocks this run picks at most; InputError where so many are not there.
+
+    All attention layers count alike for --kv_budget, also those with a sliding window.
+    """
+    from hopscotch_common.modeling_hopscotch import attention_blocks
+
+    present, before = len(attention_blocks(config)), len(skipped)
+    left = present - 1 - before  # one stays; which may, `check_skipped_blocks` says
+    asked = arguments.num_blocks or (1 if arguments.max_loss_increase is None else max(left, 1))
+    flag = f"--num_blocks {asked}"
+    if arguments.kv_budget is not None:
+        flag = f"--kv_budget {arguments.kv_budget}"
+        asked = present - math.floor(arguments.kv_budget * present + 1e-9) - before
+        if asked < 1:
+            raise InputError(
+                f"{flag}: with {before} of {present} blocks skipped already, the KV cache takes "
+                f"{(present - before) / present:.3g} of it; give a smaller share"
+            )
+    if asked > left:
+        raise InputError(f"{flag}: {before} blocks are skipped already, so at most {left} more can be")
+    return asked
+
+
+def journal_path(output: Path) -> Path:
+    return output.with_name(output.name.removesuffix(".json") + ".journal.jsonl")
+
+
 def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
     """InputError for outputs that could not be written, or would take the place of something else."""
     inputs = [arguments.data_path, *cli.reports_among(arguments.starting_skipped_blocks)]
@@ -132,9 +125,8 @@ def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
     if arguments.plot:
         files.check_output(arguments.plot, "--plot", [*inputs, output, journal_path(output)])
         if arguments.plot.suffix.lower() not in PLOT_FORMATS:
-            raise InputError(
-                f"--plot {arguments.plot}: give a file name that ends in {', '.join(PLOT_FORMATS)}"
-            )
+            endings = ", ".join(PLOT_FORMATS)
+            raise InputError(f"--plot {arguments.plot}: give a file name that ends in {endings}")
 
 
 def is_selection_report(path: Path) -> bool:
@@ -145,124 +137,97 @@ def is_selection_report(path: Path) -> bool:
         return False
 
 
-def journal_path(output: Path) -> Path:
-    return output.with_name(output.name.removesuffix(".json") + ".journal.jsonl")
-
-
 def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> dict:
     """What a candidate's losses depend on, besides the blocks skipped before. weights, data: fingerprints.
 
     Not the schedule: a race only decides how far a candidate gets.
     """
+    names = ("seed", "batch_size", "learning_rate", "dtype", "loss")
+    same = {name: getattr(arguments, name) for name in names}
+    rank = arguments.replacement_rank or None  # a journal without it had no maps
     return {
         "model": arguments.model.source,
         "weights": weights,
         "data": data,
-        "seed": arguments.seed,
-        "batch_size": arguments.batch_size,
-        "learning_rate": arguments.learning_rate,
-        "dtype": arguments.dtype,
-        "loss": arguments.loss,
-        "replacement_rank": arguments.replacement_rank or None,  # a journal without it had no maps
+        **same,
+        "replacement_rank": rank,
     }
 
 
-def most_blocks(arguments: argparse.Namespace, config, skipped: list[int]) -> int:
-    """How many blocks this run picks at most; InputError where so many are not there."""
-    from hopscotch_common.search.limits import most_picks, picks_for_kv_budget
+def open_journal(path: Path, settings: dict, num_batches: int, processes, resources: contextlib.ExitStack):
+    """The journal, which rank 0 reads, keeps and closes with `resources`; the others get what it holds."""
+    from hopscotch_common.search import journal
 
-    left = most_picks(config, skipped)
-    if arguments.kv_budget is not None:
-        flag, wanted = "kv_budget", picks_for_kv_budget(arguments.kv_budget, config, skipped)
-    elif arguments.num_blocks is None and arguments.max_loss_increase is not None:
-        flag, wanted = "max_loss_increase", max(left, 1)
-    else:
-        flag, wanted = "num_blocks", arguments.num_blocks or 1
-    if wanted > left:
-        raise InputError(
-            f"--{flag} {getattr(arguments, flag) or wanted}: {len(skipped)} of {config.num_hidden_layers} "
-            f"are skipped already, so at most {left} more can be"
-        )
-    return wanted
+    records, append = [], lambda record: None
+    if processes.rank == 0:
+        log = resources.enter_context(Log(path, settings, journal.KIND, journal.REMEDY))
+        records, append = [(f"{path}, line {number}", record) for number, record in log.records], log.append
+    return journal.Journal(processes.gather(records)[0], append, num_batches)  # only rank 0's disk is sure
+
+
+def load_trainer(arguments: argparse.Namespace, training: list, held_out: list, processes):
+    """The loaded model with all that trains candidates on it, a `CandidateTrainer`."""
+    from hopscotch_common.loading import load_model
+    from hopscotch_common.search.candidates import CandidateTrainer
+    from hopscotch_common.training.trainer import prepare_model
+
+    place = (arguments.dtype, arguments.device, arguments.attn_implementation)
+    model = load_model(arguments.model, *place, replacement_rank=arguments.replacement_rank)
+    options = cli.training_options(arguments)
+    prepare_model(model, options)
+    trainer = CandidateTrainer(model, training, options, held_out)
+    if arguments.replacement_rank:
+        trainer.fit_maps(processes.group(1))
+    return trainer
 
 
 @cli.command
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     output = arguments.output or Path(f"{arguments.model.name}_block_selection.json")
 
     from hopscotch_common import weights
-    from hopscotch_common.loading import load_model, read_config
-    from hopscotch_common.search import journal
-    from hopscotch_common.search.candidates import CandidateTrainer
-    from hopscotch_common.search.picks import Picks
+    from hopscotch_common.loading import read_config
+    from hopscotch_common.search import schedule
     from hopscotch_common.search.progress import SearchBar
-    from hopscotch_common.search.search import Search
+    from hopscotch_common.search.search import Picks, Search
     from hopscotch_common.training import batches
     from hopscotch_common.training.distributed import check_launch, join_processes
-    from hopscotch_common.training.trainer import prepare_model
 
     config = read_config(arguments.model)
-    skipped = cli.blocks_from(
-        arguments.starting_skipped_blocks, arguments.model, config, "--starting_skipped_blocks"
-    )
+    flag = "--starting_skipped_blocks"
+    skipped = cli.blocks_from(arguments.starting_skipped_blocks, arguments.model, config, flag)
     num_blocks = most_blocks(arguments, config, skipped)
-    if arguments.search != "race":
-        for flag in ("screening", "first_look", "confidence"):
-            if getattr(arguments, flag) != parser.get_default(flag):
-                logger.warning("--%s has no effect without --search race", flag)
+    if arguments.search != "race" and arguments.screening != SCREENING:
+        logger.warning("--screening has no effect without --search race")
     if arguments.prev and (arguments.search in ("untrained", "cosine") or arguments.validation_split):
         raise InputError("--prev: the scales behind its losses are not known, which this search needs")
     known = known_losses(arguments.prev, skipped, config.num_hidden_layers)
     check_outputs(arguments, output)
     cli.check_rank(arguments.replacement_rank, config)
-
     check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     samples = cli.load_samples(arguments, config)
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
     data = batches.describe(training, arguments.data_path)
+    settings = journal_settings(arguments, weights.fingerprint(arguments.model.folder()), data["sha256"])
     cli.seed_everything(arguments.seed)
-    options = cli.training_options(arguments)
     with contextlib.ExitStack() as resources:
         processes = resources.enter_context(join_processes(arguments.device))
-        fingerprint = weights.fingerprint(arguments.model.folder())
-        found = {"weights": fingerprint, "data": data["sha256"], "skipped blocks": skipped, "--prev": known}
-        processes.check_alike(cli.flags_of_all(arguments) | found)
-        records, append = [], lambda record: None
-        if processes.rank == 0:
-            settings = journal_settings(arguments, fingerprint, data["sha256"])
-            log = Log(journal_path(output), settings, journal.KIND, journal.REMEDY)
-            resources.enter_context(log)
-            records, append = [(f"{log.path}, line {n}", record) for n, record in log.records], log.append
-        records = processes.gather(records)[0]  # only rank 0's disk is sure
-        known_before = journal.Journal(records, append, math.ceil(len(training) / arguments.batch_size))
-        model = load_model(
-            arguments.model,
-            arguments.dtype,
-            arguments.device,
-            arguments.attn_implementation,
-            replacement_rank=arguments.replacement_rank,
-        )
-        prepare_model(model, options)
-        trainer = CandidateTrainer(model, training, options, held_out)
-        if arguments.replacement_rank:
-            trainer.fit_maps(processes.group(1))
+        alike = settings | {"skipped blocks": skipped, "--prev": known}
+        del alike["model"]  # which may lie elsewhere on another machine
+        processes.check_alike(cli.flags_of_all(arguments) | alike)
+        most = math.ceil(len(training) / arguments.batch_size)
+        journal = open_journal(journal_path(output), settings, most, processes, resources)
+        trainer = load_trainer(arguments, training, held_out, processes)
         logger.info(
-            "%d answers in %d batches, %d loss-counted tokens; %d layers, skipped already: %s; "
-            "%d process(es)",
-            len(training),
-            trainer.num_batches,
-            data["loss_counted_tokens"],
-            config.num_hidden_layers,
-            skipped or "none",
-            processes.count,
+            f"{len(training)} answers in {trainer.num_batches} batches, {data['loss_counted_tokens']} "
+            f"loss-counted tokens; {config.num_hidden_layers} layers, skipped already: {skipped or 'none'}; "
+            f"{processes.count} process(es)"
         )
-        rule = schedule_of(arguments, trainer.num_batches)
-        bar = SearchBar(num_blocks, rule, processes)
-        resources.callback(bar.close)
-        picks = Picks(Search(trainer, rule, known_before, processes, bar), arguments.max_loss_increase)
+        rule = schedule.named(arguments.search, trainer.num_batches, arguments.screening)
+        bar = resources.enter_context(SearchBar(num_blocks, rule, processes))
+        picks = Picks(Search(trainer, rule, journal, processes, bar), arguments.max_loss_increase)
         report = {
             "model": arguments.model.name,
             "num_layers": config.num_hidden_layers,
@@ -271,42 +236,28 @@ def main(argv: list[str] | None = None) -> int:
             "original_held_out": plain(picks.original),
             "data": data,
         } | describe_run(vars(arguments))
-        for _ in range(num_blocks):
-            pick = picks.next(report["skipped_blocks"], known)
-            known = {}
+        for number in range(num_blocks):
+            pick = picks.next(report["skipped_blocks"], {} if number else known)
             stops = picks.costs_too_much(pick)
             add_pick(report, pick, stops)
             if processes.rank == 0:
                 write_results(output, report, arguments.plot)
-                with bar.out_of_the_way():
+                with tqdm.external_write_mode():  # the bar goes out of the way
                     cli.result(line_of(pick, stops, arguments.max_loss_increase))
             if stops:
                 break
-        bar.finish()
+        bar.total = bar.n  # what a race did not need is not left to do
     return 0
-
-
-def schedule_of(arguments: argparse.Namespace, num_batches: int):
-    """The `Schedule` of `--search`."""
-    from hopscotch_common.search import schedule
-
-    if arguments.search != "race":
-        return {"full": schedule.FULL, "untrained": schedule.UNTRAINED, "cosine": schedule.COSINE}[
-            arguments.search
-        ]
-    first_look = arguments.first_look or schedule.default_first_look(num_batches)
-    return schedule.Schedule(first_look, arguments.confidence, arguments.screening)
 
 
 def add_pick(report: dict, pick, stops: bool) -> None:
     """Add an iteration to the report, or what it would have been where it stops the search."""
-    iteration = dataclasses.asdict(dataclasses.replace(pick.iteration, state=None))
+    iteration = dataclasses.asdict(dataclasses.replace(pick, state=None))
     del iteration["state"]  # of a search, not of a checkpoint
-    iteration |= {"held_out": plain(pick.held_out), "loss_increase": pick.increase}
     if stops:
         report["stopped_before"] = iteration
         return
-    report["skipped_blocks"] = [*report["skipped_blocks"], pick.iteration.block]
+    report["skipped_blocks"] = [*report["skipped_blocks"], pick.block]
     report["iterations"].append(iteration)
     losses = {len(found["skipped_before"]) + 1: found["loss"] for found in report["iterations"]}
     report["bend"] = find_bend(losses)
@@ -314,21 +265,17 @@ def add_pick(report: dict, pick, stops: bool) -> None:
 
 def line_of(pick, stops: bool, most_increase: float | None) -> str:
     """What stdout says of a pick."""
-    found = pick.iteration
-    held_out = ""
+    figures = [f"loss: {pick.loss:.4f}"]
     if pick.held_out is not None:
-        figures = pick.held_out
-        held_out = (
-            f", held-out loss: {figures.cross_entropy:.4f}, KL: {figures.kl:.4f}, "
-            f"agreement: {figures.agreement:.4f}"
-        )
-    increase = "" if pick.increase is None else f", increase: {pick.increase:.4f}"
+        of = "held-out loss: {cross_entropy:.4f}, KL: {kl:.4f}, agreement: {agreement:.4f}"
+        figures.append(of.format(**vars(pick.held_out)))
+    if pick.loss_increase is not None:
+        figures.append(f"increase: {pick.loss_increase:.4f}")
+    said = f"Best block to remove: {pick.block}"
     if stops:
-        return (
-            f"Stopped: without block {found.block} as well, the loss would be above --max_loss_increase "
-            f"{most_increase:g} (loss: {found.loss:.4f}{held_out}{increase})"
-        )
-    return f"Best block to remove: {found.block} (loss: {found.loss:.4f}{held_out}{increase})"
+        limit = f"--max_loss_increase {most_increase:g}"
+        said = f"Stopped: without block {pick.block} as well, the loss would be above {limit}"
+    return f"{said} ({', '.join(figures)})"
 
 
 def write_results(output: Path, report: dict, plot: Path | None) -> None:

@@ -35,9 +35,8 @@ from measuring import row, title
 from training import Setting, add_study_arguments, setting_name, study
 
 from hopscotch_common import scales
-from hopscotch_common.search.distances import stream_distances
+from hopscotch_common.search.candidates import stream_distances, untrained_losses
 from hopscotch_common.search.schedule import SCREENING_COST
-from hopscotch_common.search.screening import untrained_losses
 from hopscotch_common.training.batches import Batch, MinibatchRunner, Sample
 from hopscotch_common.training.loss import Originals, summed_loss
 from hopscotch_common.training.trainer import EpochBatches

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from hopscotch_common.files import write_json  # noqa: E402
 from hopscotch_common.models import ModelRef  # noqa: E402
 from hopscotch_common.report.runs import package_versions  # noqa: E402
-from hopscotch_common.search.schedule import Schedule, default_first_look  # noqa: E402
+from hopscotch_common.search import schedule  # noqa: E402
 from hopscotch_common.training.batches import Batch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -129,12 +129,11 @@ def spread(count: int, num_layers: int) -> list[int]:
     return [1 + i * (num_layers - 1) // count for i in range(count)]
 
 
-def default_race(num_batches: int) -> Schedule:
+def default_race(num_batches: int) -> schedule.Schedule:
     """The race that `block_selection.py --search race` runs when it is told no more."""
     import block_selection
 
-    default = block_selection.build_parser().get_default
-    return Schedule(default_first_look(num_batches), default("confidence"), default("screening"))
+    return schedule.named("race", num_batches, block_selection.SCREENING)
 
 
 def count_flops(model, batches: Iterable[Batch], skipped: int) -> float:

@@ -22,8 +22,8 @@ from measuring import row, title
 from hopscotch_common.files import write_json
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
-from hopscotch_common.search.schedule import FULL, Candidate, Schedule, default_first_look
-from hopscotch_common.search.screening import untrained_losses
+from hopscotch_common.search.candidates import untrained_losses
+from hopscotch_common.search.schedule import FULL, Candidate, Schedule
 from hopscotch_common.search.search import Iteration, Search
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import fingerprint, load_samples
@@ -70,7 +70,7 @@ def record_untrained(report: dict, arguments: argparse.Namespace) -> list[dict[i
     names = ("learning_rate", "batch_size", "max_tokens_per_batch", "seed")
     options = TrainingOptions(**{name: settings[name] for name in names})
     batches = EpochBatches(model, samples, options).epoch()
-    batches = batches[: max(*arguments.first_look, default_first_look(len(batches)))]
+    batches = batches[: max(*arguments.first_look, measuring.default_race(len(batches)).first_look)]
     recorded = []
     for iteration in report["iterations"]:
         skipped, blocks = iteration["skipped_before"], [int(block) for block in iteration["batch_losses"]]
@@ -104,7 +104,7 @@ def replay_all(reports: dict[str, dict], untrained: dict[str, list], look, scree
     """`judge` of every report, by name."""
 
     def rule_of(num_batches: int) -> Schedule:
-        return Schedule(look or default_first_look(num_batches), confidence, screening)
+        return Schedule(look or measuring.default_race(num_batches).first_look, confidence, screening)
 
     found = {name: judge(report, untrained.get(name), rule_of) for name, report in reports.items()}
     return {"by_report": found}

@@ -27,8 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
-from hopscotch_common.search.candidates import CandidateTrainer
-from hopscotch_common.search.screening import untrained_losses
+from hopscotch_common.search.candidates import CandidateTrainer, untrained_losses
 from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import load_samples

@@ -8,6 +8,7 @@ import block_selection
 from hopscotch_common.search import schedule
 from hopscotch_common.search.progress import SearchBar
 from hopscotch_common.search.schedule import Candidate, Schedule
+from hopscotch_common.search.search import Search
 from hopscotch_common.training.distributed import Processes
 
 
@@ -50,11 +51,63 @@ def test_fewer_go_on_the_more_batches_were_seen():
 
 
 def test_the_default_race_is_bounded_whatever_the_data():
-    arguments = block_selection.build_parser().parse_args(["--model", "smollm", "--data_path", "-"])
     for num_batches, share in ((12, 1 / 4), (16, 1 / 4), (64, 1 / 8), (128, 1 / 8), (1000, 1 / 8)):
-        race = Schedule(schedule.default_first_look(num_batches), arguments.confidence, arguments.screening)
+        race = schedule.named("race", num_batches, block_selection.SCREENING)
         for layers in (28, 30, 32):
             assert race.longest(layers, num_batches) <= share * layers * num_batches
+
+
+class Alike:
+    """Stands in for a `CandidateTrainer`: all are alike, but for blocks above `best`, which are worse."""
+
+    num_batches = 6
+
+    def __init__(self, best: int):
+        self.best = best
+
+    def _loss(self, block: int) -> float:
+        return 1.0 if block <= self.best else 2.0
+
+    def candidates(self, skipped) -> list[int]:
+        return [block for block in (9, 3, 7, 5) if block not in skipped]  # in whatever order
+
+    def train(self, skipped, candidate, look, group, on_batch) -> Candidate:
+        return Candidate(candidate.block, [self._loss(candidate.block)] * look)
+
+    def screen(self, skipped, blocks, index, on_screened) -> dict[int, float]:
+        return {block: self._loss(block) for block in blocks}
+
+    def distances(self, skipped, blocks) -> dict[int, float]:
+        return self.screen(skipped, blocks, 0, None)
+
+
+RULES = {
+    "full": schedule.FULL,
+    "race": Schedule(first_look=1, confidence=3.0),
+    "screened": Schedule(first_look=1, confidence=math.inf, screening=0.5),
+    "untrained": schedule.UNTRAINED,
+    "cosine": schedule.COSINE,
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_of_candidates_that_are_alike_the_first_block_wins(rule):
+    search = Search(Alike(best=7), RULES[rule])
+    assert search.next_block([]).block == 3
+    assert search.next_block([3]).block == 5
+    if rule in ("full", "race", "screened"):  # --prev, which has no place among the others before the end
+        for block, loss in ((3, 1.0), (9, 1.0)):
+            assert search.next_block([], {block: loss}).block == 3
+
+
+def test_of_candidates_that_are_alike_the_first_blocks_go_on():
+    alike = [Candidate(block, [1.0]) for block in (8, 2, 6, 4)]
+    assert schedule.leader(alike).block == 2
+    going_on = Schedule(first_look=1, confidence=math.inf).survivors(alike, 4, 1)
+    assert [candidate.block for candidate in going_on] == [2, 4]
+    found = Search(Alike(best=9), Schedule(first_look=1, confidence=math.inf, screening=0.5)).next_block([])
+    assert list(found.batch_losses) == [3, 5]
+    assert {block: drop["after_batches"] for block, drop in found.dropped.items()} == {7: 0, 9: 0, 5: 2}
 
 
 def test_looks_end_with_the_last_batch():
@@ -69,17 +122,14 @@ def test_the_bar_knows_what_a_full_search_takes():
     bar = SearchBar(num_iterations=2, schedule=schedule.FULL, processes=Processes())
     for candidates in (4, 3):
         bar.start_iteration(candidates, candidates, num_batches=5)
-        assert bar.bar.total == 35
-        assert not bar.bar.postfix
-        bar.on_candidate(7, 1.0)
+        assert bar.total == 35
+        assert not bar.postfix
+        bar.on_candidate(7)
         for _ in range(5 * candidates):
-            bar.on_batch(1.0)
+            bar.move(1.0)
         bar.advanced(candidates, Candidate(0, [1.0]))
-    assert bar.bar.n == 35
-    assert (
-        bar.bar.desc == "pick 2, candidate 7: "
-        and bar.bar.postfix == f"{candidates} racing, leader 0 at 1.0000"
-    )
+    assert bar.n == 35
+    assert bar.desc == "pick 2, candidate 7: " and bar.postfix == f"{candidates} racing, leader 0 at 1.0000"
     bar.close()
 
 
@@ -89,7 +139,7 @@ def test_the_bar_counts_screening_at_its_cost():
     bar.start_iteration(9, 9, num_batches=4)
     for _ in range(36):
         bar.on_screened(0.5)
-    assert bar.bar.n == 6 and bar.bar.total == 6 + 2 * 5 + 4 + 3
+    assert bar.n == 6 and bar.total == 6 + 2 * 5 + 4 + 3
     bar.close()
 
 
@@ -98,12 +148,12 @@ def test_the_bar_leaves_out_what_the_journal_had():
     bar.start_iteration(4, 4, num_batches=5)
     for batches in [9] + [1 / 12] * 12:
         bar.restored(batches)
-    assert bar.bar.total == 10
+    assert bar.total == 10
     bar.close()
 
 
 def test_the_bar_knows_that_later_iterations_train_what_is_known_now():
     bar = SearchBar(num_iterations=2, schedule=schedule.FULL, processes=Processes())
     bar.start_iteration(1, 4, num_batches=5)
-    assert bar.bar.total == 5 + 3 * 5
+    assert bar.total == 5 + 3 * 5
     bar.close()

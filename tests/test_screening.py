@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
+from hopscotch_common.search.candidates import untrained_losses
 from hopscotch_common.search.schedule import Schedule
-from hopscotch_common.search.screening import untrained_losses
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Layout, Sample
 from hopscotch_common.training.trainer import ScaleTrainer, prepare_model

@@ -27,9 +27,8 @@ from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.journal import Journal
-from hopscotch_common.search.picks import Picks
 from hopscotch_common.search.schedule import Candidate, Schedule
-from hopscotch_common.search.search import Search
+from hopscotch_common.search.search import Picks, Search
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.loss import HeldOut
 from hopscotch_common.training.trainer import ScaleState
@@ -237,8 +236,7 @@ def test_the_originals_own_kl_is_0_though_rounding_says_otherwise(tiny_folder, m
     model = load_model(model_ref(str(tiny_folder())), device="cpu")
     options = TrainingOptions(1e-2, 2, loss="kl")
     trainer = CandidateTrainer(model, random_samples(4), options, held_out=random_samples(2))
-    limit = Picks(Search(trainer, schedule.UNTRAINED), most_increase=0.1).limit
-    assert limit.increase(0.07) == 0.07
+    assert Picks(Search(trainer, schedule.UNTRAINED), most_increase=0.1).increase(0.07) == 0.07
 
 
 def test_it_is_an_error_only_when_all_diverge(tiny_folder, monkeypatch):
@@ -327,13 +325,19 @@ def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
 
 
 def test_a_race_goes_on_from_another_ones_looks(tiny_folder, tmp_path):
+    """Also from those of earlier versions, whose journals name more settings, and the original's loss."""
     batches = epoch(12, 2)
     path, settings = tmp_path / "journal.jsonl", dict(confidence=math.inf)
-    iterate(tiny_folder(), batches, rule=Schedule(first_look=2, **settings), journal=path)
+    iterate(tiny_folder(), batches, rule=Schedule(first_look=2, confidence=1.0), journal=path)
+    header, *records = path.read_text().splitlines()
+    header = json.loads(header)
+    header["settings"] |= {"first_look": 2, "confidence": 1.0}
+    path.write_text("\n".join([json.dumps(header), '{"original": 5.5}', *records]) + "\n")
     for look in (1, 3):
         race = Schedule(first_look=look, **settings)
         found = iterate(tiny_folder(), batches, rule=race, journal=path)
         assert found == iterate(tiny_folder(), batches, rule=race)
+    assert path.read_text().splitlines()[2 : len(records) + 2] == records
 
 
 def write_data(path, samples) -> None:
@@ -364,7 +368,7 @@ def test_killed_at_any_moment_it_ends_alike(tiny_folder, tmp_path, schedule):
     write_data(tmp_path / "data.jsonl", random_samples(16))
     common = ["--search", schedule]
     if schedule == "race":
-        common += ["--confidence", "1.0", "--screening", "0.7"]
+        common += ["--screening", "0.7"]
     whole = selection_command(folder, tmp_path / "data.jsonl", tmp_path / "whole.json", *common)
     expected = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert expected.count("Best block to remove") == 2

@@ -1,19 +1,23 @@
-"""One loaded model that trains and screens candidates: all that a search asks of it."""
+"""One loaded model that trains candidates, or judges them before training: all that a search asks of it."""
 
+import functools
+import math
 import statistics
 from collections.abc import Callable, Sequence
+
+import torch
+from accelerate.utils import send_to_device
+from torch.nn.functional import cosine_similarity
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged
 from hopscotch_common.modeling_hopscotch import attention_blocks
-from hopscotch_common.search.distances import stream_distances
 from hopscotch_common.search.schedule import Candidate
-from hopscotch_common.search.screening import untrained_losses
 from hopscotch_common.training import MEASURES, TrainingOptions
-from hopscotch_common.training.batches import Batch, MinibatchRunner, Sample
+from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
 from hopscotch_common.training.distributed import Group
-from hopscotch_common.training.loss import HeldOut, Originals, evaluate
-from hopscotch_common.training.replacement import fit_maps
+from hopscotch_common.training.loss import HeldOut, Originals, evaluate, summed_head_loss
+from hopscotch_common.training.replacement import fit_maps, layer_calls
 from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer
 
 
@@ -30,89 +34,60 @@ class CandidateTrainer:
         self.model, self.options = model, options
         self.batches = EpochBatches(model, samples, options)
         self.num_batches = len(self.batches)
+        self._part = functools.cache(lambda rank, size: self.batches.epoch(0, rank, size))
         self._held_out = EpochBatches(model, held_out, options).in_order() if held_out else []
         self._runner = MinibatchRunner()
         self._originals = Originals(model)
+        self._trained_towards = self._originals if options.loss == "kl" else None
         if options.loss == "kl":
             self._originals.keep(self.batches.epoch())
         self._originals.keep(self._held_out)
         self._wrong: dict[int, float] = {}  # by block, once maps are fitted
-        self._parts: dict[tuple[int, int], list[Batch]] = {}  # by rank and size of a group
-
-    @property
-    def _trained_towards(self) -> Originals | None:
-        return self._originals if self.options.loss == "kl" else None
-
-    def _part(self, group: Group) -> list[Batch]:
-        place = (group.rank, group.size)
-        if place not in self._parts:
-            self._parts[place] = self.batches.epoch(0, *place)
-        return self._parts[place]
 
     def fit_maps(self, group: Group) -> None:
         """Fit the map of every block, for when it is skipped; `group`: all processes, to share the work."""
-        blocks = attention_blocks(self.model.config)
         batches = self.batches.in_order(group.rank, group.size)
-        self._wrong = fit_maps(self.model, batches, blocks, group.reduce)
+        self._wrong = fit_maps(self.model, batches, attention_blocks(self.model.config), group.reduce)
 
     def candidates(self, skipped: Sequence[int]) -> list[int]:
         """The blocks of which each could be skipped next."""
         return scales.skippable_blocks(self.model, skipped)
 
     def train(
-        self,
-        skipped: Sequence[int],
-        candidate: Candidate,
-        look: int,
-        group: Group,
-        on_batch: Callable[[float], None],
+        self, skipped: Sequence[int], candidate: Candidate, look: int, group: Group, on_batch: Callable
     ) -> Candidate:
         """The candidate after `look` batches of the epoch, from where it is; marked if it diverged."""
-        done = len(candidate.losses)
-        trainer = ScaleTrainer(
-            self.model,
-            self.options.learning_rate,
-            [*skipped, candidate.block],
-            candidate.state,
-            group.reduce,
-            self._runner,
-            self._trained_towards,
-        )
-        losses = list(candidate.losses)
+        losses, done = list(candidate.losses), len(candidate.losses)
+        trainer = self._trainer([*skipped, candidate.block], candidate.state, group.reduce)
 
         def keep(loss: float) -> None:
             losses.append(loss)
-            on_batch(loss)
+            on_batch()
 
         name = f"candidate block {candidate.block}, epoch 0"
+        batches = self._part(group.rank, group.size)[done:look]
         try:
-            trainer.run(self._part(group)[done:look], name, first=done, on_batch=keep)
+            trainer.run(batches, name, first=done, on_batch=keep)
+            state = trainer.state()
+            if not bool(state.tensors.isfinite().all()):
+                where = f"after batch {len(losses) - 1}"
+                raise Diverged(f"{name}: the scales or their moments are not finite {where}")
         except Diverged as error:
             return Candidate(candidate.block, losses, diverged=str(error))
-        state = trainer.state()
-        if not bool(state.tensors.isfinite().all()):
-            where = f"{name}: the scales or their moments are not finite after batch {len(losses) - 1}"
-            return Candidate(candidate.block, losses, diverged=where)
         return Candidate(candidate.block, losses, state)
 
+    def _trainer(self, skipped: Sequence[int], state: ScaleState | None, reduce=None) -> ScaleTrainer:
+        """The model with exactly `skipped` skipped and its scales as `state` has them, or 1."""
+        lr, kept = self.options.learning_rate, (self._runner, self._trained_towards)
+        return ScaleTrainer(self.model, lr, skipped, state, reduce, *kept)
+
     def screen(
-        self,
-        skipped: Sequence[int],
-        blocks: Sequence[int],
-        batch: int,
-        on_screened: Callable[[float], None],
+        self, skipped: Sequence[int], blocks: Sequence[int], index: int, on_screened: Callable[[float], None]
     ) -> dict[int, float]:
-        """Each block's loss on one of the batches before any training; infinite where it is not finite."""
-        return untrained_losses(
-            self.model,
-            self._part(Group())[batch],
-            skipped,
-            blocks,
-            f"screening, batch {batch}",
-            on_screened,
-            self._runner,
-            self._trained_towards,
-        )
+        """Each block's loss on one of the batches before any training (`untrained_losses`)."""
+        batch, where = self._part(0, 1)[index], f"screening, batch {index}"
+        runs = (self._runner, self._trained_towards)
+        return untrained_losses(self.model, batch, skipped, blocks, where, on_screened, *runs)
 
     def distances(self, skipped: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
         """How far each block turns the residual stream, over all batches (`stream_distances`).
@@ -121,22 +96,108 @@ class CandidateTrainer:
         """
         if self._wrong:
             return {block: self._wrong[block] for block in blocks}
-        return stream_distances(self.model, self._part(Group()), skipped, blocks, self._runner)
+        return stream_distances(self.model, self._part(0, 1), skipped, blocks, self._runner)
 
     def original_loss(self) -> float:
         """Mean of the batches' losses with nothing skipped, as a candidate's is."""
         scales.reset(self.model)
         figures = [
             evaluate(self.model, [batch], "the original model", originals=self._originals)
-            for batch in self._part(Group())
+            for batch in self._part(0, 1)
         ]
         return statistics.fmean(getattr(found, MEASURES[self.options.loss]) for found in figures)
 
-    @property
-    def holds_out(self) -> bool:
-        return bool(self._held_out)
+    def held_out(self, skipped: Sequence[int], state: ScaleState | None = None) -> HeldOut | None:
+        """Figures of the held-out samples, if there are any, with exactly `skipped` skipped.
 
-    def held_out(self, skipped: Sequence[int], state: ScaleState | None = None) -> HeldOut:
-        """Figures of the held-out samples with exactly `skipped` skipped. state: None for scales of 1."""
-        ScaleTrainer(self.model, self.options.learning_rate, skipped, state)
+        state: None for scales of 1.
+        """
+        if not self._held_out:
+            return None
+        self._trainer(skipped, state)
         return evaluate(self.model, self._held_out, "held-out loss", originals=self._originals)
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # to compile the layers again, without gradients, takes longer
+def untrained_losses(
+    model,
+    batch: Batch,
+    skipped: Sequence[int],
+    blocks: Sequence[int],
+    where: str,
+    on_screened: Callable[[float], None] = lambda share: None,
+    runner: MinibatchRunner | None = None,
+    originals: Originals | None = None,
+) -> dict[int, float]:
+    """The batch's mean loss with each of `blocks` skipped besides `skipped`, at scales of 1.
+
+    The same as the loss of a first training step on that batch, for a fraction of its cost; infinite
+    where it is not finite. Candidates differ only in the one layer whose attention they skip. What lies
+    below that layer is the same for all of them and is computed once: half of the work.
+    originals: the loss is the divergence from them; None: cross entropy.
+    where: named in the errors, for example "screening, batch 3". on_screened gets the share of the
+    batch that a block was run on, each time. Raises TrainingError when a single answer does not fit
+    into memory.
+    """
+    scales.reset(model, skipped)
+    totals, layers = torch.zeros(len(blocks), device=model.device), model.model.layers
+    minibatches = [minibatch.whole() for minibatch in batch.minibatches]
+    num_samples = sum(len(minibatch.samples) for minibatch in minibatches)
+
+    def loss_without(block: int, calls: list[tuple], minibatch: Minibatch, original) -> torch.Tensor:
+        """Summed loss with one attention block more skipped, from that block's layer on."""
+        hidden, _ = calls[block]
+        layers[block].skip_attention = True
+        try:
+            for layer, (_, keywords) in zip(layers[block:], calls[block:], strict=True):
+                hidden = layer(hidden, **keywords)
+        finally:
+            layers[block].skip_attention = False
+        return summed_head_loss(model, model.model.norm(hidden), minibatch, original)
+
+    def losses_of(minibatch: Minibatch) -> torch.Tensor:
+        original = None if originals is None else originals(minibatch)
+        calls = layer_calls(model, minibatch.to(model.device))
+        losses = [loss_without(block, calls, minibatch, original) for block in blocks]
+        return torch.stack([loss.to(model.device) for loss in losses])
+
+    for minibatch, losses in (runner or MinibatchRunner()).run(minibatches, losses_of, where):
+        totals += losses
+        on_screened(len(blocks) * len(minibatch.samples) / num_samples)
+    means = (totals / batch.num_loss_counted_tokens).tolist()
+    return {b: mean if math.isfinite(mean) else math.inf for b, mean in zip(blocks, means, strict=True)}
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # as `untrained_losses`
+def stream_distances(
+    model, batches: Sequence[Batch], skipped: Sequence[int], blocks: Sequence[int], runner: MinibatchRunner
+) -> dict[int, float]:
+    """How much each block changes what passes through it, with `skipped` skipped and scales of 1.
+
+    1 - the cosine similarity of the residual stream before and after the block, a mean over all tokens,
+    as in LLM-Drop (arXiv 2406.15786): a criterion without any loss. A block that hardly turns the stream
+    is taken to matter little. Raises TrainingError when a single answer does not fit into memory.
+    """
+    scales.reset(model, skipped)
+    total, tokens = torch.zeros(len(blocks)), 0
+
+    def sums_of(minibatch: Minibatch) -> torch.Tensor:
+        on_device = minibatch.to(model.device)
+        calls = layer_calls(model, on_device)
+        mask = on_device.attention_mask
+        sums = []
+        for block in blocks:
+            layer = model.model.layers[block]
+            before, keywords = send_to_device(calls[block], layer.s_scale_attn.device)  # of a split model
+            after = layer.after_attention(before, **keywords)
+            distance = 1 - cosine_similarity(before.float(), after.float(), dim=-1)  # [rows, length]
+            sums.append((distance if mask is None else distance * mask.to(distance.device)).sum().cpu())
+        return torch.stack(sums)
+
+    minibatches = [minibatch.whole() for batch in batches for minibatch in batch.minibatches]
+    for minibatch, sums in runner.run(minibatches, sums_of, "cosine distances"):
+        total += sums
+        tokens += sum(len(sample) for sample in minibatch.samples)
+    return dict(zip(blocks, (total / tokens).tolist(), strict=True))

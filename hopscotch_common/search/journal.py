@@ -27,9 +27,8 @@ class Journal:
         num_batches: float = math.inf,
     ):
         self._append = append
-        self.original_loss: float | None = None  # with nothing skipped, where it was asked for
-        # (blocks skipped before, block) -> batches trained -> record
-        self._trained: dict[tuple[tuple, int], dict[int, dict]] = {}
+        # (blocks skipped before, block) -> batches trained -> the candidate then
+        self._trained: dict[tuple[tuple, int], dict[int, Candidate]] = {}
         # (blocks skipped before, batch) -> block -> loss before training
         self._untrained: dict[tuple[tuple, int], dict[int, float]] = {}
         for place, record in records:
@@ -37,14 +36,15 @@ class Journal:
                 self._remember(record)
                 if len(record.get("losses", ())) > num_batches:
                     raise ValueError("more losses than batches")
-                if "state" in record:
-                    ScaleState.decode(record["state"])
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise InputError(f"{place}: not a record of {KIND}; {REMEDY}") from error
 
+    def _keep(self, record: dict) -> None:
+        self._remember(record)
+        self._append(record)
+
     def _remember(self, record: dict) -> None:
-        if "original" in record:
-            self.original_loss = _number(record["original"])
+        if "original" in record:  # of an older version
             return
         skipped = tuple(sorted(record["skipped"]))
         if "untrained" in record:
@@ -53,8 +53,9 @@ class Journal:
             self._untrained[skipped, record["batch"]] = known
         else:
             losses = [_number(loss) for loss in record["losses"]]
-            known = self._trained.setdefault((skipped, int(record["block"])), {})
-            known[len(losses)] = record | {"losses": losses}
+            state = ScaleState.decode(record["state"]) if "state" in record else None
+            candidate = Candidate(int(record["block"]), losses, state, diverged=record.get("diverged"))
+            self._trained.setdefault((skipped, candidate.block), {})[len(losses)] = candidate
 
     def add(self, skipped: Sequence[int], candidate: Candidate) -> None:
         record = {"skipped": list(skipped), "block": candidate.block, "losses": candidate.losses}
@@ -62,8 +63,7 @@ class Journal:
             record["diverged"] = candidate.diverged
         if candidate.state is not None:
             record["state"] = candidate.state.encode()
-        self._remember(record)
-        self._append(record)
+        self._keep(record)
 
     def find(self, skipped: Sequence[int], block: int, done: int, look: int) -> Candidate | None:
         """The candidate after `look` batches or, where that is not known, after the most that are.
@@ -72,28 +72,20 @@ class Journal:
         losses at a look, too, but not the state then. A candidate that diverged stays so.
         """
         known = self._trained.get((tuple(sorted(skipped)), block), {})
-        for count, record in known.items():
-            if "diverged" in record and count <= look:
-                return Candidate(block, record["losses"], diverged=record["diverged"])
+        for candidate in known.values():
+            if candidate.diverged is not None and len(candidate.losses) <= look:
+                return candidate
         longer = [count for count in known if count >= look]
-        shorter = [count for count in known if done < count < look and "state" in known[count]]
+        shorter = [count for count in known if done < count < look and known[count].state is not None]
         if not longer and not shorter:
             return None
-        record = known[min(longer) if longer else max(shorter)]
-        losses = record["losses"][:look]
-        has_state = "state" in record and len(losses) == len(record["losses"])
-        return Candidate(block, losses, ScaleState.decode(record["state"]) if has_state else None)
-
-    def add_original(self, loss: float) -> None:
-        self._remember({"original": loss})
-        self._append({"original": loss})
+        found = known[min(longer) if longer else max(shorter)]
+        return found if len(found.losses) <= look else Candidate(block, found.losses[:look])
 
     def add_untrained(self, skipped: Sequence[int], batch: int, losses: dict[int, float]) -> None:
         """losses: by block; an infinite one is that of a block without which nothing finite comes out."""
         as_json = {str(block): loss if loss < float("inf") else None for block, loss in losses.items()}
-        record = {"skipped": list(skipped), "batch": batch, "untrained": as_json}
-        self._remember(record)
-        self._append(record)
+        self._keep({"skipped": list(skipped), "batch": batch, "untrained": as_json})
 
     def find_untrained(self, skipped: Sequence[int], batch: int) -> dict[int, float]:
         """Losses by block on a batch before training, as far as they are known."""

@@ -8,6 +8,7 @@ a share goes on that falls as the batches add up (in the spirit of successive ha
 leader's beyond doubt drop out sooner. Finalists run the whole epoch, so the winner's loss is the
 number that `full` gives. Both are one rule: `full` has a single look, after the last batch.
 Two more schedules train nothing: they pick by the loss before training, or by cosine distance.
+Of candidates that are alike, the block nearest to the input wins, everywhere.
 """
 
 import math
@@ -20,6 +21,11 @@ from hopscotch_common.training.trainer import ScaleState
 MIN_BATCHES = 4  # a standard deviation of fewer losses says little
 # With a power of 1, one of 18 recorded picks was lost; 0.9 costs an eighth more (benchmarks/README.md).
 SHARE_POWER = 0.9
+# A race's first look, in epochs: the losses of more batches cost more than they tell.
+FIRST_LOOK = 1 / 32
+# Standard errors that are beyond doubt in a race. With 2, one of the recorded picks was worse (0.6 %); with
+# 1, two were (up to 6.6 %, benchmarks/README.md).
+CONFIDENCE = 3.0
 # Of a training step on the same batch: no backward pass, half of the layers on average, and the LM
 # head. More where samples share a long prefix, which training computes once a batch.
 SCREENING_COST = 1 / 3
@@ -32,7 +38,7 @@ class Candidate:
     block: int
     losses: list[float] = field(default_factory=list)  # one a batch
     state: ScaleState | None = None
-    known_loss: float | None = None  # given by --prev: nothing to train
+    known_loss: float | None = None  # given by --prev, or before any training: nothing to train
     diverged: str | None = None  # where its loss ceased to be finite: nothing more to train
 
     @property
@@ -67,10 +73,8 @@ class Schedule:
 
     def screened_batches(self, num_candidates: int, num_batches: int) -> int:
         """Batches that the screening sees: none where it could drop nobody."""
-        if self.criterion != "trained":
-            return num_batches if self.criterion == "untrained" else 0
         drops = self.most_trained(num_candidates) < num_candidates
-        return min(self.first_look, num_batches) if drops else 0
+        return min(self.first_look, num_batches) if drops or self.criterion == "untrained" else 0
 
     def looks(self, num_batches: int) -> list[int]:
         """Numbers of batches after which to compare: the first look, then every next batch or,
@@ -87,14 +91,12 @@ class Schedule:
         share = self.first_look / (self.first_look + batches)
         return max(1, int(num_candidates * share**SHARE_POWER))
 
-    def survivors(
-        self, candidates: Sequence[Candidate], num_candidates: int, batches: int
-    ) -> list[Candidate]:
-        """Those of the candidates that go on after a look at so many batches, by block.
+    def survivors(self, candidates: Sequence[Candidate], num_candidates: int, look: int) -> list[Candidate]:
+        """Those of the candidates, of which none diverged, that go on after a look.
 
-        num_candidates: how many the search began with.
+        By block. num_candidates: how many the search began with. look: after so many batches.
         """
-        most = self.most_survivors(num_candidates, batches)
+        most = self.most_survivors(num_candidates, look)
         best = sorted(not_ruled_out(candidates, self.confidence), key=_by_loss)[:most]
         return sorted(best, key=lambda candidate: candidate.block)
 
@@ -104,26 +106,26 @@ class Schedule:
         In training steps of one process; screening counts at its cost.
         """
         if self.criterion == "cosine":
-            return (1 + math.ceil(1 / processes)) * num_batches * SCREENING_COST
+            return 2 * num_batches * SCREENING_COST  # all blocks' distances, and the loss of one of them
         share = math.ceil(num_candidates / processes)
         total = share * self.screened_batches(num_candidates, num_batches) * SCREENING_COST
-        if self.criterion == "untrained":
-            return total
-        done, racing = 0, self.most_trained(num_candidates)
+        done, racing = 0, self.most_trained(num_candidates) if self.criterion == "trained" else 0
         for look in self.looks(num_batches):
             total += sum(time for _, time in rounds(racing, processes)) * (look - done)
             done, racing = look, min(racing, self.most_survivors(num_candidates, look))
         return total
 
 
-def default_first_look(num_batches: int) -> int:
-    """A 32nd of an epoch: the losses of more batches cost more than they tell."""
-    return max(1, num_batches // 32)
+NEVER = 2**62  # batches; no epoch has so many
+FULL = Schedule(first_look=NEVER, confidence=math.inf)
+UNTRAINED = Schedule(first_look=NEVER, confidence=math.inf, criterion="untrained")
+COSINE = Schedule(first_look=NEVER, confidence=math.inf, criterion="cosine")
 
 
-FULL = Schedule(first_look=2**62, confidence=math.inf)
-UNTRAINED = Schedule(first_look=2**62, confidence=math.inf, criterion="untrained")
-COSINE = Schedule(first_look=2**62, confidence=math.inf, criterion="cosine")
+def named(search: str, num_batches: int, screening: float) -> Schedule:
+    """The schedule of `--search` over epochs of so many batches. screening: of a race."""
+    race = Schedule(max(1, int(num_batches * FIRST_LOOK)), CONFIDENCE, screening)
+    return {"full": FULL, "race": race, "untrained": UNTRAINED, "cosine": COSINE}[search]
 
 
 def rounds(num_candidates: int, processes: int) -> list[tuple[int, float]]:
@@ -146,7 +148,7 @@ def leader(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Candidate]:
-    """The candidates whose loss is not beyond doubt worse than the leader's.
+    """The candidates, of which none diverged, whose loss is not beyond doubt worse than the leader's.
 
     All have seen the same batches, so the losses are compared in pairs, which takes out how hard a
     batch is. The noise of a paired difference is taken as at least its median over the candidates:
@@ -154,21 +156,17 @@ def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Ca
     """
     best = leader(candidates)
     count = len(best.losses)
-    finite = [candidate for candidate in candidates if candidate.diverged is None]
-    if math.isinf(confidence) or count < MIN_BATCHES or len(finite) < 2:
-        return finite
+    if math.isinf(confidence) or count < MIN_BATCHES or len(candidates) < 2:
+        return list(candidates)
     differences = {
         candidate.block: [a - b for a, b in zip(candidate.losses, best.losses, strict=True)]
-        for candidate in finite
-        if candidate is not best
+        for candidate in candidates
     }
     noise = {block: statistics.stdev(values) for block, values in differences.items()}
-    typical = statistics.median(noise.values())
+    typical = statistics.median(own for block, own in noise.items() if block != best.block)
 
-    def stays(candidate: Candidate) -> bool:
-        if candidate is best:
-            return True
-        doubt = confidence * max(noise[candidate.block], typical) / math.sqrt(count)
-        return statistics.fmean(differences[candidate.block]) <= doubt
+    def in_doubt(block: int) -> bool:
+        doubt = confidence * max(noise[block], typical) / math.sqrt(count)
+        return statistics.fmean(differences[block]) <= doubt
 
-    return [candidate for candidate in finite if stays(candidate)]
+    return [candidate for candidate in candidates if in_doubt(candidate.block)]

@@ -1,5 +1,6 @@
-"""The greedy search: which block to skip next, given those that are."""
+"""The greedy search: which block to skip next, given those that are, and what that costs."""
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -8,32 +9,41 @@ from dataclasses import dataclass, field
 from hopscotch_common.errors import TrainingError, logger
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.journal import Journal
-from hopscotch_common.search.progress import Progress
+from hopscotch_common.search.progress import SearchBar
 from hopscotch_common.search.schedule import SCREENING_COST, Candidate, Schedule, leader, rounds
+from hopscotch_common.training import MEASURES
 from hopscotch_common.training.distributed import Processes
-from hopscotch_common.training.trainer import ScaleState
+from hopscotch_common.training.trainer import HeldOut, ScaleState
 
 
 @dataclass
 class Iteration:
-    """What one iteration of the search found."""
+    """What one iteration of the search found; the search fills it in while it runs. Dictionaries: by block.
+
+    block, loss, state: the pick, its loss and its scales after training; None where there was none.
+    losses: full-epoch means, of the finalists (all candidates of `full`, `untrained`).
+    dropped: after how many batches of training, the mean loss and the leader's then (before any
+    training: of the untrained_losses). diverged: where the loss ceased to be finite.
+    untrained_losses: means of the screened batches; empty without a screening.
+    distances: of the residual stream, by which `cosine` picks; else empty.
+    candidate_epochs, elapsed_epochs: in epochs of one candidate, screening at SCREENING_COST, of an iteration
+    that finds nothing in its journal: the work of all processes together, and the time.
+    held_out, loss_increase: by `Picks`; None where no answers are held out, and no increase is limited.
+    """
 
     skipped_before: list[int]
-    block: int
-    loss: float
-    losses: dict[int, float]  # full-epoch means, of the finalists (all candidates of `full`, `untrained`)
-    # block -> after how many batches of training, its mean loss and the leader's (before any
-    # training: of the untrained_losses)
-    dropped: dict[int, dict]
-    diverged: dict[int, str]  # block -> where its loss ceased to be finite
-    untrained_losses: dict[int, float]  # means of the screened batches; empty without a screening
-    batch_losses: dict[int, list[float]]
-    distances: dict[int, float]  # of the residual stream, by which `cosine` picks; else empty
-    # In epochs of one candidate, screening at SCREENING_COST, of an iteration that finds nothing in its
-    # journal: the work of all processes together, and the time, in epochs of one process.
-    candidate_epochs: float
-    elapsed_epochs: float
-    # The pick's scales after its training; None where there was none.
+    block: int | None = None
+    loss: float | None = None
+    losses: dict[int, float] = field(default_factory=dict)
+    dropped: dict[int, dict] = field(default_factory=dict)
+    diverged: dict[int, str] = field(default_factory=dict)
+    untrained_losses: dict[int, float] = field(default_factory=dict)
+    batch_losses: dict[int, list[float]] = field(default_factory=dict)
+    distances: dict[int, float] = field(default_factory=dict)
+    candidate_epochs: float = 0.0
+    elapsed_epochs: float = 0.0
+    held_out: HeldOut | None = None
+    loss_increase: float | None = None
     state: ScaleState | None = field(default=None, compare=False, repr=False)
 
 
@@ -51,12 +61,12 @@ class Search:
         schedule: Schedule,
         journal: Journal | None = None,
         processes: Processes | None = None,
-        progress: Progress | None = None,
+        bar: SearchBar | None = None,
     ):
         self.trainer, self.schedule = trainer, schedule
         self.journal = journal or Journal()
         self.processes = processes or Processes()
-        self.progress = progress or Progress()
+        self.bar = SearchBar(1, schedule, self.processes, show=False) if bar is None else bar
 
     def next_block(self, skipped: Sequence[int], known_losses: dict[int, float] | None = None) -> Iteration:
         """The next block to skip, given those that are.
@@ -64,173 +74,177 @@ class Search:
         known_losses: full-epoch losses of this iteration that need no training (`--prev`). Raises
         TrainingError when every candidate diverges.
         """
-        return _Iteration(self, list(skipped), known_losses or {}).run()
-
-
-@dataclass
-class _Iteration:
-    """One iteration while it runs."""
-
-    search: Search
-    skipped: list[int]
-    known_losses: dict[int, float]
-    dropped: dict[int, dict] = field(default_factory=dict)
-    diverged: dict[int, str] = field(default_factory=dict)
-    batch_losses: dict[int, list[float]] = field(default_factory=dict)
-    distances: dict[int, float] = field(default_factory=dict)
-    work: float = 0.0  # training steps, of all processes
-    time: float = 0.0  # training steps, one after the other
-
-    def run(self) -> Iteration:
-        trainer, schedule = self.search.trainer, self.search.schedule
-        blocks = trainer.candidates(self.skipped)
-        if schedule.criterion != "trained":
-            return self._without_training(blocks)
-        known = [
-            Candidate(block, known_loss=self.known_losses[block])
-            for block in blocks
-            if block in self.known_losses
-        ]
-        racing = [Candidate(block) for block in blocks if block not in self.known_losses]
-        num_candidates, num_batches = len(racing), trainer.num_batches
-        self.search.progress.start_iteration(num_candidates, len(blocks), num_batches)
-        untrained: dict[int, float] = {}
-        screened = schedule.screened_batches(num_candidates, num_batches)
-        if screened:
-            untrained = self._screen([candidate.block for candidate in racing], screened)
-            racing = self._best_untrained(untrained)
-        for look in schedule.looks(num_batches):
-            if not racing:
-                break
-            advanced = self._advance(racing, look)
-            if look < num_batches:
-                racing = schedule.survivors(advanced, num_candidates, look)
-                self._note_dropped(advanced, racing, look)
-            else:
-                racing = [candidate for candidate in advanced if candidate.diverged is None]
-        return self._result(racing + known, untrained)
-
-    def _without_training(self, blocks: Sequence[int]) -> Iteration:
-        """The block whose loss before training is the lowest, or that turns the residual stream least."""
-        trainer, num_batches = self.search.trainer, self.search.trainer.num_batches
-        self.search.progress.start_iteration(len(blocks), len(blocks), num_batches)
-        if self.search.schedule.criterion == "cosine":
-            found = trainer.distances(self.skipped, blocks)
-            found = self.search.processes.gather(found)[0]  # all must pick alike
-            self.distances = {block: value for block, value in found.items() if math.isfinite(value)}
-            for block in found.keys() - self.distances.keys():
-                self._note_diverged(block, "what passes through it is not finite")
-            self.search.progress.on_screened(num_batches)
-            self.work += num_batches * SCREENING_COST
-            self.time += num_batches * SCREENING_COST
-            blocks = sorted(self.distances, key=lambda block: (self.distances[block], block))[:1]
-        losses = self._screen(blocks, num_batches)
-        self._note_infinite(losses)
-        finite = {block: loss for block, loss in losses.items() if block not in self.diverged}
-        return self._result([Candidate(block, known_loss=loss) for block, loss in finite.items()], {})
-
-    def _screen(self, blocks: Sequence[int], num_batches: int) -> dict[int, float]:
-        """Mean loss of each candidate block on the first batches, before any training."""
-        search, processes = self.search, self.search.processes
-        losses: dict[int, list[float]] = {block: [] for block in blocks}
-        for index in range(num_batches):
-            found = search.journal.find_untrained(self.skipped, index)
-            missing = [block for block in blocks if block not in found]
-            search.progress.restored((len(blocks) - len(missing)) * SCREENING_COST / processes.count)
-            if missing:
-                mine = missing[processes.rank :: processes.count]
-                part = {}
-                if mine:
-                    part = search.trainer.screen(self.skipped, mine, index, search.progress.on_screened)
-                for losses_of_one in processes.gather(part):
-                    found |= losses_of_one
-                search.journal.add_untrained(self.skipped, index, found)
-            for block in blocks:
-                losses[block].append(found[block])
-        self.work += len(blocks) * num_batches * SCREENING_COST
-        self.time += math.ceil(len(blocks) / processes.count) * num_batches * SCREENING_COST
-        return {block: statistics.fmean(values) for block, values in losses.items()}
-
-    def _best_untrained(self, untrained: dict[int, float]) -> list[Candidate]:
-        """The candidates that the screening leaves, by block."""
-        self._note_infinite(untrained)
-        finite = sorted((b for b in untrained if b not in self.diverged), key=untrained.get)
-        kept = finite[: self.search.schedule.most_trained(len(untrained))]
-        for block in finite[len(kept) :]:
-            self.dropped[block] = _drop(0, untrained[block], untrained[kept[0]])
-        return [Candidate(block) for block in sorted(kept)]
-
-    def _advance(self, racing: Sequence[Candidate], look: int) -> list[Candidate]:
-        """Train the candidates up to `look` batches, as far as the journal does not know them."""
-        search, processes = self.search, self.search.processes
-        before = {candidate.block: len(candidate.losses) for candidate in racing}
-        advanced: dict[int, Candidate] = {}
-        waiting: list[Candidate] = []
-        for candidate in racing:
-            found = search.journal.find(self.skipped, candidate.block, before[candidate.block], look)
-            candidate = found or candidate
-            search.progress.restored((len(candidate.losses) - before[candidate.block]) / processes.count)
-            if candidate.diverged is not None or len(candidate.losses) == look:
-                advanced[candidate.block] = candidate
-            else:
-                waiting.append(candidate)
-        for count, _ in rounds(len(waiting), processes.count):
-            together, waiting = waiting[:count], waiting[count:]
-            group = processes.group(count)
-            mine = together[group.index]
-            search.progress.on_candidate(mine.block, group.time_share)
-            trained = search.trainer.train(self.skipped, mine, look, group, search.progress.on_batch)
-            for candidate in processes.gather(trained if group.rank == 0 else None):
-                if candidate is not None:
-                    search.journal.add(self.skipped, candidate)
-                    advanced[candidate.block] = candidate
-            if not self.batch_losses or not waiting:  # else only the last look knows a leader
-                search.progress.advanced(len(racing), leader(list(advanced.values())))
-        self.work += sum(len(advanced[block].losses) - count for block, count in before.items())
-        self.time += sum(time for _, time in rounds(len(racing), processes.count)) * (
-            look - min(before.values())
-        )
-        self.batch_losses |= {block: candidate.losses for block, candidate in sorted(advanced.items())}
-        for candidate in advanced.values():
-            if candidate.diverged is not None:
-                self._note_diverged(candidate.block, candidate.diverged)
-        return [advanced[block] for block in sorted(advanced)]
-
-    def _note_dropped(self, before: Sequence[Candidate], after: Sequence[Candidate], look: int) -> None:
-        going_on = {candidate.block for candidate in after}
-        for candidate in before:
-            if candidate.block not in going_on and candidate.diverged is None:
-                self.dropped[candidate.block] = _drop(look, candidate.mean_loss, leader(before).mean_loss)
-
-    def _note_infinite(self, untrained: dict[int, float]) -> None:
-        for block, loss in untrained.items():
-            if math.isinf(loss):
-                self._note_diverged(block, "the loss is not finite before any training")
-
-    def _note_diverged(self, block: int, where: str) -> None:
-        logger.warning("without block %d the model diverges, so it is not picked: %s", block, where)
-        self.diverged[block] = where
-
-    def _result(self, finalists: Sequence[Candidate], untrained: dict[int, float]) -> Iteration:
+        found = Iteration(list(skipped))
+        self._work = self._time = 0.0  # training steps: of all processes; and one after the other
+        blocks = self.trainer.candidates(skipped)
+        if self.schedule.criterion == "trained":
+            finalists = self._train(found, blocks, known_losses or {})
+        else:
+            finalists = self._judge_untrained(found, blocks)
         if not finalists:
-            where = next(iter(self.diverged.values()), "no block can be skipped")
+            where = next(iter(found.diverged.values()), "no block can be skipped")
             raise TrainingError(f"every candidate diverged: {where}")
         winner = leader(finalists)
-        return Iteration(
-            skipped_before=self.skipped,
-            block=winner.block,
-            loss=winner.mean_loss,
-            losses={c.block: c.mean_loss for c in sorted(finalists, key=lambda c: c.block)},
-            dropped=dict(sorted(self.dropped.items())),
-            diverged=dict(sorted(self.diverged.items())),
-            untrained_losses={b: loss for b, loss in untrained.items() if math.isfinite(loss)},
-            batch_losses=self.batch_losses,
-            distances=self.distances,
-            candidate_epochs=self.work / self.search.trainer.num_batches,
-            elapsed_epochs=self.time / self.search.trainer.num_batches,
-            state=winner.state,
-        )
+        found.block, found.loss, found.state = winner.block, winner.mean_loss, winner.state
+        found.losses = {c.block: c.mean_loss for c in sorted(finalists, key=lambda c: c.block)}
+        found.candidate_epochs = self._work / self.trainer.num_batches
+        found.elapsed_epochs = self._time / self.trainer.num_batches
+        return found
+
+    def _train(self, found: Iteration, blocks: list[int], known_losses: dict[int, float]) -> list[Candidate]:
+        """The candidates that have a full epoch's loss, after the schedule's looks."""
+        known = [Candidate(b, known_loss=known_losses[b]) for b in blocks if b in known_losses]
+        unknown = [block for block in blocks if block not in known_losses]
+        num_batches = self.trainer.num_batches
+        self.bar.start_iteration(len(unknown), len(blocks), num_batches)
+        screened = self.schedule.screened_batches(len(unknown), num_batches)
+        kept = self._best_untrained(found, unknown, screened) if screened else unknown
+        racing, done = [Candidate(block) for block in kept], 0
+        for look in self.schedule.looks(num_batches):
+            if not racing:
+                break
+            racing, done = self._advance(found, racing, done, look), look
+            if racing and look < num_batches:
+                best, seen = leader(racing).mean_loss, racing
+                racing = self.schedule.survivors(seen, len(unknown), look)
+                left = {candidate.block for candidate in racing}
+                found.dropped |= {
+                    c.block: _drop(look, c.mean_loss, best) for c in seen if c.block not in left
+                }
+        return racing + known
+
+    def _judge_untrained(self, found: Iteration, blocks: Sequence[int]) -> list[Candidate]:
+        """Candidates with their losses before training: all of them, or of `cosine` the one that it picks."""
+        num_batches = self.trainer.num_batches
+        self.bar.start_iteration(len(blocks), len(blocks), num_batches)
+        if self.schedule.criterion == "cosine":
+            distances = self.trainer.distances(found.skipped_before, blocks)
+            distances = self.processes.gather(distances)[0]  # all must pick alike
+            found.distances = _finite(found, distances, "what passes through it is not finite")
+            self.bar.move(num_batches * SCREENING_COST)
+            self._work = self._time = num_batches * SCREENING_COST
+            blocks = sorted(found.distances, key=lambda block: (found.distances[block], block))[:1]
+        losses = self._screen(found, blocks, num_batches)
+        return [Candidate(block, known_loss=loss) for block, loss in losses.items()]
+
+    def _screen(self, found: Iteration, blocks: Sequence[int], num_batches: int) -> dict[int, float]:
+        """Mean loss of each block on the first batches before any training, where it is finite."""
+        skipped, rank, count = found.skipped_before, self.processes.rank, self.processes.count
+        seen = []
+        for index in range(num_batches):
+            known = self.journal.find_untrained(skipped, index)
+            missing = [block for block in blocks if block not in known]
+            self.bar.restored((len(blocks) - len(missing)) * SCREENING_COST / count)
+            if missing:
+                mine = missing[rank::count]
+                part = self.trainer.screen(skipped, mine, index, self.bar.on_screened) if mine else {}
+                for losses_of_one in self.processes.gather(part):
+                    known |= losses_of_one
+                self.journal.add_untrained(skipped, index, known)
+            seen.append(known)
+        cost = num_batches * SCREENING_COST
+        self._work += len(blocks) * cost
+        self._time += math.ceil(len(blocks) / count) * cost
+        means = {block: statistics.fmean(known[block] for known in seen) for block in blocks}
+        return _finite(found, means, "the loss is not finite before any training")
+
+    def _best_untrained(self, found: Iteration, blocks: Sequence[int], num_batches: int) -> list[int]:
+        """The blocks that the screening leaves, in order."""
+        losses = found.untrained_losses = self._screen(found, blocks, num_batches)
+        best = sorted(losses, key=lambda block: (losses[block], block))
+        most = self.schedule.most_trained(len(blocks))
+        for block in best[most:]:
+            found.dropped[block] = _drop(0, losses[block], losses[best[0]])
+        return sorted(best[:most])
+
+    def _advance(self, found: Iteration, racing: list[Candidate], done: int, look: int) -> list[Candidate]:
+        """The candidates, trained from `done` to `look` batches as far as the journal does not know them.
+
+        By block, and without those that diverge on the way.
+        """
+        skipped, count = found.skipped_before, self.processes.count
+        advanced, waiting = [], []
+        for candidate in racing:
+            candidate = self.journal.find(skipped, candidate.block, done, look) or candidate
+            self.bar.restored((len(candidate.losses) - done) / count)
+            ends = candidate.diverged is not None or len(candidate.losses) == look
+            (advanced if ends else waiting).append(candidate)
+        for together, _ in rounds(len(waiting), count):
+            group = self.processes.group(together)
+            mine = waiting[group.index]
+            self.bar.on_candidate(mine.block)
+            on_batch = functools.partial(self.bar.move, group.time_share)
+            trained = self.trainer.train(skipped, mine, look, group, on_batch)
+            for candidate in self.processes.gather(trained if group.rank == 0 else None):
+                if candidate is not None:
+                    self.journal.add(skipped, candidate)
+                    advanced.append(candidate)
+            waiting = waiting[together:]
+            if done == 0 or not waiting:  # else only the last look knows a leader
+                self.bar.advanced(len(racing), leader(advanced))
+        advanced.sort(key=lambda candidate: candidate.block)
+        found.batch_losses |= {candidate.block: candidate.losses for candidate in advanced}
+        self._work += sum(len(candidate.losses) - done for candidate in advanced)
+        self._time += sum(time for _, time in rounds(len(racing), count)) * (look - done)
+        for candidate in advanced:
+            if candidate.diverged is not None:
+                _note_diverged(found, candidate.block, candidate.diverged)
+        return [candidate for candidate in advanced if candidate.diverged is None]
 
 
 def _drop(after_batches: int, loss: float, leader_loss: float) -> dict:
     return {"after_batches": after_batches, "mean_loss": loss, "leader_mean_loss": leader_loss}
+
+
+def _finite(found: Iteration, values: dict[int, float], where: str) -> dict[int, float]:
+    """Those of some blocks' values that are finite; `where` the others diverged is noted."""
+    for block, value in values.items():
+        if not math.isfinite(value):
+            _note_diverged(found, block, where)
+    return {block: value for block, value in values.items() if block not in found.diverged}
+
+
+def _note_diverged(found: Iteration, block: int, where: str) -> None:
+    logger.warning("without block %d the model diverges, so it is not picked: %s", block, where)
+    found.diverged[block] = where
+
+
+class Picks:
+    """One pick after the other, each judged where answers are held out, until one would cost too much.
+
+    most_increase: what the loss may rise above the original model's, or None; the held-out loss where the
+    search's trainer holds answers out, else that of the training. original: the original model's held-out
+    figures. Several processes get the same numbers, rank 0's.
+    """
+
+    def __init__(self, search: Search, most_increase: float | None = None):
+        self.search, self.most_increase = search, most_increase
+        self._measure = MEASURES[search.trainer.options.loss]
+        self.original = self._held_out([], None)
+        self._original_loss = None if most_increase is None else self._loss_of_original()
+
+    def next(self, skipped: Sequence[int], known_losses: dict[int, float]) -> Iteration:
+        """The next block, given those that are skipped; arguments and errors are `Search.next_block`'s."""
+        found = self.search.next_block(skipped, known_losses)
+        found.held_out = self._held_out([*skipped, found.block], found.state)
+        if self.most_increase is not None:
+            loss = found.loss if found.held_out is None else getattr(found.held_out, self._measure)
+            found.loss_increase = self.increase(loss)
+        return found
+
+    def increase(self, loss: float) -> float:
+        """As a share of the original's loss; of one that is 0 there, as KL is, the loss itself."""
+        return (loss - self._original_loss) / self._original_loss if self._original_loss else loss
+
+    def costs_too_much(self, pick: Iteration) -> bool:
+        return self.most_increase is not None and pick.loss_increase > self.most_increase
+
+    def _held_out(self, skipped: Sequence[int], state: ScaleState | None) -> HeldOut | None:
+        return self.search.processes.gather(self.search.trainer.held_out(skipped, state))[0]
+
+    def _loss_of_original(self) -> float:
+        if self._measure == "kl":  # to itself; what is measured may be off by rounding
+            return 0.0
+        if self.original is not None:
+            return getattr(self.original, self._measure)
+        return self.search.processes.gather(self.search.trainer.original_loss())[0]

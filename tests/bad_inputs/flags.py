@@ -152,8 +152,6 @@ CASES = [
     _flag("block_selection", "--search", "fast", "--search: invalid choice: 'fast'"),
     _flag("block_selection", "--screening", "0", "must be above 0 and at most 1"),
     _flag("block_selection", "--screening", "nan", "must be above 0 and at most 1"),
-    _flag("block_selection", "--first_look", "0.5", "must be a whole number"),
-    _flag("block_selection", "--confidence", "inf", "must be a finite number above 0"),
     _flag("block_selection", "--prev", "nan", "--prev: the loss of layer 0 is nan; give a finite number"),
     _flag("block_selection", "--prev", "1", "--prev: 5 losses, .* 4 layers", "1", "1", "1", "1"),
     _flag("block_selection", "--prev", "none", "--prev: "),
