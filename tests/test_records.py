@@ -124,7 +124,7 @@ def test_files_of_every_kind(tmp_path):
         ("a.json", b"[]", "holds no records"),
         ("a.json", b"[1]", "record 1: a JSON object is needed"),
         ("a.json", b"[{]", "not JSON"),
-        ("a.jsonl.gz", b"no gzip", "cannot be unpacked"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read .Not a gzipped file"),
         ("a.parquet", b"no parquet", "cannot be read"),
     ],
 )

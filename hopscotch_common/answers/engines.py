@@ -22,12 +22,7 @@ from transformers.utils import logging as transformers_logging
 from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
 from hopscotch_common.errors import InputError, logger
-from hopscotch_common.loading import (
-    device_map,
-    load_whole,
-    read_config,
-    resolve_device,
-)
+from hopscotch_common.loading import device_map, load_whole, read_config, resolve_device
 from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
 from hopscotch_common.models import ModelRef, context_length
 from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
@@ -58,17 +53,15 @@ def generate(
     """Answer prompts (token ids) at temperature 0; yields each answer as soon as it has ended.
 
     An answer ends at a stop token, after max_tokens tokens, or where the model's context ends. on_tokens:
-    gets the number of tokens that all answers grew by, step by step.
-    Raises InputError for options that do not fit the machine, ValueError for a prompt that fills
-    the whole context (`check_prompt_lengths` says which).
+    gets the number of tokens that all answers grew by, step by step. Raises InputError for options that do
+    not fit the machine.
     """
     config = read_config(ref, checkpoint=True)
     backend = resolve_backend(options, config)
     context = context_length(config)
     limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
-    if min(limits, default=1) < 1:
-        raise ValueError(f"a prompt leaves no room in the context of {context} tokens")
-    longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
+    assert min(limits) > 0, "`tokenize` refuses prompts that fill the context"
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     logger.info("loading the model into %s", backend)
     engine = ENGINES[backend](ref, config, options, longest)
     logger.info("reading %d prompts", len(prompts))
