@@ -368,13 +368,6 @@ def test_partial_answers_of_other_settings_or_prompts_are_refused(work, monkeypa
     )
 
 
-def test_tokens_are_told_while_they_come(tiny_folder):
-    told, prompts = [], [[5, 6, 7], [8, 9, 10, 11, 12]]
-    options = EngineOptions(backend="transformers", device="cpu")
-    answers = list(engines.generate(model_ref(str(tiny_folder())), prompts, 9, options, told.append))
-    assert sum(told) == sum(len(answer.token_ids) for answer in answers) and len(told) > 2
-
-
 def test_empty_answers_are_dropped_and_counted():
     def record(index, content, reason):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
@@ -396,44 +389,12 @@ def forbid_models(monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
 
 
-@pytest.mark.parametrize(
-    "lines,message",
-    [
-        (None, "prompts.jsonl: no such file"),
-        ([], "prompts.jsonl: holds no records"),
-        (['{"question": "1?"}', "not json"], "prompts.jsonl, line 2: not JSON"),
-        (['{"question": "1?"}', "", '{"answer": "2"}'], "line 3: has 'answer', and needs 'messages'"),
-        (['{"question": "  "}'], "line 1: 'question' must be text"),
-        (['{"messages": []}'], "line 1: its list of messages is empty"),
-        (['{"messages": [{"role": "user", "content": ""}]}'], "line 1: the user message has no content"),
-        (['{"messages": [{"role": "judge", "content": "x"}]}'], "line 1: role 'judge'"),
-        (['{"messages": [{"role": "system", "content": "x"}]}'], "line 1: no user message"),
-        (['{"messages": [{"role": "assistant", "content": "x"}]}'], "line 1: only assistant"),
-        ([json.dumps({"question": "x" * 500})], "line 1: 5.. tokens leave no room .* context of 512"),
-    ],
-)
-def test_bad_prompts_are_one_line_before_a_model_loads(work, monkeypatch, capsys, lines, message):
-    Path("prompts.jsonl").unlink()
-    if lines is not None:
-        Path("prompts.jsonl").write_text("\n".join(lines))
+def test_bad_input_is_refused_before_a_model_loads(work, monkeypatch, capsys):
+    """Which input is bad, `test_bad_inputs.py` says."""
     forbid_models(monkeypatch)
-    check_refused(generate_model_gt_data, work, message, capsys)
-
-
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        (["--model", "gwen"], "unknown model 'gwen'.*qwen"),
-        (["--num_samples", "0"], "must be a whole number above 0"),
-        (["--max_tokens", "many"], "must be a whole number"),
-        (["--output_file", "prompts.jsonl/a.jsonl"], "prompts.jsonl is a file"),
-        (["--device", "cuda:77"], "--device cuda:77"),
-        (["--device", "gpu"], "--device gpu: not a device"),
-    ],
-)
-def test_bad_flags_are_one_line_before_a_model_loads(work, monkeypatch, capsys, flags, message):
-    forbid_models(monkeypatch)
-    check_refused(generate_model_gt_data, [*work, *flags], message, capsys)
+    check_refused(generate_model_gt_data, [*work, "--device", "cuda:77"], "--device cuda:77", capsys)
+    write_lines(Path("prompts.jsonl"), [{"question": "x" * 500}])
+    check_refused(generate_model_gt_data, work, "line 1: 5.. tokens leave no room .* context of 512", capsys)
 
 
 def test_prompts_that_cannot_be_fetched_name_the_id_and_the_remedy(work, monkeypatch, capsys):
@@ -479,7 +440,9 @@ def test_longrope_rows_end_where_a_batch_would_turn_otherwise(tiny_folder, tmp_p
     prompts = [list(range(5, 5 + length)) for length in (6, 9, 28)]
     ref = model_ref(str(folder))
     options = EngineOptions(backend="transformers", device="cpu")
-    found = {answer.index: answer for answer in engines.generate(ref, prompts, 16, options)}
+    told = []
+    found = {answer.index: answer for answer in engines.generate(ref, prompts, 16, options, told.append)}
+    assert sum(told) == sum(len(answer.token_ids) for answer in found.values()) and len(told) > 2
     model = AutoModelForCausalLM.from_pretrained(folder)
     for index, prompt in enumerate(prompts):
         limit = min(16, 32 - len(prompt))
