@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from hopscotch_common import cli, files
 from hopscotch_common.answers import BACKENDS, EngineOptions
-from hopscotch_common.answers.partial import PartialAnswers
 from hopscotch_common.answers.prompts import (
     HUB_PROMPTS,
     LOCAL_PROMPTS,
+    PartialAnswers,
     PromptSource,
     answer_text,
     find_prompts,
@@ -74,7 +74,7 @@ def answer_missing(
                 "answer_token_ids": list(answer.token_ids),  # the text alone may be read as other tokens
             }
             partial.add(record)
-            bar.set_description(f"{len(partial.records)}/{total} answers", refresh=False)
+            bar.set_description_str(f"{len(partial.records)}/{total} answers", refresh=False)
 
 
 def select_answers(records: dict[int, dict], keep_truncated: bool) -> tuple[list[dict], dict]:

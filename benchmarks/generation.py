@@ -2,13 +2,13 @@
 
     python benchmarks/generation.py --model smollm --runs 3
     python benchmarks/generation.py --model smollm --engines transformers continuous --dtype bfloat16 \\
-        --result generation_continuous_bfloat16_cpu
+        --result generation_bfloat16_cpu
 
 One prompt at a time is stock `model.generate` in transformers. Its tokens/s do not depend on how
 many prompts there are, so it answers every `--plain_every`-th of them. `continuous` is transformers'
-own continuous batching (a paged KV cache), against which the project's decoder has to be worth its
-lines. Each figure comes from a process of its own, `--runs` times, every second round in reverse order;
-loading does not count. Medians and the median of the rounds' ratios go to benchmarks/results/.
+own continuous batching (a paged KV cache), which step 1 would use if it were faster. Each figure comes
+from a process of its own, `--runs` times, every second round in reverse order; loading does not count.
+Medians and the median of the rounds' ratios go to benchmarks/results/.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 
 BARS = {"vllm": 8, "transformers": 4}  # times the rate of one prompt at a time, on 2 cores
 KINDS = [*BARS, "continuous"]
+RATES = ("tokens_per_second", "tokens_per_cpu_second")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -188,7 +189,7 @@ def main() -> None:
         for kind in kinds if number % 2 == 0 else reversed(kinds):
             runs[kind].append(run_worker(kind))
 
-    def ratio(kind: str, other: str, rate: str = "tokens_per_second") -> float:
+    def ratio(kind: str, other: str, rate: str) -> float:
         return measuring.median([a[rate] / b[rate] for a, b in zip(runs[kind], runs[other], strict=True)])
 
     content = {
@@ -197,11 +198,12 @@ def main() -> None:
         "tokens_per_second": {
             kind: measuring.median([run["tokens_per_second"] for run in runs[kind]]) for kind in kinds
         },
-        "times_one_prompt_at_a_time": {kind: ratio(kind, "plain") for kind in arguments.engines},
-        "times_continuous": {
-            rate: {kind: ratio(kind, "continuous", rate) for kind in kinds}
-            for rate in ("tokens_per_second", "tokens_per_cpu_second")
-            if "continuous" in kinds
+        **{
+            f"times_{base}": {
+                rate: {kind: ratio(kind, base, rate) for kind in kinds if kind != base} for rate in RATES
+            }
+            for base in ("plain", "continuous")
+            if base in kinds
         },
         "bars": {kind: BARS[kind] for kind in arguments.engines if kind in BARS},
         "answers_equal_to_plain": {

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT, byte_tokenizer, check_refused, stock_config
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import generate_model_gt_data
 from hopscotch_common import checkpoints
-from hopscotch_common.answers import EngineOptions, decoding, engines, slot_cache
+from hopscotch_common.answers import EngineOptions, engines
 from hopscotch_common.answers.prompts import answer_text
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import hopscotch_config, read_config
@@ -49,14 +49,6 @@ def random_prompts(count: int) -> list[list[int]]:
     return [[generator.randrange(4, 260) for _ in range(generator.randrange(2, 50))] for _ in range(count)]
 
 
-@pytest.fixture
-def small_steps(monkeypatch):
-    """Constants so small that a tiny run refills, moves, shrinks and puts rows back often."""
-    monkeypatch.setattr(decoding, "HEADROOM", 6)
-    monkeypatch.setattr(decoding, "FIRST_GUESS", 6)
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 100)
-
-
 def attention_of(folder) -> str | None:
     """The attention kernel that the engine chooses by itself."""
     chosen = []
@@ -76,75 +68,63 @@ def attention_of(folder) -> str | None:
 
 
 @pytest.mark.parametrize(
-    "family,changes", [(family, {}) for family in FAMILY_SIZES] + [("mistral", {"sliding_window": 8})]
+    "family, changes",
+    [*((family, {}) for family in [*FAMILY_SIZES, *MORE_FAMILIES]), ("mistral", {"sliding_window": 8})],
 )
-def test_batched_answers_equal_one_prompt_at_a_time(tiny_folder, small_steps, family, changes):
-    steps, prefills = check_batched_answers(tiny_folder(family, **changes), 24, budget := 400)
-    # it was a batch, within its budget, refilled as answers ended, long ones put back
-    assert max(live for _, live, _ in steps) >= 5
-    assert all(slots * columns <= budget for slots, _, columns in steps if slots > 1)
-    assert len(prefills) > 3 and any(generated for part in prefills for generated in part)
-
-
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_batched_answers_of_every_family(tiny_folder, small_steps, family):
-    """Recurrent layers hold states instead of columns, and padding must not reach them."""
-    steps, prefills = check_batched_answers(tiny_folder(family), 8, 250)
-    assert max(live for _, live, _ in steps) >= 3 and len(prefills) > 1
+def test_batched_answers_equal_one_prompt_at_a_time(tiny_folder, monkeypatch, family, changes):
+    """Neither padding nor other rows change an answer, in recurrent and sliding layers either."""
+    check_batched_answers(tiny_folder(family, **changes), 8, monkeypatch)
 
 
 @pytest.mark.parametrize(
     "family, skipped", [("llama", [0, 2]), ("llama", [3]), ("gemma2", [0, 1]), ("granitemoehybrid", [4])]
 )
-def test_batched_answers_of_a_checkpoint(tiny_folder, tmp_path, small_steps, family, skipped):
+def test_batched_answers_of_a_checkpoint(tiny_folder, tmp_path, monkeypatch, family, skipped):
     """Skipped blocks fill no layers of the cache."""
     ref = model_ref(str(tiny_folder(family)))
     values = torch.ones(read_config(ref).num_hidden_layers, 4)
     values[skipped, 0] = 0
     checkpoints.save_checkpoint(tmp_path / "checkpoint", ref, skipped, values, {})
-    check_batched_answers(tmp_path / "checkpoint", 8, 250, checkpoints.load_checkpoint)
+    check_batched_answers(tmp_path / "checkpoint", 8, monkeypatch, checkpoints.load_checkpoint)
 
 
 def check_batched_answers(
-    folder, count: int, budget: int, load=AutoModelForCausalLM.from_pretrained
-) -> tuple[list, list]:
-    """Answers in batches equal those of one prompt at a time, token for token.
-
-    Returns (slots, of them in use, columns) of each step, and the tokens that the rows of each prefill had
-    generated before.
-    """
+    folder, count: int, monkeypatch, load=AutoModelForCausalLM.from_pretrained, budget: int = 250
+) -> None:
+    """Answers in batches equal those of one prompt at a time, token for token, within the budget."""
+    monkeypatch.setattr(engines, "ROOM", 6)  # so small that batches are full before their answers end
     kernel = attention_of(folder)
     stock = load(folder, dtype=torch.float32, attn_implementation="eager" if kernel == "eager" else None)
     model = load(folder, dtype=torch.float32, attn_implementation=kernel)
+    # repeating what was said would cost so much that nothing would be said twice
+    model.generation_config = GenerationConfig(repetition_penalty=9.0, do_sample=True, max_length=3)
     prompts = random_prompts(count)
     limits = [MAX_TOKENS - index % 3 for index in range(len(prompts))]
-    steps, prefills = [], []
+    steps, batches = [], []
+    generate = model.generate
 
-    class Watched(decoding.GreedyDecoder):
-        def _step(self):
-            super()._step()
-            steps.append((len(self.slots), len(self._live()), self.clock))
+    def watched(ids, attention_mask, **options):
+        output = generate(ids, attention_mask=attention_mask, **options)
+        batches.append(output.shape)
+        return output
 
-        def _prefill(self, rows, slots):
-            prefills.append([len(row.generated) for row in rows])
-            super()._prefill(rows, slots)
+    model.generate = watched
+    answers = list(engines.decode(model, prompts, limits, STOP, budget, steps.append))
 
-    rows = list(Watched(model, prompts, limits, STOP, budget).run())
-
-    assert sorted(row.index for row in rows) == list(range(len(prompts)))
-    for row in rows:
-        assert row.generated == stock_answer(stock, prompts[row.index], limits[row.index], STOP)
-        assert row.finish_reason == ("stop" if row.generated[-1] in STOP else "length")
-    assert count < 20 or {row.finish_reason for row in rows} == {"stop", "length"}
-    assert len(steps) < sum(len(row.generated) for row in rows) / (3 if count >= 20 else 1.5)
-    return steps, prefills
+    assert sorted(answer.index for answer in answers) == list(range(len(prompts)))
+    for answer in answers:
+        assert answer.token_ids == stock_answer(stock, prompts[answer.index], limits[answer.index], STOP)
+        assert answer.finish_reason == ("stop" if answer.token_ids[-1] in STOP else "length")
+    assert sum(steps) == sum(len(answer.token_ids) for answer in answers)
+    assert all(rows * columns <= budget for rows, columns in batches if rows > 1)
+    assert max(rows for rows, _ in batches) >= 4 and len(batches) > 3
 
 
 def test_a_prompt_longer_than_the_budget_runs_alone(tiny_folder):
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder(), attn_implementation=slot_cache.GROUPED_SDPA)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder())
     prompts = [[9] * 60, [8] * 3]
-    rows = list(decoding.GreedyDecoder(model, prompts, [5, 5], set(), max_tokens_per_batch=10).run())
-    assert {row.index: len(row.generated) for row in rows} == {0: 5, 1: 5}
+    answers = engines.decode(model, prompts, [5, 5], set(), max_tokens_per_batch=10)
+    assert {answer.index: len(answer.token_ids) for answer in answers} == {0: 5, 1: 5}
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -160,7 +140,7 @@ def test_grouped_attention_equals_stock_sdpa(queries, masked):
     mask = torch.rand(2, 1, queries, 7) > 0.4 if masked else None
     if masked:
         mask[..., -1] = True
-    ours, _ = slot_cache.grouped_sdpa(Module(), query, key, value, mask, scaling=0.3)
+    ours, _ = engines.grouped_sdpa(Module(), query, key, value, mask, scaling=0.3)
     stock, _ = sdpa_attention_forward(Module(), query, key, value, mask, scaling=0.3)
     assert torch.allclose(ours, stock, atol=1e-6)
     other, _ = sdpa_attention_forward(Module(), query, key.flip(1), value, mask, scaling=0.3)
@@ -388,13 +368,6 @@ def test_partial_answers_of_other_settings_or_prompts_are_refused(work, monkeypa
     )
 
 
-def test_tokens_are_told_while_they_come(tiny_folder):
-    told, prompts = [], [[5, 6, 7], [8, 9, 10, 11, 12]]
-    options = EngineOptions(backend="transformers", device="cpu")
-    answers = list(engines.generate(model_ref(str(tiny_folder())), prompts, 9, options, told.append))
-    assert sum(told) == sum(len(answer.token_ids) for answer in answers) and len(told) > 2
-
-
 def test_empty_answers_are_dropped_and_counted():
     def record(index, content, reason):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
@@ -416,44 +389,12 @@ def forbid_models(monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
 
 
-@pytest.mark.parametrize(
-    "lines,message",
-    [
-        (None, "prompts.jsonl: no such file"),
-        ([], "prompts.jsonl: holds no records"),
-        (['{"question": "1?"}', "not json"], "prompts.jsonl, line 2: not JSON"),
-        (['{"question": "1?"}', "", '{"answer": "2"}'], "line 3: has 'answer', and needs 'messages'"),
-        (['{"question": "  "}'], "line 1: 'question' must be text"),
-        (['{"messages": []}'], "line 1: its list of messages is empty"),
-        (['{"messages": [{"role": "user", "content": ""}]}'], "line 1: the user message has no content"),
-        (['{"messages": [{"role": "judge", "content": "x"}]}'], "line 1: role 'judge'"),
-        (['{"messages": [{"role": "system", "content": "x"}]}'], "line 1: no user message"),
-        (['{"messages": [{"role": "assistant", "content": "x"}]}'], "line 1: only assistant"),
-        ([json.dumps({"question": "x" * 500})], "line 1: 5.. tokens leave no room .* context of 512"),
-    ],
-)
-def test_bad_prompts_are_one_line_before_a_model_loads(work, monkeypatch, capsys, lines, message):
-    Path("prompts.jsonl").unlink()
-    if lines is not None:
-        Path("prompts.jsonl").write_text("\n".join(lines))
+def test_bad_input_is_refused_before_a_model_loads(work, monkeypatch, capsys):
+    """Which input is bad, `test_bad_inputs.py` says."""
     forbid_models(monkeypatch)
-    check_refused(generate_model_gt_data, work, message, capsys)
-
-
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        (["--model", "gwen"], "unknown model 'gwen'.*qwen"),
-        (["--num_samples", "0"], "must be a whole number above 0"),
-        (["--max_tokens", "many"], "must be a whole number"),
-        (["--output_file", "prompts.jsonl/a.jsonl"], "prompts.jsonl is a file"),
-        (["--device", "cuda:77"], "--device cuda:77"),
-        (["--device", "gpu"], "--device gpu: not a device"),
-    ],
-)
-def test_bad_flags_are_one_line_before_a_model_loads(work, monkeypatch, capsys, flags, message):
-    forbid_models(monkeypatch)
-    check_refused(generate_model_gt_data, [*work, *flags], message, capsys)
+    check_refused(generate_model_gt_data, [*work, "--device", "cuda:77"], "--device cuda:77", capsys)
+    write_lines(Path("prompts.jsonl"), [{"question": "x" * 500}])
+    check_refused(generate_model_gt_data, work, "line 1: 5.. tokens leave no room .* context of 512", capsys)
 
 
 def test_prompts_that_cannot_be_fetched_name_the_id_and_the_remedy(work, monkeypatch, capsys):
@@ -499,7 +440,9 @@ def test_longrope_rows_end_where_a_batch_would_turn_otherwise(tiny_folder, tmp_p
     prompts = [list(range(5, 5 + length)) for length in (6, 9, 28)]
     ref = model_ref(str(folder))
     options = EngineOptions(backend="transformers", device="cpu")
-    found = {answer.index: answer for answer in engines.generate(ref, prompts, 16, options)}
+    told = []
+    found = {answer.index: answer for answer in engines.generate(ref, prompts, 16, options, told.append)}
+    assert sum(told) == sum(len(answer.token_ids) for answer in found.values()) and len(told) > 2
     model = AutoModelForCausalLM.from_pretrained(folder)
     for index, prompt in enumerate(prompts):
         limit = min(16, 32 - len(prompt))

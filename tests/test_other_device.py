@@ -12,7 +12,7 @@ from test_training import random_samples
 from transformers import AutoModelForCausalLM
 
 from hopscotch_common import scales
-from hopscotch_common.answers.decoding import GreedyDecoder
+from hopscotch_common.answers import engines
 from hopscotch_common.errors import TrainingError
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
@@ -130,9 +130,8 @@ def test_generation(on_both, tiny_folder):
 
     def work(move):
         model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).eval()
-        decoder = GreedyDecoder(move(model), prompts, [6, 4, 8], {2}, 64)
-        with torch.no_grad():  # inference mode, which `run` sets, takes no tensors of other classes
-            return sorted((row.index, row.generated) for row in GreedyDecoder.run.__wrapped__(decoder))
+        answers = engines.decode(move(model), prompts, [6, 4, 8], {2}, 64)
+        return sorted((answer.index, answer.token_ids) for answer in answers)
 
     near, far = on_both(work)
     assert far == near

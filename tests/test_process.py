@@ -142,35 +142,12 @@ def test_reasoning_is_kept_where_the_template_sets_it_apart():
     assert text == "<|im_start|>assistant\n<think>3 and 4</think>7<|im_end|>\n"
 
 
-USER = {"role": "user", "content": "1 + 1?"}
-ANSWER = {"role": "assistant", "content": "2"}
-
-
-@pytest.mark.parametrize(
-    "lines,message",
-    [
-        (None, "answers.jsonl: no such file; make it with generate_model_gt_data.py"),
-        ([], "answers.jsonl: holds no records"),
-        (["{"], "line 1: not JSON"),
-        ([{"ask": "1 + 1?"}], "line 1: has 'ask', and needs 'messages'"),
-        ([{"messages": [USER, ANSWER]}, {"messages": [USER]}], "line 2: the last message is not the ass"),
-        ([{"messages": [USER, {"role": "assistant", "content": " "}]}], "line 1: the assistant message has"),
-        ([{"messages": [USER, {"content": "2"}]}], "line 1: each message needs a 'role'"),
-        ([{"messages": [USER, ANSWER], "unmask": True}], "line 1: has 'unmask', which is not supported"),
-        ([{"messages": [USER, {**ANSWER, "weight": 1}]}], "line 1: the assistant message has 'weight'"),
-        ([{"messages": [{"role": "pretraining", "content": "x"}, ANSWER]}], "line 1: role 'pretraining'"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(work, monkeypatch, capsys, lines, message):
+def test_missing_answers_name_the_script_that_makes_them(work, capsys):
     Path("answers.jsonl").unlink()
-    if lines is not None:
-        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-        Path("answers.jsonl").write_text("\n".join(texts))
-    check_refused(process_gt_data, work, message, capsys)
-    assert not Path("out").exists()
+    check_refused(process_gt_data, work, "no such file; make it with generate_model_gt_data.py", capsys)
 
 
-def test_what_the_chat_template_refuses_or_leaves_out_names_the_line(work, tiny_folder, capsys):
+def test_what_the_chat_template_refuses_or_leaves_out_names_the_line():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -181,16 +158,3 @@ def test_what_the_chat_template_refuses_or_leaves_out_names_the_line(work, tiny_
         labels.samples_of((where, messages_of(CONVERSATIONS[1])), tokenizer, set())
     with pytest.raises(process_gt_data.InputError, match=f"{where}: .* rewrites part of the user message"):
         labels.samples_of((where, messages_of(CONVERSATIONS[0])), tokenizer, set())
-
-
-@pytest.mark.parametrize(
-    "flags,message",
-    [
-        (["--max_seq_len", "0"], "must be a whole number above 0"),
-        (["--num_cpu_procs", "-1"], "must be a whole number above 0"),
-        (["--model", "gwen"], "unknown model 'gwen'"),
-        (["--output_dir", "answers.jsonl"], "answers.jsonl is a file"),
-    ],
-)
-def test_bad_flags_are_one_line(work, capsys, flags, message):
-    check_refused(process_gt_data, [*work, *flags], message, capsys)

@@ -63,11 +63,15 @@ def test_a_field_of_another_name():
         ({"messages": BOTH, "tools": [{"name": "f"}]}, "has 'tools'"),
         ({"prompt": 7}, "'prompt' must be text"),
         ({"conversations": "1 + 1?"}, "'conversations' must be a list"),
+        ({"question": "  "}, "'question' must be text"),
+        ({"messages": []}, "its list of messages is empty"),
+        ({"messages": [{"role": "user", "content": ""}]}, "the user message has no content"),
+        ({"messages": [SYSTEM]}, "no user message after the system message"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(record, message):
     with pytest.raises(InputError, match=f"^here: .*{message}"):
-        messages_of(record, "here")
+        prompt_of(record, "here")
 
 
 def test_earlier_answers_stay_where_a_tool_follows_them_up():
@@ -124,7 +128,7 @@ def test_files_of_every_kind(tmp_path):
         ("a.json", b"[]", "holds no records"),
         ("a.json", b"[1]", "record 1: a JSON object is needed"),
         ("a.json", b"[{]", "not JSON"),
-        ("a.jsonl.gz", b"no gzip", "cannot be unpacked"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read .Not a gzipped file"),
         ("a.parquet", b"no parquet", "cannot be read"),
     ],
 )

@@ -7,26 +7,30 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
-from hopscotch_common.answers.decoding import GreedyDecoder
-from hopscotch_common.answers.slot_cache import GROUPED_SDPA
 from hopscotch_common.errors import InputError, logger
-from hopscotch_common.loading import (
-    device_map,
-    load_whole,
-    read_config,
-    resolve_device,
-)
+from hopscotch_common.loading import device_map, load_whole, read_config, resolve_device
 from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
 from hopscotch_common.models import ModelRef, context_length
 from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.weights import stored_dtype
 
 OnTokens = Callable[[int], None]
+GROUPED_SDPA = "hopscotch_grouped_sdpa"
+ROOM = 256  # tokens that a batch has room for, in every answer, when it begins
 PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads
 
 
@@ -49,17 +53,15 @@ def generate(
     """Answer prompts (token ids) at temperature 0; yields each answer as soon as it has ended.
 
     An answer ends at a stop token, after max_tokens tokens, or where the model's context ends. on_tokens:
-    gets the number of tokens that all answers grew by, step by step.
-    Raises InputError for options that do not fit the machine, ValueError for a prompt that fills
-    the whole context (`check_prompt_lengths` says which).
+    gets the number of tokens that all answers grew by, step by step. Raises InputError for options that do
+    not fit the machine.
     """
     config = read_config(ref, checkpoint=True)
     backend = resolve_backend(options, config)
     context = context_length(config)
     limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
-    if min(limits, default=1) < 1:
-        raise ValueError(f"a prompt leaves no room in the context of {context} tokens")
-    longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=1)
+    assert min(limits) > 0, "`tokenize` refuses prompts that fill the context"
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     logger.info("loading the model into %s", backend)
     engine = ENGINES[backend](ref, config, options, longest)
     logger.info("reading %d prompts", len(prompts))
@@ -153,6 +155,27 @@ def tensor_parallel_obstacle(size: int, config) -> str | None:
     return None
 
 
+def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention kernel for transformers: sdpa that copies no keys or values when decoding.
+
+    Stock sdpa with a mask repeats each key and value for every query head that shares it. For a
+    single query token those heads can be rows of one query instead, and nothing is repeated.
+
+    query: [rows, heads, queries, dim]; key, value: [rows, kv_heads, columns, dim]; attention_mask:
+    [rows, 1, queries, columns] or None. Returns ([rows, queries, heads, dim], None).
+    """
+    rows, heads, queries, dim = query.shape
+    if queries != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.reshape(rows, key.shape[1], -1, dim)
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(rows, 1, heads, dim), None
+
+
+AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
+
+
 class TransformersEngine:
     """The model in transformers. longest: tokens of prompt and answer, at most (here: not needed)."""
 
@@ -180,17 +203,85 @@ class TransformersEngine:
         on_tokens: OnTokens = lambda count: None,
     ) -> Iterator[Answer]:
         """Answer each prompt with at most its limit of tokens; yields answers as they end."""
-        decoder = GreedyDecoder(
-            self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch, on_tokens
-        )
         try:
-            for row in decoder.run():
-                yield Answer(row.index, row.generated, row.finish_reason)
+            yield from decode(
+                self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch, on_tokens
+            )
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"out of memory with --max_tokens_per_batch {self.max_tokens_per_batch}: lower it; "
                 "the same command goes on from here"
             ) from error
+
+
+def decode(
+    model,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    stop_ids: set[int],
+    max_tokens_per_batch: int,
+    on_tokens: OnTokens = lambda count: None,
+) -> Iterator[Answer]:
+    """Greedy answers by the model's own `generate`, to batches of prompts of like length, the shortest first.
+
+    A batch ends with half of its answers where others wait, or when it fills max_tokens_per_batch (rows
+    times columns, padding included; a prompt that alone is longer runs alone) or the model's context. What
+    has not ended waits among its likes, and goes on from there; so one long answer does not hold up many.
+    """
+    # not the model's own: it may penalize repetitions, for example
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    said: list[list[int]] = [[] for _ in prompts]
+    waiting = list(range(len(prompts)))
+    while waiting:
+        waiting.sort(key=lambda index: len(prompts[index]) + len(said[index]))
+        rows = [prompts[index] + said[index] for index in waiting]
+        fits = [n for n, row in enumerate(rows, 1) if n * (len(row) + ROOM) <= max_tokens_per_batch]
+        count = max(fits, default=1)
+        batch, waiting = waiting[:count], waiting[count:]
+        left = [limits[index] - len(said[index]) for index in batch]
+        columns = min(max_tokens_per_batch // count, context_length(model.config))
+        said_now = _generate(model, rows[:count], left, stop_ids, columns, bool(waiting), on_tokens)
+        for index, tokens in zip(batch, said_now, strict=True):
+            for token in tokens:
+                said[index].append(token)
+                if token in stop_ids or len(said[index]) == limits[index]:
+                    yield Answer(index, said[index], "stop" if token in stop_ids else "length")
+                    break
+            else:
+                waiting.append(index)
+
+
+def _generate(
+    model,
+    rows: list[list[int]],
+    limits: list[int],
+    stop_ids: set[int],
+    columns: int,
+    others_wait: bool,
+    on_tokens: OnTokens,
+) -> list[list[int]]:
+    """A batch of `decode`: what each row goes on with, and more behind the end of those that end early.
+
+    columns: at which a batch of several rows ends.
+    """
+    width = len(rows[-1])
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).to(model.device)
+    stops, last_columns = (
+        torch.tensor(values).to(model.device)
+        for values in (sorted(stop_ids), [width + limit for limit in limits])
+    )
+    ended = torch.zeros_like(last_columns, dtype=torch.bool)
+
+    def ends(ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        """Which rows have ended, after each token; all of them where the batch ends."""
+        on_tokens(len(rows) - int(ended.sum()))
+        ended.logical_or_(torch.isin(ids[:, -1], stops) | (last_columns <= ids.shape[1]))
+        full = len(rows) > 1 and ids.shape[1] >= columns
+        return ended | full | (others_wait and 2 * ended.sum() >= len(rows))
+
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), stopping_criteria=[ends])
+    return output[:, width:].tolist()
 
 
 class VllmEngine:

@@ -1,4 +1,4 @@
-"""Where the prompts of step 1 come from, and their token ids in the model's chat template."""
+"""The prompts of step 1: where they come from, their token ids, and the answers kept while they come."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,13 @@ from pathlib import Path
 
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.log import Log
 from hopscotch_common.models import ModelRef, context_length
 
 EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl"
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
+REMEDY = "remove it to start anew, or name another --output_file"
 
 
 @dataclass(frozen=True)
@@ -140,3 +142,51 @@ def answer_text(tokenizer, ids: Sequence[int]) -> str:
     name, text = last[: last.index(message)], last[last.index(message) + 1 :]
     final = tokenizer.decode(name).strip().startswith("final")
     return tokenizer.decode(text, skip_special_tokens=True) if final else ""
+
+
+class PartialAnswers:
+    """The answers of a run, kept on disk: {"index": of the prompt, "messages": prompt and answer, ...} each.
+
+    records holds them by index. Locked until `close`. An interrupted run goes on where it was.
+    """
+
+    def __init__(self, path: Path, settings: dict, prompts: Sequence[Prompt]):
+        """Read what an earlier run left. InputError when it had other settings or prompts."""
+        self.prompts = prompts
+        self.records: dict[int, dict] = {}
+        self._log = Log(path, settings, "the answers of an earlier run", REMEDY)
+        try:
+            for number, record in self._log.records:
+                self._take(record, f"{path}, line {number}")
+        except BaseException:
+            self._log.close()
+            raise
+
+    def _take(self, record: dict, where: str) -> None:
+        match record:
+            case {
+                "index": int(index),
+                "messages": [*asked, {"content": str()}],
+                "finish_reason": "stop" | "length",
+                "num_generated_tokens": int(),
+            } if index >= 0:
+                pass
+            case _:
+                raise InputError(f"{where}: not an answer of this script; {REMEDY}")
+        if index >= len(self.prompts):
+            return  # an earlier run had more prompts
+        if asked != self.prompts[index].messages:
+            raise InputError(f"{where}: answers another prompt than {self.prompts[index].where}; {REMEDY}")
+        self.records.setdefault(index, record)
+
+    def missing(self) -> list[int]:
+        """Indices of the prompts that have no answer yet."""
+        return [index for index in range(len(self.prompts)) if index not in self.records]
+
+    def add(self, record: dict) -> None:
+        """Keep an answer, flushed to disk."""
+        self._log.append(record)
+        self.records[record["index"]] = record
+
+    def close(self) -> None:
+        self._log.close()

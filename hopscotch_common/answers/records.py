@@ -1,13 +1,15 @@
 """Records as people have them: files of several kinds, and one function that turns a record into messages."""
 
 import gzip
+import io
 import json
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.files import check_input, lines_of_file, parse_json, read_jsonl
+from hopscotch_common.files import check_input, lines_of_file, parse_json
 
 READ_BY_DATASETS = {".parquet": "parquet", ".csv": "csv", ".zst": "json"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -34,25 +36,22 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
     kind = READ_BY_DATASETS.get(path.suffix.lower())
     if kind is not None:
         yield from _by_datasets(path, kind)
-    elif path.suffix.lower() == ".gz":
-        yield from _unzipped(path)
-    elif _first_letter(path) == b"[":
-        yield from _array(path.read_bytes(), path)
+        return
+    unpack = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with unpack(path, "rb") as file:
+            content = file.read().removeprefix(b"\xef\xbb\xbf")
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
+    if content[:1024].lstrip()[:1] == b"[":
+        yield from _array(content, path)
     else:
-        for number, record in read_jsonl(path):
+        for number, record in lines_of_file(io.BytesIO(content), path):
             yield f"{path}, line {number}", record
 
 
-def _first_letter(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
-
-
 def _array(content: bytes, path: Path) -> Iterator[tuple[str, dict]]:
-    records = parse_json(content.removeprefix(b"\xef\xbb\xbf"), str(path), "mend it, or name another file")
+    records = parse_json(content, str(path), "mend it, or name another file")
     if not records:
         raise InputError(f"{path}: holds no records; name another file, or make it again")
     for number, record in enumerate(records, 1):
@@ -61,18 +60,6 @@ def _array(content: bytes, path: Path) -> Iterator[tuple[str, dict]]:
                 f"{path}, record {number}: a JSON object is needed, not {type(record).__name__}; mend it"
             )
         yield f"{path}, record {number}", record
-
-
-def _unzipped(path: Path) -> Iterator[tuple[str, dict]]:
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: cannot be unpacked ({reason_of(error)}); name another file") from error
-    if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-        yield from _array(content, path)
-    else:
-        for number, record in lines_of_file(content.splitlines(keepends=True), path):
-            yield f"{path}, line {number}", record
 
 
 def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
