@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +202,29 @@ def succeed(folder: Path, *command: object, **options) -> Outcome:
     outcome = run(folder, *command, **options)
     assert outcome.code == 0, outcome.err
     return outcome
+
+
+def launch(folder: Path, command: Sequence, processes: int) -> str:
+    """Run a command as `accelerate launch` would, in several processes on the CPU; stdout of rank 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        ranks.append(start(folder, *command, env=environment))
+    ends = [running.wait() for running in ranks]
+    assert [end.code for end in ends] == [0] * processes, ends[0].err
+    assert not any(end.out for end in ends[1:])
+    assert f"; {processes} process(es)" in ends[0].err
+    return ends[0].out
 
 
 def _drain(descriptor: int, text: bytearray) -> None:

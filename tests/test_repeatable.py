@@ -1,11 +1,10 @@
 """The same command and seed give the same bits, and several processes the same picks and losses."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
-from driving import Commands, differences, record, start, state_of, succeed
+from driving import Commands, differences, launch, record, state_of, succeed
 
 NAMES = (
     "generate",
@@ -39,29 +38,6 @@ def test_another_seed_gives_other_losses(commands, tmp_path, name, seed):
     """The comparison above can tell results apart."""
     succeed(tmp_path, *commands[name], "--seed", seed)
     assert differences(state_of(tmp_path), commands.undisturbed(name).state)
-
-
-def launch(folder: Path, command: tuple, processes: int) -> str:
-    """Run a command as `accelerate launch` would, in several processes on the CPU; stdout of rank 0."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(processes):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        ranks.append(start(folder, *command, env=environment))
-    ends = [running.wait() for running in ranks]
-    assert [end.code for end in ends] == [0] * processes, ends[0].err
-    assert not any(end.out for end in ends[1:])
-    assert f"{processes} process(es)" in ends[0].err
-    return ends[0].out
 
 
 def check_processes(commands: Commands, name: str, folder: Path, processes: int) -> None:

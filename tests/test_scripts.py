@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, check_refused
+from driving import launch
 from test_search import reference_losses, write_data
 from test_training import random_samples, reference_loss
 from torch.testing import assert_close
@@ -74,38 +75,35 @@ def test_selection_then_scaling_then_unscaled(work, tmp_path, capsys):
     assert torch.equal(values, expected)
 
 
-def test_held_out_figures_are_those_of_the_three_models(work, tmp_path):
-    arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "1", "--validation_split", "0.25")
-    assert param_scale.main(arguments) == 0
-    folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
-    held_out = checkpoints.read_run(folder)["held_out"]
-    _, samples = split_samples(random_samples(12), 0.25, 42)
-    tokens = sum(sample.num_loss_counted_tokens for sample in samples)
-    stock = AutoModelForCausalLM.from_pretrained(work, attn_implementation="eager").eval()
-    trained = checkpoints.load_scales(folder)
-    for which, values, skipped in (
-        ("original", torch.ones(4, 4), set()),
-        ("unscaled", torch.ones(4, 4), {1}),
-        ("scaled", trained, {1}),
-    ):
-        for loss, measure in (("ce", "cross_entropy"), ("kl", "kl")):
-            with torch.no_grad():
-                losses = [reference_loss(stock, sample, values, skipped, loss) for sample in samples]
-            expected = sum(losses).item() / tokens
-            assert math.isclose(held_out[which][measure], expected, rel_tol=1e-4, abs_tol=1e-6), which
-        assert 0 <= held_out[which]["agreement"] <= 1
+MEASURES = {"ce": "cross_entropy", "kl": "kl"}
 
 
-def held_out_loss(work, loss, values, skipped, split=0.25) -> float:
+def held_out_loss(work, loss, values, skipped) -> float:
     """The held-out loss of 12 random samples, in a plain loop over the stock class."""
-    _, samples = split_samples(random_samples(12), split, 42)
+    _, samples = split_samples(random_samples(12), 0.25, 42)
     stock = AutoModelForCausalLM.from_pretrained(work, attn_implementation="eager").eval()
     with torch.no_grad():
         losses = [reference_loss(stock, sample, values, set(skipped), loss) for sample in samples]
     return sum(losses).item() / sum(sample.num_loss_counted_tokens for sample in samples)
 
 
-@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_held_out_figures_are_those_of_the_three_models(work, tmp_path):
+    arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "1", "--validation_split", "0.25")
+    assert param_scale.main(arguments) == 0
+    folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
+    held_out = checkpoints.read_run(folder)["held_out"]
+    for which, values, skipped in (
+        ("original", torch.ones(4, 4), []),
+        ("unscaled", torch.ones(4, 4), [1]),
+        ("scaled", checkpoints.load_scales(folder), [1]),
+    ):
+        for loss, measure in MEASURES.items():
+            expected = held_out_loss(work, loss, values, skipped)
+            assert math.isclose(held_out[which][measure], expected, rel_tol=1e-4, abs_tol=1e-6), which
+        assert 0 <= held_out[which]["agreement"] <= 1
+
+
+@pytest.mark.parametrize("loss", MEASURES)
 def test_a_search_stops_where_the_held_out_loss_would_rise_too_much(work, tmp_path, capsys, loss):
     """Without training, as then the scales are known here, too."""
     arguments = flags(work, "--search", "untrained", "--loss", loss, "--validation_split", "0.25")
@@ -116,8 +114,7 @@ def test_a_search_stops_where_the_held_out_loss_would_rise_too_much(work, tmp_pa
     for picked in everything:
         skipped = [*picked["skipped_before"], picked["block"]]
         expected = held_out_loss(work, loss, torch.ones(4, 4), skipped)
-        measure = {"ce": "cross_entropy", "kl": "kl"}[loss]
-        assert math.isclose(picked["held_out"][measure], expected, rel_tol=1e-4, abs_tol=1e-6)
+        assert math.isclose(picked["held_out"][MEASURES[loss]], expected, rel_tol=1e-4, abs_tol=1e-6)
         assert picked["loss_increase"] is None
         increases.append(expected if loss == "kl" else (expected - original) / original)
     most = max(increases) * 0.999
@@ -222,18 +219,21 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
     common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2", "--granularity", granularity)
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "whole"]) == 0
     assert param_scale.main([*common, "--num_epochs", "1", "--output_dir", "parts", "--resume"]) == 0
+    assert param_scale.main([*common, "--num_epochs", "2", "--output_dir", "parts", "--resume"]) == 0
+    gone = tmp_path / "parts" / f"{work.name}_scaled_epoch_0"
+    shutil.rmtree(gone)  # it goes on after the last, whichever are left
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
-    for epoch in range(3):
+    for epoch in (1, 2):
         a, b = (tmp_path / part / f"{work.name}_scaled_epoch_{epoch}" for part in ("whole", "parts"))
         assert torch.equal(checkpoints.load_scales(a), checkpoints.load_scales(b))
         assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
+    report = json.loads((tmp_path / "parts/report.json").read_text())
+    assert not gone.exists() and [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
     capsys.readouterr()
     (other,) = {"layer", "channel"} - {granularity}
     finer = [*common, "--granularity", other, "--output_dir", "parts", "--resume"]
     message = f"was made with granularity = {granularity}, now it is {other}"
     check_refused(param_scale, finer, message, capsys)
-    other = [*common, "--blocks_to_skip", "2", "--output_dir", "parts", "--resume"]
-    check_refused(param_scale, other, r"was made with blocks_to_skip = \[1\], now it is \[2\]", capsys)
 
 
 def test_scales_by_channel_are_saved_verified_and_exported(work, tmp_path):
@@ -260,19 +260,6 @@ def test_scales_of_another_granularity_than_the_config_says_are_refused(work, tm
     (tmp_path / "checkpoint/config.json").write_text(json.dumps(config | {"scale_granularity": "layer"}))
     with pytest.raises(InputError, match=r"b_scale_attn is of shape \[32\], not one finite number"):
         checkpoints.load_checkpoint(tmp_path / "checkpoint")
-
-
-def test_training_resumes_after_the_last_epoch_whichever_are_left(work, tmp_path):
-    common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2")
-    assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "whole"]) == 0
-    assert param_scale.main([*common, "--num_epochs", "2", "--output_dir", "parts"]) == 0
-    shutil.rmtree(tmp_path / "parts" / f"{work.name}_scaled_epoch_0")
-    assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
-    assert not (tmp_path / "parts" / f"{work.name}_scaled_epoch_0").exists()
-    a, b = (tmp_path / part / f"{work.name}_scaled_epoch_2" for part in ("whole", "parts"))
-    assert torch.equal(checkpoints.load_scales(a), checkpoints.load_scales(b))
-    report = json.loads((tmp_path / "parts/report.json").read_text())
-    assert [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
 
 
 def test_resume_leaves_the_epochs_of_an_earlier_training(work, tmp_path, capsys):
@@ -323,31 +310,25 @@ def test_a_journal_of_other_weights_is_refused(work, tmp_path, capsys):
     check_refused(block_selection, arguments, "journal.jsonl: was made with weights = ", capsys)
 
 
-@pytest.mark.parametrize(
-    ("script", "more"),
-    [
-        ("block_selection.py", ["--num_blocks", "2"]),
-        ("block_selection.py", ["--num_blocks", "1", "--search", "race", "--screening", "0.75"]),
-        ("param_scale.py", ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]),
-        (
-            "param_scale.py",
-            ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]
-            + ["--granularity", "channel", "--loss", "kl"],
-        ),
-    ],
-    ids=["full", "race", "param_scale", "param_scale by channel and KL"],
-)
-def test_several_processes_equal_one(work, tmp_path, script, more):
+HALF = ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]
+SEVERAL = {
+    "full": ("block_selection.py", ["--num_blocks", "2"]),
+    "race": ("block_selection.py", ["--num_blocks", "1", "--search", "race", "--screening", "0.75"]),
+    "param_scale": ("param_scale.py", HALF),
+    "param_scale by channel and KL": ("param_scale.py", [*HALF, "--granularity", "channel", "--loss", "kl"]),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_processes_equal_one(work, tmp_path, name):
     """Three candidates race over two and three processes, and two on three: they share then."""
+    script, more = SEVERAL[name]
     results, iterations = [], []
     for processes in (1, 2, 3):
         folder = tmp_path / str(processes)
         folder.mkdir()
         write_data(folder / "data.jsonl", random_samples(12))
-        result = launched(processes, script, flags(work, *more), folder)
-        assert result.returncode == 0, result.stderr
-        assert f"; {processes} process(es)" in result.stderr
-        results.append(numbers(result.stdout))
+        results.append(numbers(launch(folder, (script, *flags(work, *more)), processes)))
         if script == "block_selection.py":
             (report,) = folder.glob("*_block_selection.json")
             iterations.append(json.loads(report.read_text())["iterations"])
@@ -358,25 +339,25 @@ def test_several_processes_equal_one(work, tmp_path, script, more):
     for other in iterations[1:]:
         for mine, theirs in zip(iterations[0], other, strict=True):
             assert theirs["elapsed_epochs"] < 0.7 * mine["elapsed_epochs"]
-            for name in ("block", "candidate_epochs", "skipped_before"):
-                assert theirs[name] == mine[name]
+            for key in ("block", "candidate_epochs", "skipped_before"):
+                assert theirs[key] == mine[key]
             assert theirs["batch_losses"].keys() == mine["batch_losses"].keys()
             for block, losses in mine["batch_losses"].items():
                 assert theirs["batch_losses"][block] == pytest.approx(losses, rel=1e-5)
 
 
-def launched(processes: int, script: str, arguments: list[str], folder) -> subprocess.CompletedProcess:
-    """A script's run by accelerate's launcher, or alone."""
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0"]
-    return subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(ROOT / script), *arguments],
-        cwd=folder,
+def test_the_processes_of_accelerates_launcher_find_one_another(work, tmp_path):
+    write_data(tmp_path / "data.jsonl", random_samples(12))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--main_process_port", "0", str(ROOT / "param_scale.py")]
+    result = subprocess.run(
+        [*launcher, *flags(work, *HALF)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
+    assert result.returncode == 0 and "; 2 process(es)" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("script", [block_selection, param_scale])
@@ -396,122 +377,6 @@ def numbers(text: str) -> dict[str, list[float]]:
         words = line.replace("(", " ").replace(")", " ").replace(",", " ").split()
         found[" ".join(w for w in words if "." not in w)] = [float(w) for w in words if "." in w]
     return found
-
-
-GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
-        (
-            block_selection,
-            ["--model", "quen"],
-            "unknown model 'quen': give one of qwen, llama, granite, smollm",
-        ),
-        (block_selection, ["--data_path", "none.jsonl"], "none.jsonl: no such file"),
-        (block_selection, ["--data_path", "empty.jsonl"], "empty.jsonl: holds no records"),
-        (block_selection, ["--data_path", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
-        (block_selection, ["--screening", "0"], "must be above 0 and at most 1, got '0'"),
-        (block_selection, ["--starting_skipped_blocks", "4"], "block 4 does not exist"),
-        (block_selection, ["--starting_skipped_blocks", "-1"], "block -1 does not exist"),
-        (block_selection, ["--starting_skipped_blocks", "1", "1"], "block 1 is named twice"),
-        (
-            block_selection,
-            ["--starting_skipped_blocks", "x", "1"],
-            "give block indices or one selection report",
-        ),
-        (block_selection, ["--starting_skipped_blocks", "none.json"], "none.json: no such file"),
-        (block_selection, ["--starting_skipped_blocks", "0", "1", "2"], "at most 0 more"),
-        (block_selection, ["--prev", "1", "1", "1", "1", "1"], "5 losses, but the model has 4 layers"),
-        (block_selection, ["--prev", "nan"], "the loss of layer 0 is nan"),
-        (block_selection, ["--batch_size", "0"], "must be a whole number above 0"),
-        (block_selection, ["--learning_rate", "inf"], "must be a finite number above 0"),
-        (block_selection, ["--learning_rate", "-1"], "must be a finite number above 0"),
-        (
-            block_selection,
-            ["--max_tokens_per_batch", "2"],
-            "line 1: .* tokens do not fit --max_tokens_per_batch",
-        ),
-        (block_selection, ["--device", "cuda:9"], "CUDA devices here; try cpu"),
-        (
-            block_selection,
-            ["--output", "data.jsonl/report.json"],
-            "data.jsonl is a file; name another folder",
-        ),
-        (block_selection, ["--output", "."], "is a folder; name a file"),
-        (block_selection, ["--plot", "losses.pgn"], "give a file name that ends in .png, .pdf, .svg"),
-        (
-            block_selection,
-            ["--starting_skipped_blocks", "mine.json", "--output", "mine.json"],
-            "would take the place of an input; name another",
-        ),
-        (param_scale, ["--blocks_to_skip", "0", "1", "2", "3"], "all 4 attention blocks would be skipped"),
-        (param_scale, ["--blocks_to_skip", "other.json"], "a report of model other"),
-        (param_scale, ["--blocks_to_skip", "data.jsonl"], "or a report of block_selection.py"),
-        (param_scale, ["--blocks_to_skip", "1", "--num_epochs", "0"], "must be a whole number above 0"),
-        (param_scale, ["--blocks_to_skip", "1", "--validation_split", "1"], "at least 0 and below 1"),
-        (param_scale, ["--blocks_to_skip", "1", "--output_dir", "data.jsonl"], "data.jsonl is a file"),
-        (unscaled_ckpt, ["--blocks_to_skip", "7"], "block 7 does not exist"),
-        (unscaled_ckpt, ["--blocks_to_skip", "1", "--model", "gpt2-like"], "unknown model"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(
-    work, tmp_path, capsys, monkeypatch, script, arguments, message
-):
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\nnot json\n")
-    other = {"model": "other", "num_layers": 4, "skipped_blocks": [1]}
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    (tmp_path / "mine.json").write_text(json.dumps(other | {"model": work.name}))
-
-    def no_model(*args, **kwargs):
-        pytest.fail("a model was loaded before the input was checked")
-
-    monkeypatch.setattr(loading, "load_model", no_model)
-    base = flags(work) if script is not unscaled_ckpt else ["--model", str(work)]
-    if "cuda:9" in arguments:
-        monkeypatch.undo()
-        os.chdir(tmp_path)
-    check_refused(script, base + arguments, message, capsys)
-
-
-def test_data_of_another_model_is_refused(work, tmp_path, capsys):
-    bad = [GOOD, {"input_ids": [5, 900], "labels": [-100, 900]}]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bad))
-    message = "line 2: token id 900 is beyond the model's vocabulary of 300"
-    check_refused(block_selection, flags(work), message, capsys)
-
-
-def test_unsupported_architecture_is_named(work, tmp_path, capsys):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for model_type, message in (
-        ("qwen2_moe", "'qwen2_moe' is not supported; supported are llama, .*FAMILIES in"),
-        ("whisper", "'whisper' is a speech model; give a decoder-only language model"),
-        ("t5", "'t5' is an encoder-decoder model; give"),
-        ("bert", "'bert' is an encoder; give"),
-        ("qwen2_vl", "'qwen2_vl' is a vision-language model; give"),
-        ("vit", "'vit' is no language model; give"),
-        ("cohere", "'cohere' is not supported: attention and MLP stand side by side"),
-    ):
-        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-        check_refused(unscaled_ckpt, ["--model", str(folder), "--blocks_to_skip", "1"], message, capsys)
-
-
-def test_hopscotch_checkpoint_as_base_is_refused(work, tmp_path, capsys):
-    assert unscaled_ckpt.main(["--model", str(work), "--blocks_to_skip", "1"]) == 0
-    capsys.readouterr()
-    folder = str(tmp_path / f"unscaled_{work.name}_ckpts" / f"{work.name}_unscaled")
-    check_refused(unscaled_ckpt, ["--model", folder, "--blocks_to_skip", "1"], "give its base model", capsys)
-
-
-def test_weights_that_cannot_be_fetched_name_the_id_and_the_remedy(work, capsys, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    message = "nobody/nothing cannot be fetched .* --model /path/to/model"
-    check_refused(unscaled_ckpt, ["--model", "nobody/nothing", "--blocks_to_skip", "1"], message, capsys)
 
 
 def test_a_loss_that_is_not_finite_exits_1_and_picks_nothing(work, capsys):

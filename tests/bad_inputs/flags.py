@@ -1,194 +1,151 @@
 """Values of flags that can be refused for what they are."""
 
-from .cases import Case, for_scripts, points_to
+from .cases import ALL, LOADING, TRAINING, Case, cases, values
 
-ALL = ("generate_model_gt_data", "process_gt_data", "block_selection", "param_scale", "unscaled_ckpt")
-LOADING = ("generate_model_gt_data", "block_selection", "param_scale", "unscaled_ckpt")
-TRAINING = ("block_selection", "param_scale")
 HUGE = "1" + "0" * 20
 WHOLE = "must be a whole number above 0"
+FINITE = "must be a finite number above 0"
+GENERATE, PROCESS, SEARCH, SCALE, UNSCALED = ALL
+WITH_MAPS = (*TRAINING, UNSCALED)
 
 
-def _flag(script: str, flag: str, value: str, message: str, *more: str) -> Case:
-    name = " ".join((value, *more))
-    return Case(script, flag, f"= {name[:30]!r}", message, (flag, value, *more))
+def _unknown(scripts, flag: str, value: str) -> list[Case]:
+    return values(scripts, flag, (value, f"{flag}: invalid choice: '{value}'"))
 
 
 def _switches(script: str, *flags: str) -> list[Case]:
-    """A flag that takes no value, given one."""
-    return [
-        Case(script, flag, "with a value", f"{flag}: .*explicit argument", (f"{flag}=yes",)) for flag in flags
-    ]
+    """Flags that take no value, given one."""
+    message = "{}: .*explicit argument"
+    return [case for f in flags for case in cases(script, f, ("with a value", message.format(f), f"{f}=yes"))]
 
 
 CASES = [
     # the model's name
-    *for_scripts(
-        ALL, "--model", "misspelt", "unknown model 'quen': give one of qwen, llama", "--model", "quen"
+    *values(ALL, "--model", ("quen", "unknown model 'quen': give one of qwen, llama")),
+    *values(
+        UNSCALED,
+        "--model",
+        ("", "unknown model ''|no config.json"),
+        ("-x", "--model: expected one argument"),
+        ("foo/bar.git", "foo/bar.git"),
+        ("~nobody-has-this-name/x", "~nobody-has-this-name/x"),
+        ("no\nmodel\x1b[31m", r"unknown model 'no\\nmodel\\x1b\[31m'"),
+        ("x" * 5000, "xxx"),
+        ("data.jsonl", "data.jsonl"),
     ),
-    _flag("unscaled_ckpt", "--model", "", "unknown model ''|no config.json"),
-    _flag("unscaled_ckpt", "--model", "-x", "--model: expected one argument"),
-    _flag("unscaled_ckpt", "--model", "foo/bar.git", points_to("foo/bar.git")),
-    _flag("block_selection", "--model", "~nobody-has-this-name/x", points_to("~nobody-has-this-name/x")),
-    _flag(
-        "generate_model_gt_data", "--model", "nobody/nothing", "nobody/nothing cannot be fetched .* --model "
-    ),
-    _flag("process_gt_data", "--model", "x" * 5000, points_to("xxx")),
-    _flag("param_scale", "--model", "data.jsonl", points_to("data.jsonl")),
-    _flag("unscaled_ckpt", "--model", "no\nmodel\x1b[31m", r"unknown model 'no\\nmodel\\x1b\[31m'"),
+    *values(GENERATE, "--model", ("nobody/nothing", "nobody/nothing cannot be fetched .* --model ")),
     # flags of every script that loads a model
-    *for_scripts(LOADING, "--dtype", "unknown", "--dtype: invalid choice: 'float8'", "--dtype", "float8"),
-    *for_scripts(LOADING, "--device", "unknown", "--device gpu: not a device", "--device", "gpu"),
-    *for_scripts(LOADING, "--device", "not there", "--device cuda:9: .* try cpu", "--device", "cuda:9"),
-    *for_scripts(LOADING, "--device", "mps", points_to("--device mps"), "--device", "mps"),
-    *for_scripts(LOADING, "--device", "meta", points_to("--device meta"), "--device", "meta"),
-    *for_scripts(
-        LOADING,
+    *_unknown(LOADING, "--dtype", "float8"),
+    *_unknown(LOADING, "--attn_implementation", "fast"),
+    *values(
+        SEARCH,
         "--attn_implementation",
-        "unknown",
-        "--attn_implementation: invalid choice: 'fast'",
-        "--attn_implementation",
-        "fast",
+        ("flash_attention_2", "FlashAttention2.*--attn_implementation"),
+        ("flex_attention", "--attn_implementation flex_attention"),  # cannot train here
     ),
-    *for_scripts(
-        LOADING,
-        "--attn_implementation",
-        "not installed",
-        points_to("--attn_implementation", "FlashAttention2"),
-        "--attn_implementation",
-        "flash_attention_2",
+    *values(LOADING, "--device", ("gpu", "--device gpu: not a device")),
+    *values(
+        (SEARCH, UNSCALED),
+        "--device",
+        ("cuda:9", "--device cuda:9: .* try cpu"),
+        ("mps", "--device mps"),
+        ("meta", "--device meta"),
     ),
-    *for_scripts(
-        TRAINING,
-        "--attn_implementation",
-        "that cannot train here",
-        points_to("--attn_implementation flex_attention"),
-        "--attn_implementation",
-        "flex_attention",
-    ),
-    *for_scripts(LOADING, "--seed", "no number", "--seed: ", "--seed", "one"),
-    *for_scripts(LOADING, "--seed", "below 0", points_to("--seed"), "--seed", "-1"),
-    *for_scripts(LOADING, "--seed", "of 33 bits", points_to("--seed"), "--seed", str(2**32)),
+    *values(LOADING, "--seed", ("one", "--seed: ")),
+    *values(SCALE, "--seed", ("-1", "--seed"), (str(2**32), "--seed")),
     # step 1
-    _flag("generate_model_gt_data", "--dataset", "no/such", "not allowed with argument --input_file"),
-    _flag("generate_model_gt_data", "--dataset_config", "main", "--dataset_config: goes with --dataset"),
-    _flag("generate_model_gt_data", "--split", "test", "--split: goes with --dataset"),
-    _flag("generate_model_gt_data", "--prompt_field", "task", "line 1: has no 'task', only 'question'"),
-    _flag("generate_model_gt_data", "--num_samples", "0", WHOLE),
-    _flag("generate_model_gt_data", "--max_tokens", "many", "must be a whole number"),
-    _flag("generate_model_gt_data", "--max_tokens", "1e3", "must be a whole number"),
-    _flag("generate_model_gt_data", "--backend", "sglang", "--backend: invalid choice: 'sglang'"),
-    _flag("generate_model_gt_data", "--tensor_parallel_size", "-2", WHOLE),
-    _flag("generate_model_gt_data", "--max_tokens_per_batch", "0", WHOLE),
-    *_switches("generate_model_gt_data", "--keep_truncated"),
+    *values(GENERATE, "--dataset", ("no/such", "not allowed with argument --input_file")),
+    *values(GENERATE, "--dataset_config", ("main", "--dataset_config: goes with --dataset")),
+    *values(GENERATE, "--split", ("test", "--split: goes with --dataset")),
+    *values(GENERATE, "--prompt_field", ("task", "line 1: has no 'task', only 'question'")),
+    *values(GENERATE, "--num_samples", ("0", WHOLE)),
+    *values(GENERATE, "--max_tokens", ("many", "must be a whole number"), ("1e3", "must be a whole number")),
+    *_unknown(GENERATE, "--backend", "sglang"),
+    *values(GENERATE, "--tensor_parallel_size", ("-2", WHOLE)),
+    *values(GENERATE, "--max_tokens_per_batch", ("0", WHOLE)),
+    *_switches(GENERATE, "--keep_truncated"),
     # step 2
-    _flag("process_gt_data", "--max_seq_len", "0", WHOLE),
-    _flag("process_gt_data", "--max_seq_len", "1e4", "must be a whole number"),
-    _flag("process_gt_data", "--num_cpu_procs", "-1", WHOLE),
+    *values(PROCESS, "--max_seq_len", ("0", WHOLE)),
+    *values(PROCESS, "--num_cpu_procs", ("-1", WHOLE)),
     # training
-    *for_scripts(
-        TRAINING, "--learning_rate", "below 0", "must be a finite number above 0", "--learning_rate", "-1"
-    ),
-    *for_scripts(
-        TRAINING, "--learning_rate", "nan", "must be a finite number above 0", "--learning_rate", "nan"
-    ),
-    *for_scripts(TRAINING, "--batch_size", "0", WHOLE, "--batch_size", "0"),
-    *for_scripts(
-        TRAINING,
-        "--max_tokens_per_batch",
-        "too small",
-        "data.jsonl, line 1: .*--max_tokens_per_batch 2",
-        "--max_tokens_per_batch",
-        "2",
-    ),
-    *for_scripts(
-        TRAINING,
-        "--max_tokens_per_batch",
-        "beyond 64 bits",
-        points_to("--max_tokens_per_batch"),
-        "--max_tokens_per_batch",
-        HUGE,
-    ),
-    *for_scripts(TRAINING, "--max_samples", "-3", WHOLE, "--max_samples", "-3"),
-    *_switches("block_selection", "--gradient_checkpointing", "--compile"),
-    *_switches("param_scale", "--gradient_checkpointing", "--compile", "--resume"),
-    *for_scripts(
-        (*TRAINING, "unscaled_ckpt"),
+    *values(TRAINING, "--learning_rate", ("nan", FINITE)),
+    *values(SCALE, "--learning_rate", ("-1", FINITE)),
+    *values(TRAINING, "--batch_size", ("0", WHOLE)),
+    *values(TRAINING, "--max_tokens_per_batch", ("2", "data.jsonl, line 1: .*--max_tokens_per_batch 2")),
+    *values(SCALE, "--max_tokens_per_batch", (HUGE, "--max_tokens_per_batch")),
+    *values(TRAINING, "--max_samples", ("-3", WHOLE)),
+    *_unknown(TRAINING, "--loss", "mse"),
+    *_switches(SEARCH, "--gradient_checkpointing", "--compile"),
+    *_switches(SCALE, "--gradient_checkpointing", "--compile", "--resume"),
+    *values(WITH_MAPS, "--replacement_rank", ("33", "--replacement_rank 33: at most 32")),
+    *values(
+        UNSCALED,
         "--replacement_rank",
-        "below 0",
-        "--replacement_rank: must be a whole number, 0 or above",
-        "--replacement_rank",
-        "-1",
+        ("-1", "--replacement_rank: must be a whole number, 0 or above"),
+        ("2", "its maps are fitted on data; give --data_path"),
     ),
-    *for_scripts(
-        (*TRAINING, "unscaled_ckpt"),
-        "--replacement_rank",
-        "above the hidden size",
-        "--replacement_rank 33: at most 32",
-        "--replacement_rank",
-        "33",
-    ),
-    _flag("unscaled_ckpt", "--replacement_rank", "2", "its maps are fitted on data; give --data_path"),
-    _flag("unscaled_ckpt", "--data_path", "none.jsonl", "no such file", "--replacement_rank", "2"),
+    *values(UNSCALED, "--data_path", ("none.jsonl", "--replacement_rank", "2", "no such file")),
     # step 3
-    _flag("block_selection", "--num_blocks", "4", "--num_blocks 4: .* at most 3 more"),
-    _flag("block_selection", "--num_blocks", HUGE, WHOLE),
-    _flag("block_selection", "--kv_budget", "1", "--kv_budget: .*must be above 0 and below 1"),
-    _flag("block_selection", "--kv_budget", "0.1", "--kv_budget 0.1: .* at most 3 more"),
-    _flag("block_selection", "--kv_budget", "0.5", "not allowed with", "--num_blocks", "1"),
-    _flag(
-        "block_selection",
+    *values(SEARCH, "--num_blocks", ("4", "--num_blocks 4: .* at most 3 more"), (HUGE, WHOLE)),
+    *values(
+        SEARCH,
         "--kv_budget",
-        "0.75",
-        "--kv_budget 0.75: .* 0.75 of it; give a smaller share",
-        "--starting_skipped_blocks",
-        "2",
+        ("1", "--kv_budget: .*must be above 0 and below 1"),
+        ("0.1", "--kv_budget 0.1: .* at most 3 more"),
+        ("0.5", "--num_blocks", "1", "not allowed with"),
+        ("0.75", "--starting_skipped_blocks", "2", "--kv_budget 0.75: .* 0.75 of it; give a smaller share"),
     ),
-    _flag("block_selection", "--max_loss_increase", "0", "must be a finite number above 0"),
-    _flag("block_selection", "--max_loss_increase", "inf", "must be a finite number above 0"),
-    _flag("block_selection", "--validation_split", "1", "at least 0 and below 1"),
-    _flag("block_selection", "--prev", "1", "--prev: the scales behind", "--validation_split", "0.5"),
-    _flag("block_selection", "--prev", "1", "--prev: the scales behind", "--search", "cosine"),
-    _flag("block_selection", "--search", "fast", "--search: invalid choice: 'fast'"),
-    _flag("block_selection", "--screening", "0", "must be above 0 and at most 1"),
-    _flag("block_selection", "--screening", "nan", "must be above 0 and at most 1"),
-    _flag("block_selection", "--prev", "nan", "--prev: the loss of layer 0 is nan; give a finite number"),
-    _flag("block_selection", "--prev", "1", "--prev: 5 losses, .* 4 layers", "1", "1", "1", "1"),
-    _flag("block_selection", "--prev", "none", "--prev: "),
-    _flag(
-        "block_selection",
-        "--starting_skipped_blocks",
-        "4",
-        "--starting_skipped_blocks: block 4 does not exist",
+    *values(SEARCH, "--max_loss_increase", ("0", FINITE), ("inf", FINITE)),
+    *values(SEARCH, "--validation_split", ("1", "at least 0 and below 1")),
+    *_unknown(SEARCH, "--search", "fast"),
+    *values(SEARCH, "--screening", ("0", "must be above 0 and at most 1"), ("nan", "above 0 and at most 1")),
+    *values(
+        SEARCH,
+        "--prev",
+        ("1", "--validation_split", "0.5", "--prev: the scales behind"),
+        ("1", "--search", "cosine", "--prev: the scales behind"),
+        ("nan", "--prev: the loss of layer 0 is nan; give a finite number"),
+        ("1", "1", "1", "1", "1", "--prev: 5 losses, .* 4 layers"),
+        ("none", "--prev: "),
     ),
-    _flag("block_selection", "--starting_skipped_blocks", "-1", "block -1 does not exist"),
-    _flag("block_selection", "--starting_skipped_blocks", "1", "block 1 is named twice", "1"),
-    _flag("block_selection", "--starting_skipped_blocks", "1", "give block indices or one .* report", "x"),
-    _flag("block_selection", "--starting_skipped_blocks", HUGE, "block 1000+ does not exist"),
-    _flag("block_selection", "--plot", "losses.pgn", "--plot losses.pgn: .* ends in .png"),
-    _flag("block_selection", "--plot", "losses", "--plot losses: .* ends in .png"),
+    *values(
+        SEARCH,
+        "--starting_skipped_blocks",
+        ("4", "--starting_skipped_blocks: block 4 does not exist"),
+        ("-1", "block -1 does not exist"),
+        ("1", "1", "block 1 is named twice"),
+        ("1", "x", "give block indices or one .* report"),
+        (HUGE, "block 1000+ does not exist"),
+    ),
+    *values(SEARCH, "--plot", ("losses.pgn", "--plot losses.pgn: .* ends in .png")),
     # step 4
-    _flag("param_scale", "--num_epochs", "0", WHOLE),
-    _flag("param_scale", "--granularity", "head", "--granularity: invalid choice: 'head'"),
-    *for_scripts(TRAINING, "--loss", "unknown", "--loss: invalid choice: 'mse'", "--loss", "mse"),
-    _flag("param_scale", "--quantization", "int3", "--quantization: invalid choice: 'int3'"),
-    _flag("param_scale", "--validation_split", "1", "at least 0 and below 1"),
-    _flag("param_scale", "--validation_split", "nan", "at least 0 and below 1"),
-    _flag("param_scale", "--validation_split", "0.5", points_to("--validation_split"), "--max_samples", "1"),
-    _flag("param_scale", "--blocks_to_skip", "0", "all 4 attention blocks would be skipped", "1", "2", "3"),
-    _flag("param_scale", "--blocks_to_skip", "²", points_to("--blocks_to_skip")),
-    _flag("param_scale", "--blocks_to_skip", "1.0", points_to("--blocks_to_skip", r"1\.0")),
-    _flag("param_scale", "--export", "gguf", "--export: invalid choice: 'gguf'"),
-    _flag("unscaled_ckpt", "--blocks_to_skip", "7", "--blocks_to_skip: block 7 does not exist"),
-    _flag("unscaled_ckpt", "--device", "gpu", "--device gpu: not a device", "--export", "folded"),
-    _flag("unscaled_ckpt", "--export", "onnx", "--export: invalid choice: 'onnx'"),
+    *values(SCALE, "--num_epochs", ("0", WHOLE)),
+    *_unknown(SCALE, "--granularity", "head"),
+    *_unknown(SCALE, "--quantization", "int3"),
+    *_unknown(SCALE, "--export", "gguf"),
+    *values(
+        SCALE,
+        "--validation_split",
+        ("nan", "at least 0 and below 1"),
+        ("0.5", "--max_samples", "1", "--validation_split"),
+    ),
+    *values(
+        SCALE,
+        "--blocks_to_skip",
+        ("0", "1", "2", "3", "all 4 attention blocks would be skipped"),
+        ("²", "--blocks_to_skip"),
+        ("1.0", r"1\.0: .*--blocks_to_skip"),
+    ),
+    *values(UNSCALED, "--blocks_to_skip", ("7", "--blocks_to_skip: block 7 does not exist")),
+    *values(UNSCALED, "--device", ("gpu", "--export", "folded", "--device gpu: not a device")),
+    *_unknown(UNSCALED, "--export", "onnx"),
     # exports, and the table
-    _flag("export", "--format", "onnx", "--format: invalid choice: 'onnx'"),
-    _flag("export", "--format", "gguf", "--from goes with --format gguf|no such file", "--from", "none.gguf"),
-    _flag("export", "--tolerance", "0", "must be a finite number above 0"),
-    _flag("export", "--tolerance", "much", "must be a finite number above 0"),
-    _flag("export", "--device", "gpu", "--device gpu: not a device"),
-    _flag("export", "--device", "meta", points_to("--device meta")),
-    _flag("export", "--from", "folded.gguf", "--from goes with --format gguf"),
-    Case("report", "output_dir", "two of them", "a: no such file; make it again, or give", ("a", "b")),
+    *_unknown("export", "--format", "onnx"),
+    *values(
+        "export", "--format", ("gguf", "--from", "none.gguf", "--from goes with --format gguf|no such file")
+    ),
+    *values("export", "--from", ("folded.gguf", "--from goes with --format gguf")),
+    *values("export", "--tolerance", ("0", FINITE), ("much", FINITE)),
+    *values("export", "--device", ("gpu", "--device gpu: not a device"), ("meta", "--device meta")),
+    *cases("report", "output_dir", ("two of them", "a: no such file; make it again, or give", "a b")),
 ]

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-Spoil = Callable[[Path], None]
+Spoil = Callable[[Path], object]
 REMOVED = object()  # in `edit`: the key is taken out
 
 
@@ -16,133 +16,98 @@ def nothing(work: Path) -> None:
 
 
 def all_of(*spoils: Spoil) -> Spoil:
-    def spoil(work: Path) -> None:
-        for one in spoils:
-            one(work)
-
-    return spoil
+    return lambda work: [spoil(work) for spoil in spoils]
 
 
 def write(name: str, content: str | bytes) -> Spoil:
     """A file of one's own, or another one in its place."""
 
     def spoil(work: Path) -> None:
-        path = work / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # epochs share files by hard links
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        _free(work / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
     return spoil
+
+
+def _free(path: Path) -> Path:
+    """A path at which something can be made; epochs share files by hard links, so none is written over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return path
+
+
+def change(name: str, function: Callable[[bytes], str | bytes]) -> Spoil:
+    """A file with the content that a function makes of its content."""
+    return lambda work: write(name, function((work / name).read_bytes()))(work)
 
 
 def line(name: str, number: int, content: str | bytes | dict) -> Spoil:
     """Line `number` (from 1) of a file, replaced."""
 
-    def spoil(work: Path) -> None:
-        lines = (work / name).read_bytes().splitlines(keepends=True)
+    def replaced(old: bytes) -> bytes:
         text = json.dumps(content) if isinstance(content, dict) else content
-        lines[number - 1] = (text if isinstance(text, bytes) else text.encode()) + b"\n"
-        (work / name).write_bytes(b"".join(lines))
+        text = text if isinstance(text, bytes) else text.encode()
+        lines = old.splitlines(keepends=True)
+        return b"".join([*lines[: number - 1], text + b"\n", *lines[number:]])
 
-    return spoil
+    return change(name, replaced)
 
 
 def edit_line(name: str, number: int, **changes) -> Spoil:
-    """Some keys of the JSON record on line `number` of a file, replaced."""
+    """Some keys of the JSON record on line `number` of a file, replaced or REMOVED."""
 
     def spoil(work: Path) -> None:
-        record = json.loads((work / name).read_bytes().splitlines()[number - 1])
+        record = (work / name).read_bytes().splitlines()[number - 1]
         line(name, number, _changed(record, changes))(work)
-
-    return spoil
-
-
-def append(name: str, content: str | bytes) -> Spoil:
-    def spoil(work: Path) -> None:
-        added = content if isinstance(content, bytes) else content.encode()
-        write(name, (work / name).read_bytes() + added)(work)
 
     return spoil
 
 
 def edit(name: str, **changes) -> Spoil:
     """Some keys of a JSON file, replaced or REMOVED."""
-
-    def spoil(work: Path) -> None:
-        values = _changed(json.loads((work / name).read_text()), changes)
-        write(name, json.dumps(values, indent=2))(work)
-
-    return spoil
+    return change(name, lambda old: json.dumps(_changed(old, changes), indent=2))
 
 
-def _changed(values: dict, changes: dict) -> dict:
-    merged = {**values, **changes}
-    return {key: value for key, value in merged.items() if value is not REMOVED}
+def _changed(old: bytes, changes: dict) -> dict:
+    return {key: value for key, value in (json.loads(old) | changes).items() if value is not REMOVED}
+
+
+def append(name: str, content: str | bytes) -> Spoil:
+    return change(name, lambda old: old + (content if isinstance(content, bytes) else content.encode()))
 
 
 def cut(name: str, keep: float) -> Spoil:
     """A file that ends too early: after a share of its bytes."""
-
-    def spoil(work: Path) -> None:
-        content = (work / name).read_bytes()
-        write(name, content[: int(len(content) * keep)])(work)
-
-    return spoil
+    return change(name, lambda old: old[: int(len(old) * keep)])
 
 
 def head(name: str, content: bytes) -> Spoil:
     """A file whose first bytes are others."""
-
-    def spoil(work: Path) -> None:
-        write(name, content + (work / name).read_bytes()[len(content) :])(work)
-
-    return spoil
+    return change(name, lambda old: content + old[len(content) :])
 
 
 def remove(*names: str) -> Spoil:
-    def spoil(work: Path) -> None:
-        for name in names:
-            (work / name).unlink()
-
-    return spoil
+    return lambda work: [(work / name).unlink() for name in names]
 
 
 def folder(name: str) -> Spoil:
     """A folder where a file should be."""
+    return lambda work: _free(work / name).mkdir()
 
-    def spoil(work: Path) -> None:
-        (work / name).unlink(missing_ok=True)
-        (work / name).mkdir(parents=True)
 
-    return spoil
+def link(name: str, target: str) -> Spoil:
+    return lambda work: _free(work / name).symlink_to(target)
 
 
 def loop(name: str) -> Spoil:
     """A link that leads to itself where a file or folder should be."""
-
-    def spoil(work: Path) -> None:
-        (work / name).unlink(missing_ok=True)
-        (work / name).symlink_to(Path(name).name)
-
-    return spoil
-
-
-def link(name: str, target: str) -> Spoil:
-    def spoil(work: Path) -> None:
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).unlink(missing_ok=True)
-        (work / name).symlink_to(target)
-
-    return spoil
+    return link(name, Path(name).name)
 
 
 def copy(source: str, target: str) -> Spoil:
+    """A copy of a file or folder."""
+
     def spoil(work: Path) -> None:
-        (work / target).parent.mkdir(parents=True, exist_ok=True)
-        if (work / source).is_dir():
-            shutil.copytree(work / source, work / target)
-        else:
-            shutil.copy2(work / source, work / target)
+        (shutil.copytree if (work / source).is_dir() else shutil.copy2)(work / source, _free(work / target))
 
     return spoil
 
@@ -162,16 +127,11 @@ def special_file(name: str) -> Spoil:
     return spoil
 
 
-def tensors(name: str, change: Callable[[dict], dict]) -> Spoil:
-    """A safetensors file with other tensors."""
+def tensors(name: str, function: Callable[[dict], dict]) -> Spoil:
+    """A safetensors file with the tensors that a function makes of its tensors."""
+    from safetensors.torch import load, save
 
-    def spoil(work: Path) -> None:
-        from safetensors.torch import load, save
-
-        content = save(change(load((work / name).read_bytes())), metadata={"format": "pt"})
-        write(name, content)(work)
-
-    return spoil
+    return change(name, lambda old: save(function(load(old)), metadata={"format": "pt"}))
 
 
 def without(key: str) -> Callable[[dict], dict]:
@@ -195,12 +155,11 @@ def sharded(work: Path) -> None:
     (work / "model/model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def index(change: Callable[[dict], object], name: str = "model/model.safetensors.index.json") -> Spoil:
+def index(function: Callable[[dict], object], name: str = "model/model.safetensors.index.json") -> Spoil:
     """An index whose weight map (tensor -> file) is another."""
 
     def spoil(work: Path) -> None:
-        content = json.loads((work / name).read_text())
-        write(name, json.dumps(content | {"weight_map": change(content["weight_map"])}))(work)
+        edit(name, weight_map=function(json.loads((work / name).read_text())["weight_map"]))(work)
 
     return spoil
 
@@ -214,11 +173,6 @@ def old_bin(work: Path) -> None:
     found = load(whole.read_bytes())
     whole.unlink()
     torch.save(found, work / "model/pytorch_model.bin", _use_new_zipfile_serialization=False)
-
-
-def template(text: str) -> Spoil:
-    """Another chat template."""
-    return write("model/chat_template.jinja", text)
 
 
 def more_tokens(count: int) -> Spoil:
@@ -237,20 +191,9 @@ def more_tokens(count: int) -> Spoil:
 
 def remote_code(name: str, entry: Sequence[str], marker: Path) -> Spoil:
     """Code in the model's folder, named by `auto_map` in the JSON file `name`; running it makes `marker`."""
-
-    def spoil(work: Path) -> None:
-        values = json.loads((work / name).read_text())
-        values["auto_map"] = {key: _reference(key) for key in entry}
-        write(name, json.dumps(values))(work)
-        code = f"from pathlib import Path\nPath({str(marker)!r}).write_text('it ran')\n"
-        code += "class Evil: pass\n"
-        (work / "model/evil.py").write_text(code)
-
-    return spoil
-
-
-def _reference(key: str):
-    return ["evil.Evil", "evil.Evil"] if key == "AutoTokenizer" else "evil.Evil"
+    references = {key: ["evil.Evil"] * 2 if key == "AutoTokenizer" else "evil.Evil" for key in entry}
+    code = f"from pathlib import Path\nPath({str(marker)!r}).write_text('it ran')\nclass Evil: pass\n"
+    return all_of(edit(name, auto_map=references), write("model/evil.py", code))
 
 
 def gguf(name: str, **changes) -> Spoil:

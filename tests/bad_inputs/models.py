@@ -1,11 +1,9 @@
 """Model folders: configs, tokenizers and weights that are broken, or lie."""
 
-from .cases import Case, for_scripts, points_to
-from .flags import ALL, LOADING
+from .cases import ALL, COPY_AND_LOAD, LOADING, Case, cases
 from .makers import (
     REMOVED,
     Spoil,
-    all_of,
     cut,
     edit,
     folder,
@@ -17,7 +15,6 @@ from .makers import (
     old_bin,
     remove,
     sharded,
-    template,
     tensors,
     without,
     write,
@@ -27,28 +24,53 @@ from .workplace import CHECKPOINT
 CONFIG, WEIGHTS, INDEX = "model/config.json", "model/model.safetensors", "model/model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "model/tokenizer.json", "model/tokenizer_config.json"
 WITH_WEIGHTS = LOADING  # those that read or copy the weights
-NO_WEIGHTS = "model: no weights|" + points_to("model", "(weights|safetensors)")
-WITH_TOKENIZER = ("generate_model_gt_data", "process_gt_data")
+NO_WEIGHTS = "model.*(weights|safetensors)"
 UP = "blk.2.ffn_up.weight"
 KEY = "model.layers.2.mlp.up_proj.weight"
+NO_WINDOW = dict(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=-5)
+REWRITES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}<|im_end|>{% endfor %}"
 
 
-def _config(name: str, place: str, scripts=("unscaled_ckpt", "block_selection"), **changes) -> list[Case]:
-    return for_scripts(scripts, "--model", name, points_to("model", place), spoil=edit(CONFIG, **changes))
+def _models(scripts, *rows: tuple) -> list[Case]:
+    """A row each: a name, a place in the model that the message points to, and what spoils the model."""
+    return cases(scripts, "--model", *((name, f"model.*(?:{place})", *rest) for name, place, *rest in rows))
 
 
-def _weights(name: str, place: str, spoil: Spoil, scripts=WITH_WEIGHTS) -> list[Case]:
-    return for_scripts(scripts, "--model", name, points_to("model", place), spoil=spoil)
+def _configs(scripts, **rows: tuple) -> list[Case]:
+    """name=(place, change of the config)"""
+    named = (
+        (name.replace("_", " "), place, edit(CONFIG, **changes)) for name, (place, changes) in rows.items()
+    )
+    return _models(scripts, *named)
 
 
-def _tokenizer(name: str, place: str, spoil: Spoil, scripts=WITH_TOKENIZER) -> list[Case]:
-    return for_scripts(scripts, "--model", name, points_to("model", place), spoil=spoil)
+def _templates(scripts, *rows: tuple) -> list[Case]:
+    """A row each: a name and the text of a chat template."""
+    message = "(line 1: .*|model: .*)chat template"
+    file = "model/chat_template.jinja"
+    return cases(
+        scripts, "--model", *((f"template {name}", message, write(file, text)) for name, text in rows)
+    )
 
 
-def _gguf(name: str, place: str, spoil: Spoil, scripts=("unscaled_ckpt", "process_gt_data")) -> list[Case]:
-    """A GGUF file in the model's place."""
-    message = points_to("tiny.gguf", place)
-    return for_scripts(scripts, "--model", f"GGUF {name}", message, "--model", "tiny.gguf", spoil=spoil)
+def _ggufs(scripts, *rows: tuple) -> list[Case]:
+    """A row each: a name, a place that the message points to, and what makes tiny.gguf, the model here."""
+    rows = ((f"GGUF {name}", f"tiny.gguf.*(?:{place})", *rest) for name, place, *rest in rows)
+    return cases(scripts, "--model", *rows, more=("--model", "tiny.gguf"))
+
+
+def _types(**messages: str) -> list[Case]:
+    """Types of models that are none for this project, and what is said of each."""
+    rows = (
+        (f"of type {kind}", f"{kind!r} {message}", edit(CONFIG, model_type=kind))
+        for kind, message in messages.items()
+    )
+    return cases("unscaled_ckpt", "--model", *rows)
+
+
+def _spoilt(change: Spoil, **written) -> tuple[Spoil, Spoil]:
+    """A GGUF file of the model, then changed."""
+    return gguf("tiny.gguf", **written), change
 
 
 def _move_shards(work) -> None:
@@ -58,241 +80,160 @@ def _move_shards(work) -> None:
         path.rename(work / "outside" / path.name)
 
 
-def _template(name: str, spoil: Spoil, scripts=WITH_TOKENIZER) -> list[Case]:
-    return for_scripts(
-        scripts, "--model", f"template {name}", "(line 1: .*|model: .*)chat template", spoil=spoil
-    )
-
-
 CASES = [
     # config.json
-    *for_scripts(
-        ["param_scale"], "--model", "no config", "folder model holds no config.json", spoil=remove(CONFIG)
-    ),
-    *for_scripts(
-        ALL, "--model", "config is not JSON", points_to("model", "config.json"), spoil=write(CONFIG, "{")
-    ),
-    *for_scripts(
-        ["unscaled_ckpt", "block_selection"],
-        "--model",
-        "config is a list",
-        points_to("model", "config.json"),
-        spoil=write(CONFIG, "[]"),
-    ),
-    *for_scripts(
-        ["unscaled_ckpt"],
-        "--model",
-        "config is not UTF-8",
-        points_to("model", "config.json"),
-        spoil=write(CONFIG, b'{"model_type": "\xff"}'),
-    ),
-    *for_scripts(
-        ["unscaled_ckpt", "process_gt_data"],
-        "--model",
-        "config is a folder",
-        points_to("model", "config.json"),
-        spoil=folder(CONFIG),
-    ),
-    *for_scripts(
-        ["unscaled_ckpt"],
-        "--model",
-        "config is a link to itself",
-        points_to("model", "config.json"),
-        spoil=loop(CONFIG),
-    ),
-    *for_scripts(
+    *_models(
         ALL,
-        "--model",
-        "unsupported architecture",
-        "model: architecture 'gpt2' is not supported; supported are llama.*; give another model",
-        spoil=edit(CONFIG, model_type="gpt2"),
+        ("config is not JSON", "config.json", write(CONFIG, "{")),
+        ("unsupported architecture", "architecture 'gpt2' is not supported", edit(CONFIG, model_type="gpt2")),
     ),
-    *_config("no model type", "", model_type=REMOVED),
-    *_config("model type with escapes", "", model_type="\x1b[31mllama\n"),
-    *for_scripts(
-        ["unscaled_ckpt"],
-        "--model",
-        "a checkpoint of ours",
-        "Hopscotch checkpoint already: give its base",
-        "--model",
-        CHECKPOINT,
+    *_types(
+        qwen2_moe="is not supported; supported are llama, .*FAMILIES in",
+        whisper="is a speech model; give a decoder-only language model",
+        t5="is an encoder-decoder model; give",
+        bert="is an encoder; give",
+        qwen2_vl="is a vision-language model; give",
+        vit="is no language model; give",
+        cohere="is not supported: attention and MLP stand side by side",
     ),
-    *_config("layers are text", "num_hidden_layers", num_hidden_layers="four"),
-    *_config("layers are null", "num_hidden_layers", num_hidden_layers=None),
-    *_config("layers are 4.5", "num_hidden_layers", num_hidden_layers=4.5),
-    *_config("layers are below 0", "num_hidden_layers", ("unscaled_ckpt",), num_hidden_layers=-4),
-    *_config("more layers than weights", "(missing|lacks|no )", WITH_WEIGHTS, num_hidden_layers=6),
-    *_config("fewer layers than weights", "model.layers", WITH_WEIGHTS, num_hidden_layers=3),
-    *_config("vocabulary too large", "(vocab|embed_tokens|lm_head)", WITH_WEIGHTS, vocab_size=400),
-    *_config("hidden size too small", "(size|shape)", WITH_WEIGHTS, hidden_size=16),
-    *_config("heads that do not divide", "head", num_attention_heads=5),
-    *_config("KV heads that do not divide", "k_proj", num_key_value_heads=3),
-    *_config("no heads", "config.json", num_attention_heads=0),
-    *_config("unknown layer types", "layer_types", layer_types=["full_attention"] * 3 + ["mamba"]),
-    *_config("too few layer types", "layer_types", layer_types=["full_attention"] * 3),
-    *_config("unknown dtype", "float99", dtype="float99"),
-    *_config("unknown rope", "rope", rope_parameters={"rope_type": "round", "rope_theta": 1e4}),
-    *_config("rope of text", "rope", rope_parameters="round"),
-    *_config("unknown activation", "swish9", hidden_act="swish9"),
-    *_config("context of text", "max_position_embeddings", WITH_WEIGHTS, max_position_embeddings="long"),
-    *_config("eps of text", "rms_norm_eps", rms_norm_eps="small"),
-    *_config("unknown quantisation", "quantization_config", quantization_config={"quant_method": "magic"}),
-    *_config(
-        "negative sliding window",
-        "sliding_window",
-        ("block_selection", "generate_model_gt_data"),
-        model_type="mistral",
-        architectures=["MistralForCausalLM"],
-        sliding_window=-5,
+    *_models(
+        "unscaled_ckpt",
+        ("no config", "holds no config.json", remove(CONFIG)),
+        ("config is a list", "config.json", write(CONFIG, "[]")),
+        ("config is not UTF-8", "config.json", write(CONFIG, b'{"model_type": "\xff"}')),
+        ("config is a folder", "config.json", folder(CONFIG)),
+        ("config is a link to itself", "config.json", loop(CONFIG)),
+        ("a checkpoint of ours", "Hopscotch checkpoint already: give its base", f"--model {CHECKPOINT}"),
     ),
+    *_configs(
+        "unscaled_ckpt",
+        no_model_type=("", dict(model_type=REMOVED)),
+        model_type_with_escapes=("", dict(model_type="\x1b[31mllama\n")),
+        layers_are_text=("num_hidden_layers", dict(num_hidden_layers="four")),
+        layers_are_null=("num_hidden_layers", dict(num_hidden_layers=None)),
+        layers_are_half=("num_hidden_layers", dict(num_hidden_layers=4.5)),
+        layers_are_below_0=("num_hidden_layers", dict(num_hidden_layers=-4)),
+        unknown_layer_types=("layer_types", dict(layer_types=["full_attention"] * 3 + ["mamba"])),
+        too_few_layer_types=("layer_types", dict(layer_types=["full_attention"] * 3)),
+        unknown_dtype=("float99", dict(dtype="float99")),
+        rope_of_text=("rope", dict(rope_parameters="round")),
+        context_of_text=("max_position_embeddings", dict(max_position_embeddings="long")),
+        eps_of_text=("rms_norm_eps", dict(rms_norm_eps="small")),
+    ),
+    *_configs(
+        COPY_AND_LOAD,
+        more_layers_than_weights=("(missing|lacks|no )", dict(num_hidden_layers=6)),
+        fewer_layers_than_weights=("model.layers", dict(num_hidden_layers=3)),
+        vocabulary_too_large=("(vocab|embed_tokens|lm_head)", dict(vocab_size=400)),
+        hidden_size_too_small=("(size|shape)", dict(hidden_size=16)),
+        heads_that_do_not_divide=("head", dict(num_attention_heads=5)),
+        KV_heads_that_do_not_divide=("k_proj", dict(num_key_value_heads=3)),
+        no_heads=("config.json", dict(num_attention_heads=0)),
+        unknown_rope=("rope", dict(rope_parameters={"rope_type": "round", "rope_theta": 1e4})),
+        unknown_activation=("swish9", dict(hidden_act="swish9")),
+        unknown_quantisation=("quantization_config", dict(quantization_config={"quant_method": "magic"})),
+    ),
+    *_configs("block_selection", negative_sliding_window=("sliding_window", NO_WINDOW)),
     # weights
-    *for_scripts(WITH_WEIGHTS, "--model", "no weights", NO_WEIGHTS, spoil=remove(WEIGHTS)),
-    *_weights("cut short", "model.safetensors", cut(WEIGHTS, 0.6)),
-    *_weights("empty", "model.safetensors", write(WEIGHTS, "")),
-    *_weights(
-        "not safetensors",
-        "model.safetensors",
-        write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"),
-        ("unscaled_ckpt", "block_selection"),
-    ),
-    *_weights(
-        "header of 2^60 bytes",
-        "model.safetensors",
-        write(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}"),
-        ("unscaled_ckpt", "block_selection"),
-    ),
-    *for_scripts(["param_scale"], "--model", "weights are a folder", NO_WEIGHTS, spoil=folder(WEIGHTS)),
-    *for_scripts(
-        ["unscaled_ckpt", "block_selection"],
-        "--model",
-        "weights are a link to itself",
-        NO_WEIGHTS,
-        spoil=loop(WEIGHTS),
-    ),
-    *_weights("a tensor missing", KEY, tensors(WEIGHTS, without(KEY))),
-    *_weights(
-        "a tensor too many",
-        "odd",
-        tensors(WEIGHTS, lambda found: found | {"model.odd.weight": found[KEY].clone()}),
-        ("unscaled_ckpt", "block_selection"),
-    ),
-    *_weights(
-        "a tensor of another shape",
-        KEY,
-        tensors(WEIGHTS, lambda found: found | {KEY: found[KEY][:-1].clone()}),
-    ),
-    *_weights(
-        "cut .bin",
-        "pytorch_model.bin",
-        all_of(old_bin, cut("model/pytorch_model.bin", 0.5)),
-        ("unscaled_ckpt", "block_selection"),
-    ),
-    # shards
-    *_weights(
-        "a shard missing",
-        "model-00002-of-00002.safetensors",
-        all_of(sharded, remove("model/model-00002-of-00002.safetensors")),
-    ),
-    *_weights(
-        "a shard cut short",
-        "model-00002-of-00002.safetensors",
-        all_of(sharded, cut("model/model-00002-of-00002.safetensors", 0.7)),
-    ),
-    *_weights("index is not JSON", INDEX.split("/")[1], all_of(sharded, write(INDEX, "{"))),
-    *_weights(
-        "index is a list",
-        INDEX.split("/")[1],
-        all_of(sharded, write(INDEX, "[]")),
-        ("unscaled_ckpt", "param_scale"),
-    ),
-    *_weights(
-        "index without a map",
-        INDEX.split("/")[1],
-        all_of(sharded, write(INDEX, "{}")),
-        ("unscaled_ckpt", "generate_model_gt_data"),
-    ),
-    *_weights(
-        "index of numbers",
-        INDEX.split("/")[1],
-        all_of(sharded, index(lambda found: dict.fromkeys(found, 7))),
-        ("unscaled_ckpt", "block_selection"),
-    ),
-    *_weights(
-        "index out of the folder",
-        r"\.\./",
-        all_of(
+    *cases(WITH_WEIGHTS, "--model", ("no weights", NO_WEIGHTS, remove(WEIGHTS))),
+    *cases(COPY_AND_LOAD, "--model", ("weights are a folder", NO_WEIGHTS, folder(WEIGHTS))),
+    *cases(COPY_AND_LOAD, "--model", ("weights are a link to itself", NO_WEIGHTS, loop(WEIGHTS))),
+    *_models(WITH_WEIGHTS, ("cut short", "model.safetensors", cut(WEIGHTS, 0.6))),
+    *_models(
+        COPY_AND_LOAD,
+        ("empty", "model.safetensors", write(WEIGHTS, "")),
+        (
+            "not safetensors",
+            "model.safetensors",
+            write(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"),
+        ),
+        ("header of 2^60 bytes", "model.safetensors", write(WEIGHTS, (2**60).to_bytes(8, "little") + b"{}")),
+        ("a tensor missing", KEY, tensors(WEIGHTS, without(KEY))),
+        (
+            "a tensor too many",
+            "odd",
+            tensors(WEIGHTS, lambda found: found | {"model.odd.weight": found[KEY].clone()}),
+        ),
+        (
+            "a tensor of another shape",
+            KEY,
+            tensors(WEIGHTS, lambda found: found | {KEY: found[KEY][:-1].clone()}),
+        ),
+        ("cut .bin", "pytorch_model.bin", old_bin, cut("model/pytorch_model.bin", 0.5)),
+        # shards
+        ("a shard missing", "model-00002-of", sharded, remove("model/model-00002-of-00002.safetensors")),
+        ("a shard cut short", "model-00002-of", sharded, cut("model/model-00002-of-00002.safetensors", 0.7)),
+        ("index is not JSON", "index.json", sharded, write(INDEX, "{")),
+        ("index is a list", "index.json", sharded, write(INDEX, "[]")),
+        ("index without a map", "index.json", sharded, write(INDEX, "{}")),
+        ("index of numbers", "index.json", sharded, index(lambda found: dict.fromkeys(found, 7))),
+        (
+            "index out of the folder",
+            r"\.\./",
             sharded,
             index(lambda found: {key: f"../outside/{file}" for key, file in found.items()}),
             _move_shards,
         ),
-    ),
-    *_weights(
-        "index to an absolute path",
-        "/etc/passwd",
-        all_of(sharded, index(lambda found: dict.fromkeys(found, "/etc/passwd"))),
-        ("unscaled_ckpt", "block_selection"),
-    ),
-    *_weights(
-        "index that swaps the shards",
-        "(index|shard|model-0000)",
-        all_of(sharded, index(lambda found: dict(zip(found, reversed(found.values()), strict=True)))),
-        ("unscaled_ckpt", "block_selection"),
-    ),
-    *_weights(
-        "index without one tensor",
-        KEY,
-        all_of(sharded, index(without(KEY))),
-        ("unscaled_ckpt", "block_selection"),
+        ("index to a file", "/etc/passwd", sharded, index(lambda found: dict.fromkeys(found, "/etc/passwd"))),
+        (
+            "index that swaps the shards",
+            "(index|shard|model-0000)",
+            sharded,
+            index(lambda found: dict(zip(found, reversed(found.values()), strict=True))),
+        ),
+        ("index without one tensor", KEY, sharded, index(without(KEY))),
     ),
     # tokenizer and chat template
-    *_tokenizer("no tokenizer files", "tokenizer", remove(TOKENIZER, TOKENIZER_CONFIG)),
-    *_tokenizer("tokenizer.json missing", "tokenizer", remove(TOKENIZER)),
-    *_tokenizer("tokenizer.json is not JSON", "tokenizer", write(TOKENIZER, "{")),
-    *_tokenizer("tokenizer.json cut short", "tokenizer", cut(TOKENIZER, 0.5)),
-    *_tokenizer(
-        "tokenizer.json is another's",
-        "tokenizer",
-        write(TOKENIZER, '{"version": "1.0"}'),
-        ("process_gt_data",),
+    *_models(
+        ("generate_model_gt_data", "process_gt_data"),
+        ("tokenizer.json missing", "tokenizer", remove(TOKENIZER)),
+        ("no chat template", "give an instruction-tuned", remove("model/chat_template.jinja")),
+        ("ids beyond the vocabulary", "(vocabulary|300)", more_tokens(60)),
     ),
-    *_tokenizer("tokenizer_config.json is not JSON", "tokenizer", write(TOKENIZER_CONFIG, "{")),
-    *_tokenizer(
-        "tokenizer_config.json is a list", "tokenizer", write(TOKENIZER_CONFIG, "[]"), ("process_gt_data",)
+    *_models(
+        "process_gt_data",
+        ("no tokenizer files", "tokenizer", remove(TOKENIZER, TOKENIZER_CONFIG)),
+        ("tokenizer.json is not JSON", "tokenizer", write(TOKENIZER, "{")),
+        ("tokenizer.json is another's", "tokenizer", write(TOKENIZER, '{"version": "1.0"}')),
+        ("tokenizer_config.json is not JSON", "tokenizer", write(TOKENIZER_CONFIG, "{")),
+        ("tokenizer_config.json is a list", "tokenizer", write(TOKENIZER_CONFIG, "[]")),
+        ("tokenizer a folder", "tokenizer", folder(TOKENIZER)),
     ),
-    *_tokenizer("tokenizer a folder", "tokenizer", folder(TOKENIZER), ("process_gt_data",)),
-    *_tokenizer(
-        "no chat template", "chat template; give an instruction-tuned", remove("model/chat_template.jinja")
+    *_templates(
+        ("generate_model_gt_data", "process_gt_data"),
+        ("that refuses", "{{ raise_exception('not\nme') }}"),
+        ("that is none", "{% for message in %}"),
+        ("that divides by 0", "{{ 1 // 0 }}"),
+        ("that adds text and number", "{{ 'a' + 1 }}"),
+        ("that changes messages", "{{ messages.append(messages[0]) }}"),
+        ("that leaves all out", "hello"),
+        ("that rewrites", REWRITES),
     ),
-    *_tokenizer("ids beyond the vocabulary", "(vocabulary|300)", more_tokens(60)),
-    *_template("that refuses", template("{{ raise_exception('not\nme') }}")),
-    *_template("that is none", template("{% for message in %}")),
-    *_template("that divides by 0", template("{{ 1 // 0 }}")),
-    *_template("that adds text and number", template("{{ 'a' + 1 }}")),
-    *_template("of 99 terabytes", template("{{ 'x' * 99999999999999 }}"), ("generate_model_gt_data",)),
-    *_template("that changes messages", template("{{ messages.append(messages[0]) }}")),
-    *_template("that leaves all out", template("hello")),
-    *_template(
-        "that rewrites",
-        template("{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}<|im_end|>{% endfor %}"),
-    ),
+    *_templates("generate_model_gt_data", ("of 99 terabytes", "{{ 'x' * 99999999999999 }}")),
     # GGUF files
-    *_gguf("missing", "no such file", write("other.gguf", ""), ALL),
-    *_gguf("a folder", "holds no config.json", folder("tiny.gguf"), ALL),
-    *_gguf("empty", "not a GGUF file", write("tiny.gguf", ""), ALL),
-    *_gguf("is a link to itself", "tiny.gguf", loop("tiny.gguf")),
-    *_gguf("text", "not a GGUF file", write("tiny.gguf", "{}" * 100)),
-    *_gguf("wrong magic", "not a GGUF file", all_of(gguf("tiny.gguf"), head("tiny.gguf", b"GGML"))),
-    *_gguf("version 1", "GGUF", all_of(gguf("tiny.gguf"), head("tiny.gguf", b"GGUF\x01\0\0\0"))),
-    *_gguf("cut in the header", "truncated", all_of(gguf("tiny.gguf"), cut("tiny.gguf", 0.00005))),
-    *_gguf("cut in the metadata", "truncated", all_of(gguf("tiny.gguf"), cut("tiny.gguf", 0.01))),
-    *_gguf("cut in the weights", "truncated", all_of(gguf("tiny.gguf"), cut("tiny.gguf", 0.9)), ALL),
-    *_gguf("first of two parts", "llama-gguf-split --merge", gguf("tiny.gguf", **{"split.count": 2}), ALL),
-    *_gguf("without chat template", "chat template", gguf("tiny.gguf", template=""), ALL),
-    *_gguf("of an unknown architecture", "gptj", gguf("tiny.gguf", architecture="gptj")),
-    *_gguf("of parallel blocks", "falcon.*side by side", gguf("tiny.gguf", architecture="falcon"), ALL),
-    *_gguf("of an encoder", "'t5' is an encoder-decoder model", gguf("tiny.gguf", architecture="t5")),
-    *_gguf("architecture with escapes", "cannot read", gguf("tiny.gguf", architecture="\x1b[31mllama\n")),
-    *_gguf("without its heads", "tiny.gguf", gguf("tiny.gguf", head_count=None)),
-    *_gguf("without a tensor", "holds [0-9,]+ weights", gguf("tiny.gguf", **{UP: None})),
-    *_gguf("without a tokenizer", "", gguf("tiny.gguf", tokens=False)),
+    *_ggufs(
+        ALL,
+        ("missing", "no such file", write("other.gguf", "")),
+        ("cut in the weights", "truncated", *_spoilt(cut("tiny.gguf", 0.9))),
+        ("of parallel blocks", "falcon.*side by side", gguf("tiny.gguf", architecture="falcon")),
+    ),
+    *_ggufs(
+        ("unscaled_ckpt", "process_gt_data"),
+        ("a folder", "holds no config.json", folder("tiny.gguf")),
+        ("is a link to itself", "links", loop("tiny.gguf")),
+        ("empty", "not a GGUF file", write("tiny.gguf", "")),
+        ("text", "not a GGUF file", write("tiny.gguf", "{}" * 100)),
+        ("wrong magic", "not a GGUF file", *_spoilt(head("tiny.gguf", b"GGML"))),
+        ("version 1", "GGUF", *_spoilt(head("tiny.gguf", b"GGUF\x01\0\0\0"))),
+        ("cut in the header", "truncated", *_spoilt(cut("tiny.gguf", 0.00005))),
+        ("cut in the metadata", "truncated", *_spoilt(cut("tiny.gguf", 0.01))),
+        ("first of two parts", "llama-gguf-split --merge", gguf("tiny.gguf", **{"split.count": 2})),
+        ("without chat template", "chat template", gguf("tiny.gguf", template="")),
+        ("of an unknown architecture", "gptj", gguf("tiny.gguf", architecture="gptj")),
+        ("of an encoder", "'t5' is an encoder-decoder model", gguf("tiny.gguf", architecture="t5")),
+        ("architecture with escapes", "cannot read", gguf("tiny.gguf", architecture="\x1b[31mllama\n")),
+        ("without its heads", "", gguf("tiny.gguf", head_count=None)),
+        ("without a tensor", "holds [0-9,]+ weights", gguf("tiny.gguf", **{UP: None})),
+        ("without a tokenizer", "", gguf("tiny.gguf", tokens=False)),
+    ),
 ]

@@ -1,317 +1,206 @@
 """Outputs that would replace an input, or something that this project did not make."""
 
-from .cases import Case, for_scripts, points_to
-from .makers import Spoil, all_of, copy, folder, nothing, special_file, write
+from .cases import Case, cases
+from .makers import copy, folder, special_file, write
 from .workplace import CHECKPOINT
 
 FOREIGN = "written by hand"  # and without a line break at its end
+RECORDS = '{"question": "1?"}\n{"question": "2?"}'
 LONG = "a" * 300
+NOT_AN_EXPORT = "exists and is not an earlier export: name a new folder"
 
 
-def _step1(name: str, message: str, *more: str, spoil: Spoil = nothing) -> Case:
-    return Case("generate_model_gt_data", "--output_file", name, message, more, spoil)
-
-
-def _step2(name: str, message: str, *more: str, spoil: Spoil = nothing) -> Case:
-    return Case("process_gt_data", "--output_dir", name, message, more, spoil)
-
-
-def _search(flag: str, name: str, message: str, *more: str, spoil: Spoil = nothing) -> Case:
-    return Case("block_selection", flag, name, message, more, spoil)
-
-
-def _export(name: str, message: str, *more: str, spoil: Spoil = nothing) -> Case:
-    return Case("export", "--output", name, message, more, spoil)
+def _files(script: str, flag: str, file: str) -> list[Case]:
+    """What no file can be written to. file: a file in the workplace."""
+    return cases(
+        script,
+        flag,
+        ("a folder", "--output[a-z_]* model: is a folder; name a file", f"{flag} model"),
+        ("in a file", f"{file} is a file; name another folder", f"{flag} {file}/x.jsonl"),
+        ("neither file nor folder", "socket", f"{flag} socket", special_file("socket")),
+        ("name too long", "aaa", f"{flag} {LONG}.json"),
+    )
 
 
 CASES = [
     # step 1: the answers, those kept while they come, the report
-    _step1("is the input", points_to("prompts.jsonl"), "--output_file", "prompts.jsonl"),
-    _step1(
-        "is the input by another path", points_to("prompts.jsonl"), "--output_file", "model/../prompts.jsonl"
-    ),
-    _step1("kept answers are the input", points_to("prompts.jsonl"), "--output_file", "prompts_final.jsonl"),
-    _step1(
-        "kept answers are the input, without a last line break",
-        points_to("prompts.jsonl"),
+    *_files("generate_model_gt_data", "--output_file", "prompts.jsonl"),
+    *cases(
+        "generate_model_gt_data",
         "--output_file",
-        "prompts_final.jsonl",
-        spoil=write("prompts.jsonl", '{"question": "1 + 1?"}'),
-    ),
-    _step1(
-        "kept answers are a file of the user's",
-        points_to("new/answers.jsonl"),
-        spoil=write("new/answers.jsonl", FOREIGN),
-    ),
-    _step1(
-        "kept answers are records of the user's",
-        points_to("new/answers.jsonl"),
-        spoil=write("new/answers.jsonl", '{"question": "1?"}\n{"question": "2?"}'),
-    ),
-    _step1(
-        "report is the input",
-        points_to("a_report.json"),
-        "--input_file",
-        "a_report.json",
-        "--output_file",
-        "a.jsonl",
-        spoil=copy("prompts.jsonl", "a_report.json"),
-    ),
-    _step1("a folder", points_to("model"), "--output_file", "model"),
-    _step1(
-        "in a file", "prompts.jsonl is a file; name another folder", "--output_file", "prompts.jsonl/a.jsonl"
-    ),
-    _step1(
-        "neither file nor folder",
-        points_to("socket"),
-        "--output_file",
-        "socket",
-        spoil=special_file("socket"),
-    ),
-    _step1("name too long", points_to("aaa"), "--output_file", f"{LONG}.jsonl"),
-    _step1("kept answers are a folder", points_to("new/answers.jsonl"), spoil=folder("new/answers.jsonl")),
-    _step1(
-        "report is a folder",
-        points_to("new/answers_final_report.json"),
-        spoil=folder("new/answers_final_report.json"),
+        ("is the input", "prompts.jsonl", "--output_file prompts.jsonl"),
+        ("is the input by another path", "prompts.jsonl", "--output_file model/../prompts.jsonl"),
+        ("kept answers are the input", "prompts.jsonl", "--output_file prompts_final.jsonl"),
+        (
+            "kept answers are the input, without a last line break",
+            "prompts.jsonl",
+            "--output_file prompts_final.jsonl",
+            write("prompts.jsonl", '{"question": "1 + 1?"}'),
+        ),
+        ("kept answers are the user's", "new/answers.jsonl", write("new/answers.jsonl", FOREIGN)),
+        ("kept answers are records", "new/answers.jsonl", write("new/answers.jsonl", RECORDS)),
+        (
+            "report is the input",
+            "a_report.json",
+            "--input_file a_report.json --output_file a.jsonl",
+            copy("prompts.jsonl", "a_report.json"),
+        ),
+        ("kept answers are a folder", "new/answers.jsonl", folder("new/answers.jsonl")),
+        ("report is a folder", "final_report.json", folder("new/answers_final_report.json")),
     ),
     # step 2
-    _step2(
-        "holds the input",
-        points_to("data.jsonl"),
-        "--input_file",
-        "data.jsonl",
+    *cases(
+        "process_gt_data",
         "--output_dir",
-        ".",
-        spoil=copy("answers.jsonl", "data.jsonl"),
+        (
+            "holds the input",
+            "data.jsonl",
+            "--input_file data.jsonl --output_dir .",
+            copy("answers.jsonl", "data.jsonl"),
+        ),
+        (
+            "report is the input",
+            "data_report.json",
+            "--input_file data_report.json --output_dir .",
+            copy("answers.jsonl", "data_report.json"),
+        ),
+        ("data.jsonl is a folder", "new/data.jsonl", folder("new/data.jsonl")),
     ),
-    _step2(
-        "report is the input",
-        points_to("data_report.json"),
-        "--input_file",
-        "data_report.json",
+    *cases(
+        ("process_gt_data", "param_scale", "unscaled_ckpt"),
         "--output_dir",
-        ".",
-        spoil=copy("answers.jsonl", "data_report.json"),
+        ("a file", "prompts.jsonl is a file; name another folder", "--output_dir prompts.jsonl"),
+        ("name too long", "aaa", f"--output_dir {LONG}"),
     ),
-    _step2("a file", "prompts.jsonl is a file; name another folder", "--output_dir", "prompts.jsonl"),
-    _step2("data.jsonl is a folder", points_to("new/data.jsonl"), spoil=folder("new/data.jsonl")),
-    _step2("name too long", points_to("aaa"), "--output_dir", LONG),
     # step 3: report, journal, plot
-    _search("--output", "is the data", points_to("data.jsonl"), "--output", "data.jsonl"),
-    _search(
+    *_files("block_selection", "--output", "data.jsonl"),
+    *cases(
+        "block_selection",
         "--output",
-        "journal is the data",
-        points_to("data.journal.jsonl"),
-        "--output",
-        "data.json",
-        "--data_path",
-        "data.journal.jsonl",
-        spoil=copy("data.jsonl", "data.journal.jsonl"),
+        ("is the data", "data.jsonl", "--output data.jsonl"),
+        (
+            "journal is the data",
+            "data.journal.jsonl",
+            "--output data.json --data_path data.journal.jsonl",
+            copy("data.jsonl", "data.journal.jsonl"),
+        ),
+        (
+            "is the report read",
+            "--output selection.json: would take the place of an input",
+            "--starting_skipped_blocks selection.json --output selection.json",
+        ),
+        (
+            "journal is the user's",
+            "n.journal.jsonl",
+            write("new/selection.journal.jsonl", FOREIGN),
+        ),
+        ("journal is records", "n.journal.jsonl", write("new/selection.journal.jsonl", RECORDS)),
+        ("is the model's config", "model/config.json", "--output model/config.json"),
     ),
-    _search(
-        "--output",
-        "is the report read",
-        points_to("--output selection.json: would take the place of an input"),
-        "--starting_skipped_blocks",
-        "selection.json",
-        "--output",
-        "selection.json",
-    ),
-    _search(
-        "--output",
-        "journal is a file of the user's",
-        points_to("new/selection.journal.jsonl"),
-        spoil=write("new/selection.journal.jsonl", FOREIGN),
-    ),
-    _search(
-        "--output",
-        "journal is records of the user's",
-        points_to("new/selection.journal.jsonl"),
-        spoil=write("new/selection.journal.jsonl", '{"question": "1?"}\n{"question": "2?"}'),
-    ),
-    _search(
-        "--output", "in a file", "data.jsonl is a file; name another folder", "--output", "data.jsonl/r.json"
-    ),
-    _search("--output", "a folder", "--output model: is a folder; name a file", "--output", "model"),
-    _search(
-        "--output",
-        "neither file nor folder",
-        points_to("socket"),
-        "--output",
-        "socket",
-        spoil=special_file("socket"),
-    ),
-    _search("--output", "name too long", points_to("aaa"), "--output", f"{LONG}.json"),
-    _search(
-        "--output", "is the model's config", points_to("model/config.json"), "--output", "model/config.json"
-    ),
-    _search(
+    *cases(
+        "block_selection",
         "--plot",
-        "is the data",
-        points_to("data.png"),
-        "--plot",
-        "data.png",
-        "--data_path",
-        "data.png",
-        spoil=copy("data.jsonl", "data.png"),
-    ),
-    _search(
-        "--plot",
-        "is the output",
-        points_to("new/report.png"),
-        "--plot",
-        "new/report.png",
-        "--output",
-        "new/report.png",
-    ),
-    _search(
-        "--plot", "a folder", points_to("losses.png"), "--plot", "losses.png", spoil=folder("losses.png")
-    ),
-    _search("--plot", "in a file", "data.jsonl is a file", "--plot", "data.jsonl/losses.png"),
-    _search(
-        "--plot",
-        "is the report read",
-        points_to("report.png"),
-        "--plot",
-        "report.png",
-        "--starting_skipped_blocks",
-        "report.png",
-        spoil=copy("selection.json", "report.png"),
+        (
+            "is the data",
+            "data.png",
+            "--plot data.png --data_path data.png",
+            copy("data.jsonl", "data.png"),
+        ),
+        ("is the output", "new/report.png", "--plot new/report.png --output new/report.png"),
+        ("a folder", "losses.png", "--plot losses.png", folder("losses.png")),
+        ("in a file", "data.jsonl is a file", "--plot data.jsonl/losses.png"),
+        (
+            "is the report read",
+            "report.png",
+            "--plot report.png --starting_skipped_blocks report.png",
+            copy("selection.json", "report.png"),
+        ),
     ),
     # step 4
-    *for_scripts(
-        ["param_scale", "unscaled_ckpt"],
-        "--output_dir",
-        "a file",
-        "data.jsonl is a file; name another folder",
-        "--output_dir",
-        "data.jsonl",
-    ),
-    *for_scripts(
-        ["param_scale", "unscaled_ckpt"],
-        "--output_dir",
-        "name too long",
-        points_to("aaa"),
-        "--output_dir",
-        LONG,
-    ),
-    Case(
+    *cases(
         "param_scale",
         "--output_dir",
-        "an epoch that is not ours",
-        points_to("new/model_scaled_epoch_0"),
-        (),
-        write("new/model_scaled_epoch_0/thesis.txt", FOREIGN),
+        (
+            "an epoch that is not ours",
+            "new/model_scaled_epoch_0",
+            write("new/model_scaled_epoch_0/thesis.txt", FOREIGN),
+        ),
+        (
+            "an epoch that is a file",
+            "new/model_scaled_epoch_0",
+            write("new/model_scaled_epoch_0", FOREIGN),
+        ),
+        (
+            "report.json is the report read",
+            "new/report.json",
+            "--blocks_to_skip new/report.json",
+            copy("selection.json", "new/report.json"),
+        ),
+        ("report.json is a folder", "new/report.json", folder("new/report.json")),
+        (
+            "report.json is the data",
+            "new/report.json",
+            "--data_path new/report.json",
+            copy("data.jsonl", "new/report.json"),
+        ),
     ),
-    Case(
-        "param_scale",
-        "--output_dir",
-        "an epoch that is a file",
-        points_to("new/model_scaled_epoch_0"),
-        (),
-        write("new/model_scaled_epoch_0", FOREIGN),
-    ),
-    Case(
-        "param_scale",
-        "--output_dir",
-        "report.json is the report read",
-        points_to("new/report.json"),
-        ("--blocks_to_skip", "new/report.json"),
-        copy("selection.json", "new/report.json"),
-    ),
-    Case(
-        "param_scale",
-        "--output_dir",
-        "report.json is a folder",
-        points_to("new/report.json"),
-        (),
-        folder("new/report.json"),
-    ),
-    Case(
-        "param_scale",
-        "--output_dir",
-        "report.json is the data",
-        points_to("new/report.json"),
-        ("--data_path", "new/report.json"),
-        copy("data.jsonl", "new/report.json"),
-    ),
-    Case(
+    *cases(
         "unscaled_ckpt",
         "--output_dir",
-        "a checkpoint that is not ours",
-        points_to("new/model_unscaled"),
-        (),
-        write("new/model_unscaled/thesis.txt", FOREIGN),
+        (
+            "a checkpoint that is not ours",
+            "new/model_unscaled",
+            write("new/model_unscaled/thesis.txt", FOREIGN),
+        ),
+        (
+            "a checkpoint that is a file",
+            "new/model_unscaled",
+            write("new/model_unscaled", FOREIGN),
+        ),
+        ("a model that is not ours", "new/model_unscaled", copy("model", "new/model_unscaled")),
     ),
-    Case(
-        "unscaled_ckpt",
-        "--output_dir",
-        "a checkpoint that is a file",
-        points_to("new/model_unscaled"),
-        (),
-        write("new/model_unscaled", FOREIGN),
-    ),
-    Case(
-        "unscaled_ckpt",
-        "--output_dir",
-        "a model that is not ours",
-        points_to("new/model_unscaled"),
-        (),
-        copy("model", "new/model_unscaled"),
-    ),
-    *for_scripts(
-        ["param_scale", "unscaled_ckpt"],
+    *cases(
+        ("param_scale", "unscaled_ckpt"),
         "--export",
-        "to a folder that is not an export's",
-        "exists and is not an earlier export: name a new folder",
-        "--export",
-        "folded",
-        spoil=all_of(
+        (
+            "to a folder that is not an export's",
+            NOT_AN_EXPORT,
+            "--export folded",
             write("new/model_unscaled_folded/mine.txt", FOREIGN),
             write("new/model_scaled_folded/mine.txt", FOREIGN),
         ),
     ),
     # exports
-    _export(
-        "is the checkpoint", "exists and is not an earlier export: name a new folder", "--output", CHECKPOINT
-    ),
-    _export("a folder of the user's", "exists and is not an earlier export", "--output", "model"),
-    _export("a file", "data.jsonl exists and is not an earlier export", "--output", "data.jsonl"),
-    _export("in a file", "data.jsonl is a file; name another folder", "--output", "data.jsonl/folded"),
-    _export("name too long", points_to("aaa"), "--output", LONG),
-    _export(
-        "is the GGUF read",
-        points_to("--output folded.gguf: would take the place of an input"),
-        "--format",
-        "gguf",
+    *cases(
+        "export",
         "--output",
-        "folded.gguf",
+        ("is the checkpoint", NOT_AN_EXPORT, f"--output {CHECKPOINT}"),
+        ("a folder of the user's", NOT_AN_EXPORT, "--output model"),
+        ("a file", f"data.jsonl {NOT_AN_EXPORT}", "--output data.jsonl"),
+        ("in a file", "data.jsonl is a file; name another folder", "--output data.jsonl/folded"),
+        ("name too long", "aaa", f"--output {LONG}"),
     ),
-    _export(
-        "a folder for a GGUF",
-        "--output model: is a folder; name a file",
-        "--format",
-        "gguf",
+    *cases(
+        "export",
         "--output",
-        "model",
-    ),
-    _export(
-        "GGUF over the checkpoint's config",
-        points_to(f"{CHECKPOINT}/config.json"),
-        "--format",
-        "gguf",
-        "--output",
-        f"{CHECKPOINT}/config.json",
-    ),
-    _export("GGUF over the data", points_to("data.jsonl"), "--format", "gguf", "--output", "data.jsonl"),
-    _export(
-        "GGUF over neither file nor folder",
-        points_to("socket"),
-        "--format",
-        "gguf",
-        "--output",
-        "socket",
-        spoil=special_file("socket"),
+        (
+            "is the GGUF read",
+            "--output folded.gguf: would take the place of an input",
+            "--output folded.gguf",
+        ),
+        ("a folder for a GGUF", "--output model: is a folder; name a file", "--output model"),
+        (
+            "GGUF over the checkpoint's config",
+            f"{CHECKPOINT}/config.json",
+            f"--output {CHECKPOINT}/config.json",
+        ),
+        ("GGUF over the data", "data.jsonl", "--output data.jsonl"),
+        (
+            "GGUF over neither file nor folder",
+            "socket",
+            "--output socket",
+            special_file("socket"),
+        ),
+        more=("--format", "gguf"),
     ),
 ]
