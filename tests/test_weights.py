@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import unscaled_ckpt
 from hopscotch_common import checkpoints, weights
-from hopscotch_common.checkpoints.verify import verify
+from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import load_model, read_config
 from hopscotch_common.modeling_hopscotch import attention_blocks
