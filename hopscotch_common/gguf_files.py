@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import modeling_gguf_pytorch_utils as gguf_utils
@@ -160,19 +161,23 @@ def unpack(gguf: Path, reader, config, tokenizer, target: Path, dtype: torch.dty
     the weights, or not all of them.
     """
     model = _described(config)
-    missing = {
-        key: weight.shape
+    wanted = {
+        key: weight.to(dtype)
         for key, weight in model.state_dict().items()
         if key not in (model.all_tied_weights_keys or ())
     }
-    shards = weights.ShardWriter(target, SHARD_BYTES)
-    for key, weight in converted_tensors(gguf, reader, model):
-        if key not in missing or missing.pop(key) != weight.shape:
-            raise InputError(f"{gguf}: {key} is of another shape there, or twice; {REMEDY}")
-        shards.add(key, weight.to(dtype))
-    if missing:
-        raise InputError(f"{gguf}: {min(missing)} is not in the file ({len(missing)} such); {REMEDY}")
-    shards.finish()
+    plan = split_torch_state_dict_into_shards(wanted, max_shard_size=SHARD_BYTES)
+
+    def checked() -> Iterator[tuple[str, torch.Tensor]]:
+        missing = {key: weight.shape for key, weight in wanted.items()}
+        for key, weight in converted_tensors(gguf, reader, model):
+            if key not in missing or missing.pop(key) != weight.shape:
+                raise InputError(f"{gguf}: {key} is of another shape there, or twice; {REMEDY}")
+            yield key, weight.to(dtype)
+        if missing:
+            raise InputError(f"{gguf}: {min(missing)} is not in the file ({len(missing)} such); {REMEDY}")
+
+    weights.save_in_shards(target, plan, checked())
     config.dtype, config.architectures = dtype, [type(model).__name__]
     config.save_pretrained(target)
     _generation_config(config, reader).save_pretrained(target)

@@ -12,7 +12,6 @@ C is negative, the norm that reads the stream changes the sign of its weight. Wh
 (OLMo 2), the first matrices of the branch take the factor C, and read what they always did.
 """
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterable
@@ -318,8 +317,7 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
         raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other weights")
     target.folding.check_complete(weight_map, skipped_blocks(config))
     if len(sources) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / weights.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        weights.write_index(folder, weight_map, total_bytes)
 
 
 def _filled_up(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:
