@@ -40,7 +40,7 @@ MORE_FIELDS = {
 }
 LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # these scale attention otherwise, which no field says
 DECODED_AT_ONCE = 2**22  # weights
-SHARD_BYTES = 600 * 2**20  # of a weight file, which is in memory until it is written
+SHARD_BYTES = 600 * 2**20  # of a weight file, which is in memory until all of it has come
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Llama 3.1 to 3.3 divide low frequencies by 8 or 32 in these bounds; a GGUF holds the divisors alone.
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)

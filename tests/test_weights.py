@@ -99,6 +99,14 @@ def test_an_adapter_beside_the_weights_is_refused(tiny_folder, tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_the_weights_of_a_model_without_a_head_are_refused(tiny_folder, tmp_path):
+    """transformers would take them, but a checkpoint's weights have the names that they have here."""
+    shutil.copytree(tiny_folder(tie_word_embeddings=True), tmp_path / "model")
+    rewrite(tmp_path / "model", lambda tensors: {k.removeprefix("model."): t for k, t in tensors.items()})
+    with pytest.raises(InputError, match="layers.0.* of a model without a head"):
+        weights.check_weights(tmp_path / "model", stock_config("llama", tie_word_embeddings=True))
+
+
 def test_weight_files_of_other_names_are_refused(tiny_folder, tmp_path, capsys):
     shutil.copytree(tiny_folder(), tmp_path / "model")
     values = json.loads((tmp_path / "model/config.json").read_text())
