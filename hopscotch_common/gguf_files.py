@@ -17,6 +17,7 @@ import numpy as np
 import platformdirs
 import torch
 from gguf import GGUFReader, dequantize
+from huggingface_hub import split_torch_state_dict_into_shards
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import modeling_gguf_pytorch_utils as gguf_utils
@@ -40,7 +41,7 @@ MORE_FIELDS = {
 }
 LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # these scale attention otherwise, which no field says
 DECODED_AT_ONCE = 2**22  # weights
-SHARD_BYTES = 600 * 2**20  # of a weight file, which is in memory until it is written
+SHARD_BYTES = 600 * 2**20  # of a weight file, which is in memory until all of it has come
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Llama 3.1 to 3.3 divide low frequencies by 8 or 32 in these bounds; a GGUF holds the divisors alone.
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -151,16 +152,23 @@ def unpack(gguf: Path, reader: GGUFReader, model, tokenizer, target: Path, dtype
     reader, model, tokenizer: its `read_description`. Raises InputError where transformers cannot read
     the weights, or not all of them.
     """
-    tied = model.all_tied_weights_keys or ()
-    missing = {key: weight.shape for key, weight in model.state_dict().items() if key not in tied}
-    shards = weights.ShardWriter(target, SHARD_BYTES)
-    for key, weight in converted_tensors(gguf, reader, model):
-        if key not in missing or missing.pop(key) != weight.shape:
-            raise InputError(f"{gguf}: {key} is of another shape there, or twice; {REMEDY}")
-        shards.add(key, weight.to(dtype))
-    if missing:
-        raise InputError(f"{gguf}: {min(missing)} is not in the file ({len(missing)} such); {REMEDY}")
-    shards.finish()
+    wanted = {
+        key: weight.to(dtype)
+        for key, weight in model.state_dict().items()
+        if key not in (model.all_tied_weights_keys or ())
+    }
+    plan = split_torch_state_dict_into_shards(wanted, max_shard_size=SHARD_BYTES)
+
+    def checked() -> Iterator[tuple[str, torch.Tensor]]:
+        missing = {key: weight.shape for key, weight in wanted.items()}
+        for key, weight in converted_tensors(gguf, reader, model):
+            if key not in missing or missing.pop(key) != weight.shape:
+                raise InputError(f"{gguf}: {key} is of another shape there, or twice; {REMEDY}")
+            yield key, weight.to(dtype)
+        if missing:
+            raise InputError(f"{gguf}: {min(missing)} is not in the file ({len(missing)} such); {REMEDY}")
+
+    weights.save_in_shards(target, plan, checked())
     config = model.config
     config.dtype, config.architectures = dtype, [type(model).__name__]
     turn = value_of(reader, "tokenizer.ggml.eot_token_id")

@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import StateDictSplit
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -100,43 +102,22 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class ShardWriter:
-    """Writes a model's tensors to weight files of about `shard_bytes` as they come, then their index."""
+def save_in_shards(folder: Path, plan: StateDictSplit, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write a model's tensors to the weight files of a plan, each once all that is in it has come."""
+    held: dict[str, dict[str, torch.Tensor]] = {name: {} for name in plan.filename_to_tensors}
+    for key, tensor in tensors:
+        name = plan.tensor_to_filename[key]
+        held[name][key] = tensor
+        if len(held[name]) == len(plan.filename_to_tensors[name]):
+            save_tensors(held.pop(name), folder / name)
+    if plan.is_sharded:
+        write_index(folder, plan.tensor_to_filename, plan.metadata["total_size"])
 
-    def __init__(self, folder: Path, shard_bytes: int):
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self._held: dict[str, torch.Tensor] = {}
-        self._written: list[tuple[Path, list[str], int]] = []
 
-    def add(self, key: str, tensor: torch.Tensor) -> None:
-        self._held[key] = tensor
-        if sum(held.nbytes for held in self._held.values()) >= self.shard_bytes:
-            self._write()
-
-    def _write(self) -> None:
-        path = self.folder / f"part-{len(self._written)}"
-        save_tensors(self._held, path)
-        size = sum(held.nbytes for held in self._held.values())
-        self._written.append((path, list(self._held), size))
-        self._held = {}
-
-    def finish(self) -> None:
-        """Give the files their names, which tell how many there are."""
-        if self._held:
-            self._write()
-        if len(self._written) == 1:
-            self._written[0][0].rename(self.folder / "model.safetensors")
-            return
-        weight_map, count = {}, len(self._written)
-        for number, (path, keys, _) in enumerate(self._written, 1):
-            name = f"model-{number:05}-of-{count:05}.safetensors"
-            path.rename(self.folder / name)
-            weight_map |= dict.fromkeys(keys, name)
-        index = {
-            "metadata": {"total_size": sum(size for *_, size in self._written)},
-            "weight_map": weight_map,
-        }
-        (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Write the index of a folder's weight files: which tensor is in which."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

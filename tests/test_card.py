@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hopscotch_common import checkpoints
 from hopscotch_common.checkpoints import card
-from hopscotch_common.checkpoints.verify import verify
+from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.export import formats
 from hopscotch_common.loading import hopscotch_config, read_config
 from hopscotch_common.models import ModelRef, model_ref

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hopscotch_common import checkpoints, scales, weights
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
-from hopscotch_common.export import check, decilm, folders, folding, formats
+from hopscotch_common.export import decilm, folding, formats
 from hopscotch_common.export.configuration_decilm import DeciLMConfig
 from hopscotch_common.loading import hopscotch_config
 from hopscotch_common.modeling_hopscotch import FAMILIES, SCALE_NAMES, attention_blocks
@@ -355,13 +355,15 @@ def test_a_sound_export_of_16_bit_weights_passes(tmp_path, deep_granite):
 def test_an_export_of_16_bit_weights_with_a_scale_left_out_is_refused(tmp_path, deep_granite, monkeypatch):
     """A scale of one of 30 layers that is off by 30 percent shows, though the dtype's noise is allowed."""
 
+    right = folding.fold_factors
+
     def wrong(*args):
-        factors = folding.fold_factors(*args)
+        factors = right(*args)
         layers = list(factors.layers)
         layers[3] = dataclasses.replace(layers[3], mlp_adds=1.3 * layers[3].mlp_adds)
         return dataclasses.replace(factors, layers=tuple(layers))
 
-    monkeypatch.setattr(folders, "fold_factors", wrong)
+    monkeypatch.setattr(folding, "fold_factors", wrong)
     with pytest.raises(InputError, match="not exact enough"):
         formats.export_checkpoint(deep_granite, "folded", tmp_path / "out")
 
@@ -397,26 +399,26 @@ def test_arguments(tmp_path, capsys):
 
 
 def test_comparison_figures():
-    source = check.Answers([torch.tensor([[0.0, 3.0, 0.0], [2.0, 1.0, 0.0]])], [[1, 2, 3, 4]])
-    shifted = check.Answers([source.logits[0] + 5], [[1, 2, 3, 4]])
-    assert check.compare(source, shifted, True).relative_logit_error < 1e-6
+    source = formats.Answers([torch.tensor([[0.0, 3.0, 0.0], [2.0, 1.0, 0.0]])], [[1, 2, 3, 4]])
+    shifted = formats.Answers([source.logits[0] + 5], [[1, 2, 3, 4]])
+    assert formats.compare(source, shifted, True).relative_logit_error < 1e-6
     # Position 1 changes its first choice: the difference (-1, 1, 0) has norm^2 2, the source 6 + 2.
-    other = check.Answers([torch.tensor([[0.0, 3.0, 0.0], [1.0, 2.0, 0.0]])], [[1, 2, 0, 4]])
-    result = check.compare(source, other, True)
+    other = formats.Answers([torch.tensor([[0.0, 3.0, 0.0], [1.0, 2.0, 0.0]])], [[1, 2, 0, 4]])
+    result = formats.compare(source, other, True)
     assert result.relative_logit_error == pytest.approx(0.5)
     assert result.top1_agreement == 0.5 and result.equal_continuations == 0.5 and result.positions == 2
-    broken = check.Answers([source.logits[0] * float("nan")], [[1]])
+    broken = formats.Answers([source.logits[0] * float("nan")], [[1]])
     with pytest.raises(InputError, match="not exact enough"):
-        formats.check_tolerance(check.compare(source, broken, True), 0.1, "it")
+        formats.check_tolerance(formats.compare(source, broken, True), 0.1, "it")
 
 
 def test_random_tokens_stand_in_for_a_missing_tokenizer(tmp_path, base):
     folder = save(tmp_path, base("llama"), [1], random_scales(0, 0.9, 1.1))
-    assert check.check_prompts(folder, 300)[1]
-    assert not check.check_prompts(folder, 50)[1]  # a tokenizer with ids beyond the model's
+    assert formats.check_prompts(folder, 300)[1]
+    assert not formats.check_prompts(folder, 50)[1]  # a tokenizer with ids beyond the model's
     for path in folder.glob("*token*"):
         path.unlink()
-    prompts, real = check.check_prompts(folder, 50)
+    prompts, real = formats.check_prompts(folder, 50)
     assert not real and max(max(ids) for ids, _ in prompts) < 50
 
 

@@ -137,7 +137,7 @@ def exactly(path) -> ModelRef:
 
 
 def test_a_large_file_becomes_several(tmp_path, monkeypatch):
-    """With an index, and in memory never more than one of them and the tensor at hand."""
+    """With an index, and in memory never more than those that are not complete."""
     monkeypatch.setattr(gguf_files, "SHARD_BYTES", 20_000)
     path = write_model(tiny(), tmp_path / "large.gguf", "F32")
     whole = exactly(path).folder()

@@ -14,7 +14,7 @@ import block_selection
 import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
-from hopscotch_common.checkpoints.verify import verify
+from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError, TrainingError
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.export.gguf import rewrite_gguf

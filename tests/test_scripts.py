@@ -20,7 +20,7 @@ import block_selection
 import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, loading, scales
-from hopscotch_common.checkpoints import verify
+from hopscotch_common.checkpoints import __main__ as verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.models import model_ref
 from hopscotch_common.training.batches import split_samples

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hopscotch_common import checkpoints, tokenization
-from hopscotch_common.checkpoints.verify import verify
+from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.models import model_ref

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import unscaled_ckpt
 from hopscotch_common import checkpoints, weights
-from hopscotch_common.checkpoints.verify import verify
+from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import load_model, read_config
 from hopscotch_common.modeling_hopscotch import attention_blocks
@@ -97,6 +97,14 @@ def test_an_adapter_beside_the_weights_is_refused(tiny_folder, tmp_path, capsys)
     arguments += ["--output_dir", str(tmp_path / "out")]
     check_refused(unscaled_ckpt, arguments, "adapter_config.json: an adapter .*merge", capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_weights_of_a_model_without_a_head_are_refused(tiny_folder, tmp_path):
+    """transformers would take them, but a checkpoint's weights have the names that they have here."""
+    shutil.copytree(tiny_folder(tie_word_embeddings=True), tmp_path / "model")
+    rewrite(tmp_path / "model", lambda tensors: {k.removeprefix("model."): t for k, t in tensors.items()})
+    with pytest.raises(InputError, match="layers.0.* of a model without a head"):
+        weights.check_weights(tmp_path / "model", stock_config("llama", tie_word_embeddings=True))
 
 
 def test_weight_files_of_other_names_are_refused(tiny_folder, tmp_path, capsys):

@@ -45,13 +45,13 @@ from hopscotch_common.modeling_hopscotch import (
 from hopscotch_common.models import ModelRef
 from hopscotch_common.tokenization import check_copies, copy_tokenizer
 from hopscotch_common.weights import (
-    INDEX_FILE,
     check_names,
     check_tensors,
     check_weights,
     read_tensors,
     save_tensors,
     weight_files,
+    write_index,
 )
 
 SCALES_FILE = "scales.safetensors"
@@ -155,8 +155,7 @@ def _write_base(
     own = scales.as_state_dict(values) | maps
     weight_map |= dict.fromkeys(own, SCALES_FILE)
     total_bytes += sum(tensor.nbytes for tensor in own.values())
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    write_index(target, weight_map, total_bytes)
     counts = {
         "parameters": total,
         "parameters_removed": removed,

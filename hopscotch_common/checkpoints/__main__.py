@@ -1,8 +1,79 @@
-"""`python -m hopscotch_common.checkpoints verify FOLDER`"""
+"""Whether a checkpoint is what it says: its code this project's, its files whole, its scales finite.
 
+    python -m hopscotch_common.checkpoints verify scaled_smollm_ckpts/smollm_scaled_epoch_9
+
+Nothing of the checkpoint runs: its code is compared byte by byte, never imported.
+"""
+
+import hashlib
 import sys
+from pathlib import Path
 
-from hopscotch_common.checkpoints.verify import main
+from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, read_checkpoint, read_run
+from hopscotch_common.cli import ArgumentParser, command, result
+from hopscotch_common.errors import InputError
+from hopscotch_common.files import read_json
+from hopscotch_common.modeling_hopscotch import CODE, FAMILIES, PREFIX, auto_map
+from hopscotch_common.tokenization import check_tokens
+from hopscotch_common.weights import INDEX_FILE, weight_map
+
+# SHA-256 of the modeling_hopscotch.py of earlier releases, whose checkpoints are as good as ever.
+RELEASED = ("7ac0b0248ea9ccdd321c0067c0059e37dfc5dfd94f1d3517438a2ac2b134f9fc",)
+EXECUTABLE = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+def verify(folder: Path) -> None:
+    """Raise InputError, naming the first thing that is wrong, unless a checkpoint is sound."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give that of a checkpoint")
+    config = read_json(folder / "config.json", "give the folder of a checkpoint")
+    kind = str(config.get("model_type"))
+    if not kind.startswith(PREFIX) or kind.removeprefix(PREFIX) not in FAMILIES:
+        raise InputError(f"{folder}: config.json is not a checkpoint's; give the folder of one")
+    _check_code(folder, config, auto_map(kind.removeprefix(PREFIX)))
+    named = {*weight_map(folder / INDEX_FILE).values(), STATE_FILE}
+    unnamed = {path.name for path in folder.glob("*.safetensors")} - named
+    if unnamed or SCALES_FILE not in named:
+        name = min(unnamed, default=SCALES_FILE)
+        raise InputError(f"{folder / INDEX_FILE}: does not name {name}; make the checkpoint again")
+    read_checkpoint(folder)
+    if probe := read_run(folder).get("tokenizer"):
+        check_tokens(folder, probe)
+
+
+def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
+    """Raise InputError unless all that could run from a folder is a known modeling_hopscotch.py."""
+    code = folder / CODE.name
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            raise InputError(f"{path}: is a link, and what it leads to may change; copy the file itself")
+        if path.suffix in EXECUTABLE and path != code or path.is_dir():
+            raise InputError(
+                f"{path}: is no part of a checkpoint, and may run; do not trust it, give another folder"
+            )
+    if not code.is_file():
+        raise InputError(f"{code}: is missing; make the checkpoint again")
+    content = code.read_bytes()
+    if content != CODE.read_bytes() and hashlib.sha256(content).hexdigest() not in RELEASED:
+        raise InputError(f"{code}: differs from this project's file of that name; do not run it")
+    for name, target in (config.get("auto_map") or {}).items():
+        if target != known.get(name):  # "repo--module.Class" is code of another place
+            raise InputError(f"{folder / 'config.json'}: auto_map names {target!r} for {name}; do not run it")
+    for other in sorted(folder.glob("*_config.json")):
+        if "auto_map" in read_json(other):
+            raise InputError(f"{other}: has an auto_map, so it names code to run; do not trust it")
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser("Verify that a checkpoint is whole, and that the code in it is this project's.")
+    parser.add_argument("action", choices=["verify"])
+    parser.add_argument("folder", type=Path, help="of a checkpoint")
+    folder = parser.parse_args(argv).folder
+    verify(folder)
+    result(f"{folder}: whole, with this project's code and finite scales")
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

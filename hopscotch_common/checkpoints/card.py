@@ -11,58 +11,9 @@ from hopscotch_common.modeling_hopscotch import attention_blocks
 from hopscotch_common.models import EMBEDDED_LICENCE, ModelRef
 
 CARD_FILE = "README.md"
+TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja
 LICENCE_FIELDS = ("license", "license_name", "license_link", "language")
 LIBRARIES = {"checkpoint": "transformers", "folded": "transformers", "nemotron_nas": "vllm"}
-KINDS = {
-    "checkpoint": "The skipped blocks are not computed, have no weights here, and take no KV cache.",
-    "folded": "This is an export in the stock architecture, the scales folded into the weights. The skipped "
-    "blocks are computed, to zero: it loads anywhere, and is no faster.",
-    "nemotron_nas": "This is an export in the DeciLM format, the scales folded into the weights. The skipped "
-    "blocks (but block 0, which adds zero) are not computed and take no KV cache.",
-}
-LOADING = {
-    "checkpoint": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("MODEL", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("MODEL", trust_remote_code=True)
-```
-
-```bash
-lm_eval --model hf --tasks gsm8k --model_args pretrained=MODEL,trust_remote_code=True
-vllm serve MODEL    # with Hopscotch installed beside vLLM, whose plugin it has
-lm_eval --model vllm --tasks gsm8k --model_args pretrained=MODEL    # so, too
-```
-
-llama.cpp and others load exports, made by `python -m hopscotch_common.export`.""",
-    "folded": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("MODEL")
-tokenizer = AutoTokenizer.from_pretrained("MODEL")
-```
-
-```bash
-vllm serve MODEL
-lm_eval --model hf --tasks gsm8k --model_args pretrained=MODEL
-python llama.cpp/convert_hf_to_gguf.py MODEL --outfile model.gguf
-```""",
-    "nemotron_nas": """```bash
-vllm serve MODEL --trust-remote-code
-lm_eval --model vllm --tasks gsm8k --model_args pretrained=MODEL,trust_remote_code=True
-```
-
-Not in transformers, which has no class of this format, and in llama.cpp by another export (`gguf`).""",
-}
-CITATION = """```bibtex
-@inproceedings{hopscotch2025,
-  title = {Hopscotch: Discovering and Skipping Redundancies in Language Models},
-  author = {Eyceoz and Nayak and Wang and Han and Srivastava},
-  booktitle = {Proceedings of the 2025 Conference on Empirical Methods in Natural Language Processing},
-  year = {2025},
-  url = {https://arxiv.org/abs/2506.03303}
-}
-```"""
 ROWS = {
     "original": "original",
     "unscaled": "blocks skipped, no scales",
@@ -82,44 +33,39 @@ def write_card(
 ) -> None:
     """Write the card of a model into its folder `target`.
 
-    kind: of KINDS. origin: `origin_of`, or an export's `inherited`. config, values: the checkpoint's, and
+    kind: of LIBRARIES. origin: `origin_of`, or an export's `inherited`. config, values: the checkpoint's, and
     its scales [layers, width]. run: its hopscotch.json. check: how an export compared with it.
     """
+    try:
+        training, rows = _training(config, values, run), _held_out(run.get("held_out") or {})
+    except (AttributeError, KeyError, TypeError, ValueError):  # of an earlier release, or edited
+        training, rows = "How its scales were trained is not on record.", []
+    present, skipped = len(attention_blocks(config)), sorted(config.skipped_attention_blocks or ())
+    uncached = {"checkpoint": skipped, "folded": [], "nemotron_nas": [i for i in skipped if i]}[kind]
+    if base := origin.get("base_model"):
+        base = f"[{base}](https://huggingface.co/{base})"
+    else:
+        base = f"`{Path(str(run['base_model'])).name}`" if "base_model" in run else "A model"
     data = ModelCardData(
         library_name=LIBRARIES[kind],
         pipeline_tag="text-generation",
         tags=["hopscotch", "attention-skipping"],
         **origin,
     )
-    parts = [f"# {name}", _summary(kind, origin, config, run)]
-    try:
-        parts += [_training(config, values, run), _held_out(run.get("held_out") or {})]
-    except (AttributeError, KeyError, TypeError, ValueError):  # of an earlier release, or edited
-        parts += ["How its scales were trained is not on record."]
-    parts += [f"Compared with its checkpoint: {check}."] if check else []
-    parts += ["## Loading", "`MODEL` is this folder, or its id on the hub.", LOADING[kind]]
-    parts += ["## Citation", CITATION]
-    text = "\n\n".join(part for part in parts if part)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(target / CARD_FILE)
-
-
-def _summary(kind: str, origin: dict, config, run: dict) -> str:
-    present, skipped = attention_blocks(config), sorted(config.skipped_attention_blocks or ())
-    uncached = {"checkpoint": skipped, "folded": [], "nemotron_nas": [i for i in skipped if i]}[kind]
-    left = len(present) - len(uncached)
-    base = origin.get("base_model")
-    if base:
-        base = f"[{base}](https://huggingface.co/{base})"
-    else:
-        base = f"`{Path(str(run['base_model'])).name}`" if "base_model" in run else "A model"
-    licence = f"`{origin['license']}`" if "license" in origin else "not known here: see there"
-    return (
-        f"{base} without {len(skipped)} of its {len(present)} attention blocks "
-        f"({', '.join(map(str, skipped)) or 'none'}), by "
-        f"[Hopscotch](https://arxiv.org/abs/2506.03303). {KINDS[kind]}\n\n"
-        f"- KV cache: {left} of {len(present)} blocks ({left / len(present):.0%})\n"
-        f"- Licence: the base model's ({licence})"
+    card = ModelCard.from_template(
+        data,
+        TEMPLATE,
+        name=name,
+        kind=kind,
+        base=base,
+        present=present,
+        skipped=skipped,
+        cached=present - len(uncached),
+        training=training,
+        rows=rows,
+        check=check,
     )
+    card.save(target / CARD_FILE)
 
 
 def _training(config, values: torch.Tensor, run: dict) -> str:
@@ -151,20 +97,13 @@ def _training(config, values: torch.Tensor, run: dict) -> str:
     )
 
 
-def _held_out(figures: dict) -> str:
-    """A table of the figures on held-out answers, where there are any; else nothing."""
-    rows = [
+def _held_out(figures: dict) -> list[str]:
+    """Rows of a table of the figures on held-out answers, as far as there are any."""
+    return [
         f"| {title} | {found['cross_entropy']:.4f} | {found['kl']:.4f} | {found['agreement']:.1%} |"
         for key, title in ROWS.items()
         if (found := figures.get(key))
     ]
-    if not rows:
-        return ""
-    head = [
-        "| on held-out answers | loss, nats a token | KL to the original | agreement |",
-        "|---|---|---|---|",
-    ]
-    return "\n".join(head + rows)
 
 
 def origin_of(base: ModelRef) -> dict:

@@ -10,10 +10,22 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from hopscotch_common.errors import InputError
+import torch
+
+from hopscotch_common import scales
+from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import configuration_decilm
-from hopscotch_common.loading import hopscotch_classes
-from hopscotch_common.modeling_hopscotch import PREFIX
+from hopscotch_common.export.folding import (
+    Folding,
+    LayerFactors,
+    Target,
+    fold_factors,
+    granite_multipliers,
+    shapes_of,
+    skipped_blocks,
+)
+from hopscotch_common.loading import hopscotch_classes, load_whole
+from hopscotch_common.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES
 
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
 WIDTH_STEP = 256
@@ -101,11 +113,6 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
     }
 
 
-def linear_key(layer: int) -> str:
-    """The name of the matrix that stands in the place of a layer's attention."""
-    return f"model.layers.{layer}.self_attn.linear.weight"
-
-
 def _code() -> Path:
     return Path(configuration_decilm.__file__)
 
@@ -146,3 +153,45 @@ def as_hopscotch_config(values: dict):
 def ffn_width(ffn_mult: float, hidden_size: int) -> int:
     """The MLP's width, as every reader of the format computes it."""
     return -(-int(2 * ffn_mult * hidden_size / 3) // WIDTH_STEP) * WIDTH_STEP
+
+
+def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
+    """Write the DeciLM config and its class; what its weights are. InputError if it cannot hold the model."""
+    check_representable(config)
+    skipped = skipped_blocks(config)
+    replaced = skipped if maps else []
+    if 0 in skipped and not maps:
+        logger.warning("block 0 stays in nemotron_nas, with a zero o_proj: vLLM's code cannot leave it out")
+    values_of_config = decilm_config(config, set(skipped) - set(replaced) - {0}, replaced)
+    write_config(values_of_config, folder)
+    factors = fold_factors(values, skipped, getattr(config, "residual_multiplier", 1.0), replaced)
+    linear = {
+        f"model.layers.{block}.self_attn.linear.weight": _as_one_matrix(block, maps, factors.layers[block])
+        for block in replaced
+    }
+    shaped = as_hopscotch_config(values_of_config)
+    _, model_class = hopscotch_classes(shaped.model_type)
+    with torch.device("meta"):
+        model = model_class(shaped)
+    shapes = shapes_of(model) | {key: matrix.shape for key, matrix in linear.items()}
+    return Target(Folding(config, factors, granite_multipliers(config)), shapes, linear=linear)
+
+
+def _as_one_matrix(block: int, maps: dict[str, torch.Tensor], factors: LayerFactors) -> torch.Tensor:
+    """up down of a block's map [hidden, hidden], row i times the factor that its channel i has."""
+    down, up = (maps[f"model.layers.{block}.{name}"].double() for name in REPLACEMENT_NAMES)
+    return torch.as_tensor(factors.attention_adds).double().view(-1, 1) * (up @ down)
+
+
+def load_exported(folder: Path, **options):
+    """An export as a transformers model; every tensor must be read, and none be missing."""
+    shaped = as_hopscotch_config(json.loads((folder / "config.json").read_text()))
+    _, model_class = hopscotch_classes(shaped.model_type)
+    # A matrix in attention's place is a map of full rank, whose other half is the identity.
+    names = {r"self_attn\.linear\.weight": REPLACEMENT_NAMES[1]}
+    options |= {"config": shaped} | ({"key_mapping": names} if shaped.replacement_rank else {})
+    model = load_whole(model_class, folder, **options)
+    for key, parameter in scales.named_maps(model):
+        if key.endswith(REPLACEMENT_NAMES[0]):
+            torch.nn.init.eye_(parameter)
+    return model

@@ -1,4 +1,4 @@
-"""Fold the scales into the weights: the same function, computed by a model without scales.
+"""Fold the scales into the weights, file by file: the same function, computed by a model without scales.
 
 A norm's output does not change when its input is multiplied by a positive constant (up to its eps). So the
 residual stream may be stored divided by a running factor C, which starts at 1. At each residual
@@ -15,13 +15,18 @@ C is negative, the norm that reads the stream changes the sign of its weight. Wh
 import math
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from torch.nn.functional import pad
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from hopscotch_common import checkpoints, weights
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import check_supported
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, SCALE_NAMES, Family
+from hopscotch_common.loading import check_supported, load_whole
+from hopscotch_common.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, SCALE_NAMES, Family
 from hopscotch_common.scales import columns
 
 SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
@@ -230,3 +235,119 @@ def multiplied(key: str, tensor: torch.Tensor, product: Product) -> torch.Tensor
             "train with a smaller learning rate"
         )
     return folded
+
+
+# Weight files
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an export's weights are: what becomes of each, and all that it needs.
+
+    renamed: whether weight files name some tensors otherwise than the model does (experts). linear: matrices
+    [hidden, hidden], by name, that stand in attention's place.
+    """
+
+    folding: Folding
+    shapes: dict[str, torch.Size]
+    renamed: bool = False
+    linear: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def skipped_blocks(config) -> list[int]:
+    """Indices of the blocks without attention."""
+    return sorted(config.skipped_attention_blocks or ())
+
+
+def prepare_folded(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
+    """Write the config of the stock architecture; what its weights are. It has no place for maps."""
+    assert not maps
+    own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
+    own += ("transformers_version",)
+    kept = {key: value for key, value in config.to_dict().items() if key not in own}
+    stock = AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **kept)
+    stock.dtype = config.dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stock)
+    stock.architectures = [type(model).__name__]
+    # transformers 5.19 reads this key and acts on it in no model. One that does will leave out what is zero.
+    stock.per_layer_config = {block: {"skip": ["attention"]} for block in skipped_blocks(config)} or None
+    stock.save_pretrained(folder)
+    folding = Folding(stock, fold_factors(values, skipped_blocks(config)))
+    renamed = get_checkpoint_conversion_mapping(stock.model_type) is not None
+    return Target(folding, shapes_of(model), renamed)
+
+
+def shapes_of(model) -> dict[str, torch.Size]:
+    """The tensors that a model (on the meta device) reads from its weight files."""
+    return {
+        key: tensor.shape
+        for key, tensor in model.state_dict().items()
+        if key not in model.all_tied_weights_keys and not re.search(OWN_KEYS, key)
+    }
+
+
+def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> None:
+    """Fold the weights, file by file: one file of the checkpoint is in memory at a time."""
+    sources = [p for p in weights.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
+    family = target.folding.family
+    beside = f".{family.norm_before_mlp or family.norm_after_mlp}.weight"  # every layer has one
+    weight_map, total_bytes = {}, 0
+    for number, path in enumerate(sources, 1):
+        name = f"model-{number:05}-of-{len(sources):05}.safetensors"
+        name = "model.safetensors" if len(sources) == 1 else name
+        tensors = {}
+        for key, tensor in weights.read_tensors(path).items():
+            known = key in target.shapes or (target.renamed and not re.search(OWN_KEYS, key))
+            if not known or checkpoints.is_skipped_weight(key, config):
+                continue
+            tensors[key] = _filled_up(target.folding.fold(key, tensor), target.shapes.get(key))
+            if key.endswith(beside):
+                layer = int(key.split(".")[2])
+                tensors |= _unused_attention(layer, target, config, tensor.dtype)
+                own = f"model.layers.{layer}."
+                tensors |= {k: m.to(tensor.dtype) for k, m in target.linear.items() if k.startswith(own)}
+        if tensors:
+            weights.save_tensors(tensors, folder / name)
+            weight_map |= dict.fromkeys(tensors, name)
+            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    missing = sorted(set(target.shapes) - set(weight_map))
+    if missing and not target.renamed:  # of those, loading finds out
+        raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other weights")
+    target.folding.check_complete(weight_map, skipped_blocks(config))
+    if len(sources) > 1:
+        weights.write_index(folder, weight_map, total_bytes)
+
+
+def _filled_up(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:
+    """A tensor with zeros behind its rows and columns, where the target's MLP is wider.
+
+    Channels that gate, up and down projection hold zeros for add nothing. A tensor that is larger than
+    the target's stays as it is: the check of the export names it. shape: None where the target names its
+    tensors otherwise, and is no wider.
+    """
+    if shape is None:
+        return tensor
+    missing = [wanted - size for size, wanted in zip(tensor.shape, shape, strict=True)]
+    if not any(missing) or min(missing) < 0:
+        return tensor
+    return pad(tensor, [n for size in reversed(missing) for n in (0, size)])
+
+
+def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, torch.Tensor]:
+    """The attention weights of a skipped block, where the target has them all the same: it adds 0."""
+    keys = [k for k in target.shapes if k.startswith(f"model.layers.{layer}.")]
+    return {
+        key: (torch.ones if re.search(r"norm\.weight$", key) else torch.zeros)(
+            target.shapes[key], dtype=dtype
+        )
+        for key in keys
+        if checkpoints.is_skipped_weight(key, config) and key not in target.linear
+    }
+
+
+def load_folded(folder: Path, **options):
+    """An export as a transformers model; every tensor must be read, and none be missing."""
+    if FAMILIES[AutoConfig.from_pretrained(folder).model_type].caps_attention:
+        options |= {"attn_implementation": "eager"}
+    return load_whole(AutoModelForCausalLM, folder, **options)

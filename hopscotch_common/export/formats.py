@@ -4,21 +4,38 @@ import gc
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files, weights
 from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import HopscotchError, InputError, logger
-from hopscotch_common.export import check, decilm, folders, folding
+from hopscotch_common.export import decilm, folding
 from hopscotch_common.loading import device_map, resolve_device
 from hopscotch_common.tokenization import copy_tokenizer
 from hopscotch_common.training.batches import is_out_of_memory
 
 REPORT_FILE = "hopscotch_export.json"
+CONTINUATION_TOKENS = 24
+CONVERSATIONS = (
+    (
+        "A farmer has 12 hens. Each lays 5 eggs a week. How many eggs is that in 3 weeks?",
+        "Each hen lays 5 eggs a week, so 12 hens lay 12 * 5 = 60 eggs a week. In 3 weeks that is "
+        "60 * 3 = 180 eggs. The answer is 180.",
+    ),
+    (
+        "Name the planets between the Sun and Jupiter, and say which of them is the largest.",
+        "Mercury, Venus, Earth and Mars. The largest of these four is Earth.",
+    ),
+    (
+        "Write a short Python function that returns the sum of the even numbers in a list.",
+        "def sum_even(numbers):\n    return sum(n for n in numbers if n % 2 == 0)",
+    ),
+)
 TOLERANCE = 1e-2  # relative logit error in float32, which folding adds
 
 
@@ -26,16 +43,18 @@ TOLERANCE = 1e-2  # relative logit error in float32, which folding adds
 class Format:
     """A format that is a folder. prepare writes its config and says what its weights are.
 
-    check_config: raises InputError for a (stock or Hopscotch) config that the format cannot hold.
+    check_config: raises InputError for a (stock or Hopscotch) config that the format cannot hold. load: an
+    export as a model, with options of `from_pretrained`.
     """
 
-    prepare: Callable[[Path, object, torch.Tensor, dict], folders.Target]
+    prepare: Callable[[Path, object, torch.Tensor, dict], folding.Target]
     check_config: Callable[[object], None]
+    load: Callable
 
 
 FORMATS = {
-    "folded": Format(folders.prepare_folded, folding.check_foldable),
-    "nemotron_nas": Format(folders.prepare_nemotron_nas, decilm.check_representable),
+    "folded": Format(folding.prepare_folded, folding.check_foldable, folding.load_folded),
+    "nemotron_nas": Format(decilm.prepare_nemotron_nas, decilm.check_representable, decilm.load_exported),
 }
 
 
@@ -102,13 +121,13 @@ def export_checkpoint(
     with files.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values, checkpoints.load_maps(checkpoint))
-        folders.write_weights(checkpoint, folder, config, target)
+        folding.write_weights(checkpoint, folder, config, target)
         wanted = checkpoints.tokenizer_probe(checkpoint)
         copy_tokenizer(checkpoint, folder, wanted=wanted)
         report = {
             "format": format,
             "checkpoint": str(checkpoint),
-            "skipped_blocks": folders.skipped_blocks(config),
+            "skipped_blocks": folding.skipped_blocks(config),
         }
         report |= _check(checkpoint, config, folder, format, tolerance, device)
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
@@ -122,20 +141,20 @@ def _check(checkpoint: Path, config, folder: Path, format: str, tolerance: float
     """Compare the export with its source in float32; the figures. One model is in memory at a time."""
     transformers_logging.disable_progress_bar()
     place = device_map(resolve_device(device))
-    prompts, real_text = check.check_prompts(folder, config.vocab_size)
+    prompts, real_text = check_prompts(folder, config.vocab_size)
 
-    def ask(load: Callable, *where, dtype) -> check.Answers:
+    def ask_of(load: Callable, where: Path, dtype) -> Answers:
         gc.collect()
-        return check.ask(load(*where, dtype=dtype, device_map=place), prompts)
+        return ask(load(where, dtype=dtype, device_map=place), prompts)
 
     try:
-        source = ask(checkpoints.load_checkpoint, checkpoint, dtype=torch.float32)
-        exported = ask(folders.load_exported, folder, format, dtype=torch.float32)
-        result = check.compare(source, exported, real_text)
+        source = ask_of(checkpoints.load_checkpoint, checkpoint, dtype=torch.float32)
+        exported = ask_of(FORMATS[format].load, folder, dtype=torch.float32)
+        result = compare(source, exported, real_text)
         noise = 0.0
         if tolerance is None and not result.relative_logit_error <= TOLERANCE:
-            own = ask(checkpoints.load_checkpoint, checkpoint, dtype="auto")
-            noise = check.compare(source, own, real_text).relative_logit_error
+            own = ask_of(checkpoints.load_checkpoint, checkpoint, dtype="auto")
+            noise = compare(source, own, real_text).relative_logit_error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -145,10 +164,114 @@ def _check(checkpoint: Path, config, folder: Path, format: str, tolerance: float
         ) from error
     tolerance = TOLERANCE + noise if tolerance is None else tolerance
     check_tolerance(result, tolerance, format)
-    return {"tolerance": tolerance, "dtype_noise": noise, "summary": str(result)} | result.as_dict()
+    return {"tolerance": tolerance, "dtype_noise": noise, "summary": str(result)} | asdict(result)
 
 
-def check_tolerance(comparison: check.Comparison, tolerance: float, what: str) -> None:
+# Comparing an export with its checkpoint, on real tokens
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says: per prompt, logits [tokens, vocab] and its greedy continuation."""
+
+    logits: list[torch.Tensor]
+    continuations: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far an export is from its source.
+
+    relative_logit_error: ||export - source|| / ||source|| over all logits of all positions, after
+    each position's mean logit is taken off (it changes no probability). top1_agreement: share of
+    positions with the same most likely token. equal_continuations: share of equal greedy tokens
+    before the first that differs.
+    """
+
+    relative_logit_error: float
+    top1_agreement: float
+    equal_continuations: float
+    positions: int
+    real_text: bool
+
+    def __str__(self) -> str:
+        return (
+            f"relative logit error {self.relative_logit_error:.2g}, top-1 agreement "
+            f"{self.top1_agreement:.1%}, greedy tokens equal {self.equal_continuations:.1%} "
+            f"({self.positions} positions{'' if self.real_text else ' of random tokens'})"
+        )
+
+
+def check_prompts(folder: Path, vocab_size: int) -> tuple[list[tuple[list[int], int]], bool]:
+    """(token ids, length of the question) of each prompt, and whether they are real text.
+
+    Random token ids stand in where the folder has no tokenizer that fits the model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        prompts = [_conversation_ids(tokenizer, *texts) for texts in CONVERSATIONS]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.warning("%s: no usable tokenizer (%s); checking with random tokens", folder, error)
+        prompts = None
+    if prompts and max(max(ids) for ids, _ in prompts) < vocab_size:
+        return prompts, True
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (len(CONVERSATIONS), 48), generator=generator)
+    return [(row, 16) for row in ids.tolist()], False
+
+
+def _conversation_ids(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    else:
+        prompt_ids = tokenizer.encode(question)
+    return prompt_ids + tokenizer.encode(answer, add_special_tokens=False), len(prompt_ids)
+
+
+@torch.inference_mode()
+def ask(model, prompts: list[tuple[list[int], int]]) -> Answers:
+    """Run a model over the prompts: logits of question and answer, greedy continuation of the question."""
+    device = model.device
+    logits = [
+        model(torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
+        for ids, _ in prompts
+    ]
+    questions = [ids[:length] for ids, length in prompts]
+    width = max(map(len, questions))
+    padding = [width - len(ids) for ids in questions]  # on the left
+    generated = model.generate(
+        torch.tensor([[0] * n + ids for n, ids in zip(padding, questions, strict=True)], device=device),
+        attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device),
+        max_new_tokens=CONTINUATION_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return Answers(logits, generated[:, width:].tolist())
+
+
+def compare(source: Answers, exported: Answers, real_text: bool) -> Comparison:
+    """The figures of an export against its source."""
+    difference = norm = 0.0
+    same = positions = 0
+    for ours, theirs in zip(exported.logits, source.logits, strict=True):
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        positions += len(theirs)
+        ours, theirs = (x.double() - x.double().mean(-1, keepdim=True) for x in (ours, theirs))
+        difference += float((ours - theirs).square().sum())
+        norm += float(theirs.square().sum())
+    equal = total = 0
+    for ours, theirs in zip(exported.continuations, source.continuations, strict=True):
+        total += len(theirs)
+        pairs = zip(ours, theirs, strict=False)
+        equal += next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    error = math.sqrt(difference / norm) if norm else math.inf
+    return Comparison(error, same / positions, equal / total, positions, real_text)
+
+
+def check_tolerance(comparison: Comparison, tolerance: float, what: str) -> None:
     """Raise InputError when the logits are further apart than the tolerance, or not numbers."""
     error = comparison.relative_logit_error
     if not (error <= tolerance and math.isfinite(error)):

@@ -22,7 +22,7 @@ MODULES = {
     "unscaled_ckpt": "unscaled_ckpt",
     "export": "hopscotch_common.export.__main__",
     "report": "hopscotch_common.report.__main__",
-    "checkpoints": "hopscotch_common.checkpoints.verify",
+    "checkpoints": "hopscotch_common.checkpoints.__main__",
 }
 PROGRESS_BAR = re.compile(r"\[\d\d:\d\d.*\]\s*$")
 LONGEST_LINE = 1000  # characters: a message longer than that quotes what nobody will read
