@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -71,31 +72,23 @@ def write_kept_samples(made: Iterator[list[dict]], file, max_seq_len: int, vocab
 
     Raises InputError for a token that the model does not have: its tokenizer is another model's.
     """
-    counted = kept = too_long = too_short = tokens = longest = 0
-    for samples in made:
-        for sample in samples:
-            length = len(sample["input_ids"])
-            if length >= max_seq_len:
-                too_long += 1
-                continue
-            if length < MIN_SEQ_LEN:
-                too_short += 1
-                continue
+    counts = "samples", "kept", "dropped_too_long", "dropped_too_short", "tokens", "loss_counted_tokens"
+    figures = dict.fromkeys((*counts, "longest"), 0)
+    for sample in itertools.chain.from_iterable(made):
+        length = len(sample["input_ids"])
+        figures["samples"] += 1
+        if length >= max_seq_len:
+            figures["dropped_too_long"] += 1
+        elif length < MIN_SEQ_LEN:
+            figures["dropped_too_short"] += 1
+        else:
             check_vocabulary(sample["input_ids"], vocab_size)
             file.write(json.dumps(sample | {"len": length}) + "\n")
-            kept += 1
-            tokens += length
-            longest = max(longest, length)
-            counted += sum(label >= 0 for label in sample["labels"])  # others are -100
-    return {
-        "samples": kept + too_long + too_short,
-        "kept": kept,
-        "dropped_too_long": too_long,
-        "dropped_too_short": too_short,
-        "tokens": tokens,
-        "loss_counted_tokens": counted,
-        "longest": longest,
-    }
+            figures["kept"] += 1
+            figures["tokens"] += length
+            figures["longest"] = max(figures["longest"], length)
+            figures["loss_counted_tokens"] += sum(label >= 0 for label in sample["labels"])  # others are -100
+    return figures
 
 
 @contextlib.contextmanager

@@ -267,10 +267,8 @@ def _generate(
     width = len(rows[-1])
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).to(model.device)
-    stops, last_columns = (
-        torch.tensor(values).to(model.device)
-        for values in (sorted(stop_ids), [width + limit for limit in limits])
-    )
+    stops = torch.tensor(sorted(stop_ids)).to(model.device)
+    last_columns = torch.tensor([width + limit for limit in limits]).to(model.device)
     ended = torch.zeros_like(last_columns, dtype=torch.bool)
 
     def ends(ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:

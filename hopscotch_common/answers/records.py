@@ -74,8 +74,9 @@ def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
 
 
 def _rows(rows: Iterable[dict], where: str) -> Iterator[tuple[str, dict]]:
+    """A column is there in all rows or in none, so what a record does not have is None."""
     for number, row in enumerate(rows, 1):
-        yield f"{where}, record {number}", _without_none(row)  # a column is there in all rows, or in none
+        yield f"{where}, record {number}", _without_none(row)
 
 
 def _without_none(value):
@@ -162,14 +163,11 @@ def _as_messages(value, name: str, where: str) -> list:
 
 
 def _message(message, where: str) -> dict:
-    if not isinstance(message, dict):
-        raise InputError(f"{where}: each message needs a 'role' and a 'content'")
-    if "from" in message and "value" in message:
-        role = SHAREGPT_ROLES.get(message["from"], message["from"])
-        message = {"role": role, "content": message["value"]} | {
-            key: value for key, value in message.items() if key not in ("from", "value")
-        }
-    role = message.get("role")
+    if isinstance(message, dict) and "from" in message and "value" in message:
+        role, content = SHAREGPT_ROLES.get(message["from"], message["from"]), message["value"]
+        message = {k: v for k, v in message.items() if k not in ("from", "value")}
+        message = {"role": role, "content": content} | message
+    role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise InputError(f"{where}: each message needs a 'role' and a 'content'")
     if role not in ROLES:
