@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hopscotch_common.models import ModelRef  # noqa: E402
-from hopscotch_common.report.runs import package_versions  # noqa: E402
+from hopscotch_common.report import package_versions  # noqa: E402
 from hopscotch_common.search.schedule import Schedule, default_first_look  # noqa: E402
 from hopscotch_common.training.batches import Batch  # noqa: E402
 from hopscotch_common.writing import write_json  # noqa: E402
