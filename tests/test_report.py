@@ -24,7 +24,7 @@ from hopscotch_common.models import ModelRef
 from hopscotch_common.report import __main__ as report_command
 from hopscotch_common.report import describe_run, find_bend, page, plots
 from hopscotch_common.report.reading import SearchRun, join_searches, parse, read_report
-from hopscotch_common.report.tables import Table, picks, plain_text, summary
+from hopscotch_common.report.tables import Table, decision, picks, plain_text, summary
 
 ODD_NAME = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \x1b[31m\n " + "long" * 30
 
@@ -388,9 +388,36 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
     table = picks(run)
     assert table.header[-3:] == ("held-out cross entropy", "held-out kl", "held-out agreement")
     assert table.rows[0][-3:] == ("0.6250", "0.2500", "0.8750")
-    report["stopped_before"] = {"block": 5}
-    with pytest.raises(ValueError, match="stopped_before"):
-        parse(SearchRun, report)
+    assert decision([run]) == (
+        "on held-out answers after the last pick: cross entropy 0.6250 (original 0.5000, +0.1250); "
+        "kl 0.2500 (original 0.0000, +0.2500); agreement 0.8750 (original 0.9900, -0.1150)",
+        "attention blocks skipped: 2, 4 (2 of 6 layers)",
+    )
+
+
+def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, tmp_path):
+    """Of the training where there is one, whatever the order; the figures as the files have them."""
+    report = json.loads((made / "scaled/report.json").read_text())
+    runs = [read_report(made / name) for name in ("scaled", "first.json")]
+    counts = json.loads((runs[0].checkpoint / "hopscotch.json").read_text())["weights"]
+    held_out = report["epochs"][report["best_epoch"]]["held_out"]
+    lost, gained = decision(runs)
+    assert lost.startswith(f"on held-out answers after epoch {report['best_epoch']}: ")
+    for measure, value in held_out["scaled"].items():
+        original = held_out["original"][measure]
+        expected = f"{value:.4f} (original {original:.4f}, {value - original:+.4f})"
+        assert f"{measure.replace('_', ' ')} {expected}" in lost
+    left = counts["parameters"] - counts["parameters_removed"]
+    assert f"parameters left: {left:,} of {counts['parameters']:,}" in gained
+    assert gained.endswith("KV cache blocks left: 2 of 4 (50.0%)")
+    assert gained.startswith(f"attention blocks skipped: {', '.join(map(str, report['skipped_blocks']))};")
+    text = check_page(page.build_page(runs))
+    assert (
+        text.index(f"Lost: {lost}") < text.index(f"Gained: {gained}") < text.index("attention blocks picked")
+    )
+    (tmp_path / "data.json").write_text('{"arguments": {}, "kept": 1}')
+    assert decision([read_report(tmp_path / "data.json")]) is None
+    assert decision([parse(SearchRun, synthetic_search())])[0].startswith("not measured: no answers")
 
 
 def test_names_are_text_wherever_they_stand(made, tmp_path):
@@ -511,12 +538,6 @@ def test_a_run_is_described_by_a_plain_mapping(tmp_path):
 # --- bad reports --------------------------------------------------------------------------------
 
 
-def broken(change) -> str:
-    report = synthetic_search()
-    change(report)
-    return json.dumps(report)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -524,44 +545,42 @@ def broken(change) -> str:
         ("[" * 100_000, "a.json: nested too deeply"),
         ("[1]", "a.json: a JSON object is needed, not list"),
         ("{}", "not a report that can be shown; make it again"),
-        (broken(lambda r: r.pop("model")), "a.json: model: Field required"),
-        (broken(lambda r: r.update(model=3)), "model: Input should be a valid string"),
-        (broken(lambda r: r.update(num_layers=True)), "num_layers: Input should be a valid integer"),
-        (broken(lambda r: r.update(num_layers=10**400)), "num_layers: Input should be less than"),
-        (broken(lambda r: r.update(iterations=[])), "iterations: Tuple should have at least 1 item"),
-        (broken(lambda r: r.update(iterations="ab")), "iterations: Input should be a valid array"),
-        (broken(lambda r: r.update(iterations=[7])), r"iterations\[0\]: Input should be an object"),
-        (broken(lambda r: r["iterations"][0].update(loss=float("nan"))), "NaN is not a JSON number"),
-        (
-            broken(lambda r: r["iterations"][0].update(loss="0.5")),
-            r"iterations\[0\].loss: Input should be a valid number",
-        ),
-        (broken(lambda r: r["iterations"][0].update(loss=10**400)), "loss: Input should be a finite"),
-        (
-            broken(lambda r: r["iterations"][0].update(block=6)),
-            r"a.json: 6 is no block of this model, which has 6",
-        ),
-        (
-            broken(lambda r: r["iterations"][0].update(block=-1)),
-            r"\[0\].block: Input should be greater than or equal to 0",
-        ),
-        (
-            broken(lambda r: r["iterations"][0].update(losses={"x": 1.0})),
-            r"\[0\].losses.x.*: Input should be a valid integer",
-        ),
-        (
-            broken(lambda r: r["iterations"][0]["dropped"]["1"].pop("after_batches")),
-            "after_batches: Field required",
-        ),
+        ('{"iterations": []}', "a.json: model: Field required"),
         ('{"best_epoch": 3, "model": "m", "skipped_blocks": [], "epochs": []}', "best_epoch is 3, which"),
-        ('{"best_epoch": 0, "model": "m", "epochs": [{"epoch": 0}]}', r"skipped_blocks: Field required"),
+        ('{"best_epoch": 0, "model": "m", "epochs": [{"epoch": 0}]}', "skipped_blocks: Field required"),
     ],
 )
-def test_a_malformed_report_is_one_line(text, message, tmp_path, monkeypatch, capsys):
+def test_what_is_no_report_is_one_line(text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.json").write_text(text)
     check_refused(report_command, ["a.json"], message, capsys)
     assert not Path("report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_pick", "message"),
+    [
+        ({"model": 3}, {}, "model: Input should be a valid string"),
+        ({"num_layers": True}, {}, "num_layers: Input should be a valid integer"),
+        ({"num_layers": 10**400}, {}, "num_layers: Input should be less than"),
+        ({"iterations": []}, {}, "iterations: Tuple should have at least 1 item"),
+        ({"iterations": "ab"}, {}, "iterations: Input should be a valid array"),
+        ({"iterations": [7]}, {}, r"iterations\[0\]: Input should be an object"),
+        ({"stopped_before": {"block": 5}}, {}, "stopped_before.skipped_before: Field required"),
+        ({}, {"loss": float("nan")}, "NaN is not a JSON number"),
+        ({}, {"loss": "0.5"}, r"iterations\[0\].loss: Input should be a valid number"),
+        ({}, {"loss": 10**400}, "loss: Input should be a finite number"),
+        ({}, {"block": 6}, "a.json: 6 is no block of this model, which has 6"),
+        ({}, {"block": -1}, "block: Input should be greater than or equal to 0"),
+        ({}, {"losses": {"x": 1.0}}, "losses.x.*: Input should be a valid integer"),
+        ({}, {"dropped": {"1": {"mean_loss": 1.0}}}, "dropped.1.after_batches: Field required"),
+    ],
+)
+def test_a_malformed_search_is_one_line(changes, of_pick, message, tmp_path, capsys):
+    report = synthetic_search()
+    report["iterations"][0] |= of_pick
+    (tmp_path / "a.json").write_text(json.dumps(report | changes))
+    check_refused(report_command, [str(tmp_path / "a.json")], message, capsys)
 
 
 def test_bad_files_beside_a_report_are_one_line(made, tmp_path, monkeypatch, capsys):
