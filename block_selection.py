@@ -22,8 +22,7 @@ from tqdm import tqdm
 from hopscotch_common import cli, files
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.log import Log
-from hopscotch_common.report.bend import find_bend
-from hopscotch_common.report.runs import describe_run, plain
+from hopscotch_common.report import describe_run, find_bend, plain
 
 SCREENING = 0.33
 PLOT_FORMATS = (".png", ".pdf", ".svg")
@@ -282,7 +281,7 @@ def write_results(output: Path, report: dict, plot: Path | None) -> None:
     """The JSON report, and the plot if one is asked for, once there is a pick to draw."""
     files.write_json(output, report)
     if plot and report["iterations"]:
-        from hopscotch_common.report.search_plots import plot_search  # matplotlib takes a second
+        from hopscotch_common.report.plots import plot_search  # matplotlib takes a second
 
         plot_search(plot, report)
 

@@ -33,7 +33,7 @@ from hopscotch_common.answers.prompts import (
 )
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.models import ModelRef
-from hopscotch_common.report.runs import describe_run
+from hopscotch_common.report import describe_run
 
 
 def output_paths(output_file: Path | None, model: ModelRef) -> tuple[Path, Path, Path]:

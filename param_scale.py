@@ -25,7 +25,7 @@ from pathlib import Path
 from hopscotch_common import cli, files
 from hopscotch_common.errors import logger
 from hopscotch_common.models import QUANTIZATIONS
-from hopscotch_common.report.runs import describe_run, plain
+from hopscotch_common.report import describe_run, plain
 from hopscotch_common.training import MEASURES
 
 MAP_LEARNING_RATE = 1e-3

@@ -32,7 +32,7 @@ from hopscotch_common.answers.labels import samples_of
 from hopscotch_common.answers.prompts import check_vocabulary
 from hopscotch_common.answers.records import read_records
 from hopscotch_common.errors import HopscotchError, InputError, logger
-from hopscotch_common.report.runs import describe_run
+from hopscotch_common.report import describe_run
 
 MIN_SEQ_LEN = 20  # shorter samples are dropped, as instructlab-training does
 RECORDS_A_PROCESS = 2000  # another process takes seconds to start, a record milliseconds

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hopscotch_common import cli, files
 from hopscotch_common.errors import InputError
-from hopscotch_common.report.runs import describe_run
+from hopscotch_common.report import describe_run
 
 
 def build_parser() -> argparse.ArgumentParser:

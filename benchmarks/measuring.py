@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from hopscotch_common.files import write_json  # noqa: E402
 from hopscotch_common.models import ModelRef  # noqa: E402
-from hopscotch_common.report.runs import package_versions  # noqa: E402
+from hopscotch_common.report import package_versions  # noqa: E402
 from hopscotch_common.search import schedule  # noqa: E402
 from hopscotch_common.training.batches import Batch  # noqa: E402
 

@@ -45,7 +45,7 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.files import write_json
 from hopscotch_common.loading import read_config
 from hopscotch_common.models import model_ref
-from hopscotch_common.report import drawing
+from hopscotch_common.report import plots
 from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 
 TASKS = ("gsm8k", "puzzles")
@@ -54,13 +54,13 @@ STDERR = 2  # the descriptor: where what is run here shall print
 # What stands in for skipped blocks (nothing, trained scales, maps of a rank as fitted, both), and how it is
 # drawn: label, colour, marker.
 VARIANTS = {
-    "unscaled": ("skipped, no scales", drawing.GREY, "o"),
-    "layer-ce": ("four scales a layer, cross entropy", drawing.BLUE, "^"),
-    "layer-kl": ("four scales a layer, KL", drawing.BLUE, "v"),
-    "channel-ce": ("scales a channel, cross entropy", drawing.VERMILION, "D"),
-    "channel-kl": ("scales a channel, KL", drawing.VERMILION, "s"),
-    "rank16": ("maps of rank 16, as fitted", drawing.GREEN, "P"),
-    "channel-kl-rank16": ("maps of rank 16 and scales a channel, KL", drawing.GREEN, "*"),
+    "unscaled": ("skipped, no scales", plots.GREY, "o"),
+    "layer-ce": ("four scales a layer, cross entropy", plots.BLUE, "^"),
+    "layer-kl": ("four scales a layer, KL", plots.BLUE, "v"),
+    "channel-ce": ("scales a channel, cross entropy", plots.VERMILION, "D"),
+    "channel-kl": ("scales a channel, KL", plots.VERMILION, "s"),
+    "rank16": ("maps of rank 16, as fitted", plots.GREEN, "P"),
+    "channel-kl-rank16": ("maps of rank 16 and scales a channel, KL", plots.GREEN, "*"),
 }
 
 
@@ -284,7 +284,7 @@ def _held_out_of(figures: Sequence[dict], blocks: list[int], variant: str) -> di
     return None
 
 
-@drawing.styled
+@plots.styled
 def draw(figures: Sequence[dict], model: str) -> Figure:
     """Accuracy on GSM8K (with standard errors) and held-out KL over the blocks skipped, a line a variant.
 
@@ -294,12 +294,12 @@ def draw(figures: Sequence[dict], model: str) -> Figure:
     figures = [figure for figure in figures if "gsm8k" in figure]
     if original is None or len(figures) < 2:
         raise SystemExit("nothing to draw: measure gsm8k first, with --counts 0 and others")
-    picture = Figure(figsize=(drawing.WIDTH, 3.6), layout="constrained")
+    picture = Figure(figsize=(plots.WIDTH, 3.6), layout="constrained")
     panels = picture.subplots(1, 2)
     every = sorted({len(f["of"]["blocks"]) for f in figures})
     start, error = accuracy(original["gsm8k"]["right"])
-    panels[0].axhspan(100 * (start - error), 100 * (start + error), color=drawing.FAINT)
-    panels[0].axhline(100 * start, color=drawing.INK, linewidth=1, label="original (± standard error)")
+    panels[0].axhspan(100 * (start - error), 100 * (start + error), color=plots.FAINT)
+    panels[0].axhline(100 * start, color=plots.INK, linewidth=1, label="original (± standard error)")
     for number, (variant, (label, color, marker)) in enumerate(VARIANTS.items()):
         own = [f for f in figures if f["of"]["variant"] == variant]
         if not own:
@@ -322,7 +322,7 @@ def draw(figures: Sequence[dict], model: str) -> Figure:
         panel.set_xlim(-0.3, every[-1] + 0.3)
         panel.set_ylim(bottom=0)
     picture.suptitle(f"{model}: what is kept", x=0.01, ha="left")
-    drawing.legend_below(picture, panels)
+    plots.legend_below(picture, panels)
     return picture
 
 
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
         others = measuring.figures_in(arguments.less_in) if arguments.less_in else ()
         print("\n".join(table(figures, arguments.less or "original", others)))
     if arguments.plot:
-        arguments.plot.write_bytes(drawing.render(draw(figures, name), arguments.plot.suffix))
+        arguments.plot.write_bytes(plots.render(draw(figures, name), arguments.plot.suffix))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,9 @@ import param_scale
 from hopscotch_common import checkpoints, weights
 from hopscotch_common.models import ModelRef
 from hopscotch_common.report import __main__ as report_command
-from hopscotch_common.report import drawing, page, scaling_plots, search_plots
-from hopscotch_common.report.bend import find_bend
-from hopscotch_common.report.reading import parse_search, read_report
-from hopscotch_common.report.records import SearchRun, join_searches
-from hopscotch_common.report.runs import describe_run
-from hopscotch_common.report.tables import Table, picks, plain_text, summary
+from hopscotch_common.report import describe_run, find_bend, page, plots
+from hopscotch_common.report.reading import SearchRun, join_searches, parse, read_report
+from hopscotch_common.report.tables import Table, decision, picks, plain_text, summary
 
 ODD_NAME = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \x1b[31m\n " + "long" * 30
 
@@ -136,7 +133,7 @@ def points(axes, label: str) -> dict[float, float]:
 
 
 def test_the_picture_of_a_search_shows_every_candidate():
-    (axes,) = search_plots.search_figure(parse_search(synthetic_search())).axes
+    (axes,) = plots.search_figure(parse(SearchRun, synthetic_search())).axes
     assert points(axes, "picked (whole epoch)") == {4: 0.5}
     assert points(axes, "whole epoch") == {3: 0.6}
     assert points(axes, "dropped after so many batches: mean loss until then") == {1: 0.55}
@@ -152,7 +149,7 @@ def test_the_picture_of_a_search_shows_every_candidate():
 def test_a_diverged_candidate_is_drawn_at_the_edge():
     report = synthetic_search()
     report["iterations"][0]["losses"]["3"] = None
-    (axes,) = search_plots.search_figure(parse_search(report)).axes
+    (axes,) = plots.search_figure(parse(SearchRun, report)).axes
     assert set(points(axes, "above the panel, or diverged")) == {0, 3}
     assert points(axes, "whole epoch") == {}
 
@@ -164,22 +161,22 @@ def chain(losses: dict[int, float]) -> SearchRun:
         iteration | {"skipped_before": blocks[: count - 1], "block": blocks[count - 1], "loss": loss}
         for count, loss in losses.items()
     ]
-    return parse_search(synthetic_search(iterations=iterations, num_layers=40))
+    return parse(SearchRun, synthetic_search(iterations=iterations, num_layers=40))
 
 
 def test_the_picture_over_blocks_names_the_bend():
-    (axes,) = search_plots.blocks_figure(chain(LLAMA)).axes
+    (axes,) = plots.blocks_figure(chain(LLAMA)).axes
     assert np.array_equal(np.transpose(axes.lines[0].get_data()), list(LLAMA.items()))
     assert "bend at 7 blocks" in [text.get_text() for text in axes.texts]
     assert list(axes.lines[1].get_xdata()) == [7, 7]
-    straight = search_plots.blocks_figure(chain({1: 0.1, 2: 0.2}))
+    straight = plots.blocks_figure(chain({1: 0.1, 2: 0.2}))
     assert "no bend" in straight.get_suptitle()
     assert [text.get_text() for text in straight.axes[0].texts] == ["0", "1"]
 
 
 def test_the_picture_of_epochs_shows_what_the_report_holds(made):
     report = json.loads((made / "scaled/report.json").read_text())
-    panels = scaling_plots.epochs_figure(read_report(made / "scaled")).axes
+    panels = plots.epochs_figure(read_report(made / "scaled")).axes
     assert points(panels[0], "training") == {epoch["epoch"]: epoch["loss"] for epoch in report["epochs"]}
     for axes, measure in zip(panels, ("cross_entropy", "kl", "agreement"), strict=True):
         held_out = {epoch["epoch"]: epoch["held_out"]["scaled"][measure] for epoch in report["epochs"]}
@@ -199,7 +196,7 @@ def test_a_held_out_figure_of_several_measures_gets_a_panel_each(made, tmp_path)
             "scaled": {"cross_entropy": 0.5, "kl": 0.1 - 0.01 * epoch["epoch"], "agreement": 0.9},
         }
     (tmp_path / "report.json").write_text(json.dumps(report))
-    entropy, kl, agreement = scaling_plots.epochs_figure(read_report(tmp_path)).axes
+    entropy, kl, agreement = plots.epochs_figure(read_report(tmp_path)).axes
     assert points(kl, "held out, with scales") == pytest.approx({0: 0.1, 1: 0.09})
     assert points(kl, "training") and not points(entropy, "training") and not points(agreement, "training")
     assert "90.0000 ↑" in [text.get_text() for text in entropy.texts] and entropy.get_ylim()[1] < 1
@@ -211,12 +208,12 @@ def test_a_held_out_figure_of_several_measures_gets_a_panel_each(made, tmp_path)
 
 def test_the_map_shows_the_scales_of_the_best_epoch(made):
     run = read_report(made / "scaled")
-    axes = scaling_plots.scales_figure(run).axes[0]
+    axes = plots.scales_figure(run).axes[0]
     shown = axes.collections[0].get_array()
     expected = checkpoints.load_scales(run.checkpoint).T.numpy()
     hatched = np.zeros((4, 4), dtype=bool)
-    hatched[0, list(run.skipped)] = True
-    assert np.array_equal(np.ma.getmaskarray(shown), hatched) and len(run.skipped) == 2
+    hatched[0, list(run.skipped_blocks)] = True
+    assert np.array_equal(np.ma.getmaskarray(shown), hatched) and len(run.skipped_blocks) == 2
     assert np.array_equal(shown[~hatched], expected[~hatched])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b_attn", "s_attn", "b_mlp", "s_mlp"]
     assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
@@ -237,12 +234,12 @@ def test_the_map_of_vectors_shows_mean_and_spread(made, tmp_path):
     }
     path.unlink()
     weights.save_tensors(tensors, path)
-    figure = scaling_plots.scales_figure(read_report(tmp_path / "scaled"))
+    figure = plots.scales_figure(read_report(tmp_path / "scaled"))
     means, spreads = (axes.collections[0].get_array() for axes in figure.axes[:2])
     for layer in range(4):
         for row, name in enumerate(("b_scale_attn", "b_scale_mlp")):
             values = tensors[f"model.layers.{layer}.{name}"].double()
-            if row == 0 and layer in run.skipped:
+            if row == 0 and layer in run.skipped_blocks:
                 assert np.ma.is_masked(means[0, layer]) and np.ma.is_masked(spreads[0, layer])
             else:
                 assert means[2 * row, layer] == pytest.approx(values.mean().item())
@@ -253,10 +250,10 @@ def test_the_map_of_vectors_shows_mean_and_spread(made, tmp_path):
 def test_plot_search_writes_a_whole_file_and_nothing_else(tmp_path, suffix, start):
     report = synthetic_search(model=ODD_NAME)
     path = tmp_path / "new" / f"losses{suffix}"
-    search_plots.plot_search(path, report)
+    plots.plot_search(path, report)
     once = path.read_bytes()
     assert once.startswith(start) and [entry.name for entry in path.parent.iterdir()] == [path.name]
-    search_plots.plot_search(path, report)
+    plots.plot_search(path, report)
     assert path.read_bytes() == once
 
 
@@ -265,17 +262,17 @@ def test_a_report_that_is_about_to_be_written_draws_as_one_that_was_read():
     for name in ("losses", "dropped", "untrained_losses"):
         by_name = report["iterations"][0][name]
         report["iterations"][0][name] = {int(block): value for block, value in by_name.items()}
-    assert parse_search(report) == parse_search(synthetic_search())
+    assert parse(SearchRun, report) == parse(SearchRun, synthetic_search())
 
 
 def test_nothing_is_drawn_outside_a_picture(made):
     """Titles, labels and numbers at the edges fit, those of a long name too."""
     wide = synthetic_search(model="m" * 200)
-    twice = parse_search(wide | {"iterations": 2 * wide["iterations"]})
+    twice = parse(SearchRun, wide | {"iterations": 2 * wide["iterations"]})
     runs = [twice, chain(LLAMA), read_report(made / "scaled")]
     for run in runs:
-        for name, figure in page.pictures(run).items():
-            drawing.render(figure, ".png")
+        for name, figure in plots.pictures(run).items():
+            plots.render(figure, ".png")
             inside = figure.get_tightbbox()
             width, height = figure.get_size_inches()
             assert inside.x0 >= 0 and inside.y0 >= 0, name
@@ -384,16 +381,43 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
         | {"block": 5, "loss": 9.5, "skipped_before": [2, 4]},
     )
     report["iterations"][0]["held_out"] = {"cross_entropy": 0.625, "kl": 0.25, "agreement": 0.875}
-    run = parse_search(report)
+    run = parse(SearchRun, report)
     rows = dict(summary(run).rows)
     assert rows["stopped before"] == "block 5, loss 9.5000"
     assert rows["held-out kl"] == "0.2500 (original 0.0000)"
     table = picks(run)
     assert table.header[-3:] == ("held-out cross entropy", "held-out kl", "held-out agreement")
     assert table.rows[0][-3:] == ("0.6250", "0.2500", "0.8750")
-    report["stopped_before"] = {"block": 5}
-    with pytest.raises(ValueError, match="stopped_before"):
-        parse_search(report)
+    assert decision([run]) == (
+        "on held-out answers after the last pick: cross entropy 0.6250 (original 0.5000, +0.1250); "
+        "kl 0.2500 (original 0.0000, +0.2500); agreement 0.8750 (original 0.9900, -0.1150)",
+        "attention blocks skipped: 2, 4 (2 of 6 layers)",
+    )
+
+
+def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, tmp_path):
+    """Of the training where there is one, whatever the order; the figures as the files have them."""
+    report = json.loads((made / "scaled/report.json").read_text())
+    runs = [read_report(made / name) for name in ("scaled", "first.json")]
+    counts = json.loads((runs[0].checkpoint / "hopscotch.json").read_text())["weights"]
+    held_out = report["epochs"][report["best_epoch"]]["held_out"]
+    lost, gained = decision(runs)
+    assert lost.startswith(f"on held-out answers after epoch {report['best_epoch']}: ")
+    for measure, value in held_out["scaled"].items():
+        original = held_out["original"][measure]
+        expected = f"{value:.4f} (original {original:.4f}, {value - original:+.4f})"
+        assert f"{measure.replace('_', ' ')} {expected}" in lost
+    left = counts["parameters"] - counts["parameters_removed"]
+    assert f"parameters left: {left:,} of {counts['parameters']:,}" in gained
+    assert gained.endswith("KV cache blocks left: 2 of 4 (50.0%)")
+    assert gained.startswith(f"attention blocks skipped: {', '.join(map(str, report['skipped_blocks']))};")
+    text = check_page(page.build_page(runs))
+    assert (
+        text.index(f"Lost: {lost}") < text.index(f"Gained: {gained}") < text.index("attention blocks picked")
+    )
+    (tmp_path / "data.json").write_text('{"arguments": {}, "kept": 1}')
+    assert decision([read_report(tmp_path / "data.json")]) is None
+    assert decision([parse(SearchRun, synthetic_search())])[0].startswith("not measured: no answers")
 
 
 def test_names_are_text_wherever_they_stand(made, tmp_path):
@@ -407,7 +431,7 @@ def test_names_are_text_wherever_they_stand(made, tmp_path):
     text = check_page(page.build_page([read_report(path) for path in paths]))
     start = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \\x1b[31m\\n longlong"
     assert text.count(start) >= 8 and "<i>$a$.json" in text
-    (figure,) = page.pictures(read_report(paths[0])).values()
+    (figure,) = plots.pictures(read_report(paths[0])).values()
     assert figure.get_suptitle().startswith("$x^2$ <scr")
     drawn = check_page(page.inline_svg(figure, "a-", ODD_NAME))
     assert "$x^2$ <scr" in drawn  # as characters, not as a formula of them
@@ -419,7 +443,7 @@ def test_a_run_without_held_out_figures_and_without_its_checkpoint(made, tmp_pat
         epoch["held_out"] = {"original": None, "unscaled": None, "scaled": None}
     (tmp_path / "report.json").write_text(json.dumps(report))
     run = read_report(tmp_path)
-    assert run.scales is None and list(page.pictures(run)) == ["epochs"]
+    assert run.scales is None and list(plots.pictures(run)) == ["epochs"]
     assert [name for name, _ in summary(run).rows] == [
         "attention blocks skipped",
         "granularity",
@@ -456,16 +480,16 @@ def test_only_searches_that_belong_together_are_joined():
     first = synthetic_search(skipped_blocks=[2, 4])
     after = synthetic_search(skipped_blocks=[2, 4, 0])
     after["iterations"][0] |= {"skipped_before": [4, 2], "block": 0}
-    joined = join_searches([parse_search(first), parse_search(after)])
-    assert [[i.count for i in run.iterations] for run in joined] == [[2, 3]] and joined[0].skipped == (
+    joined = join_searches([parse(SearchRun, first), parse(SearchRun, after)])
+    assert [[i.count for i in run.iterations] for run in joined] == [[2, 3]] and joined[0].skipped_blocks == (
         2,
         4,
         0,
     )
     kl, untrained = {"arguments": {"loss": "kl"}}, {"arguments": {"search": "untrained"}}
     for change in ({"model": "other"}, {"num_layers": 7}, {"data": {"sha256": "another"}}, kl, untrained):
-        assert len(join_searches([parse_search(first), parse_search(after | change)])) == 2
-    assert len(join_searches([parse_search(first), parse_search(first)])) == 2
+        assert len(join_searches([parse(SearchRun, first), parse(SearchRun, after | change)])) == 2
+    assert len(join_searches([parse(SearchRun, first), parse(SearchRun, first)])) == 2
 
 
 @pytest.mark.parametrize("search", ["untrained", "cosine"])
@@ -478,7 +502,7 @@ def test_a_search_that_trains_nothing_says_so(made, tiny_folder, tmp_path, searc
     (row,) = picks(run).rows
     assert dict(zip(picks(run).header, row, strict=True))["candidates trained"] == "0 of 4"
     assert dict(zip(picks(run).header, row, strict=True))["whole epoch"] == "0"
-    ((name, figure),) = page.pictures(run).items()
+    ((name, figure),) = plots.pictures(run).items()
     (axes,) = figure.axes
     shown = {}
     for line in axes.lines:
@@ -495,7 +519,7 @@ def test_a_search_that_trains_nothing_says_so(made, tiny_folder, tmp_path, searc
 
 def test_text_tables_are_aligned():
     table = Table("t", (("a", "1"), ("long", "22")), ("name", "n"))
-    assert table.text() == "name  n\na     1\nlong  22"
+    assert table.text() == ["name  n", "a     1", "long  22"]
 
 
 def test_plain_text_is_one_printable_line_of_bounded_length():
@@ -514,12 +538,6 @@ def test_a_run_is_described_by_a_plain_mapping(tmp_path):
 # --- bad reports --------------------------------------------------------------------------------
 
 
-def broken(change) -> str:
-    report = synthetic_search()
-    change(report)
-    return json.dumps(report)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -527,32 +545,42 @@ def broken(change) -> str:
         ("[" * 100_000, "a.json: nested too deeply"),
         ("[1]", "a.json: a JSON object is needed, not list"),
         ("{}", "not a report that can be shown; make it again"),
-        (broken(lambda r: r.pop("model")), "a.json: model is missing"),
-        (broken(lambda r: r.update(model=3)), "model has the wrong type, int"),
-        (broken(lambda r: r.update(num_layers=True)), "num_layers has the wrong type"),
-        (broken(lambda r: r.update(num_layers=10**400)), "num_layers is out of range"),
-        (broken(lambda r: r.update(iterations=[])), "iterations is empty"),
-        (broken(lambda r: r.update(iterations="ab")), "iterations has the wrong type"),
-        (broken(lambda r: r.update(iterations=[7])), r"iterations\[0\] is no JSON object"),
-        (broken(lambda r: r["iterations"][0].update(loss=float("nan"))), "NaN is not a JSON number"),
-        (broken(lambda r: r["iterations"][0].update(loss="0.5")), r"iterations\[0\].loss is no number"),
-        (broken(lambda r: r["iterations"][0].update(loss=10**400)), "out of range"),
-        (broken(lambda r: r["iterations"][0].update(block=6)), r"block: 6 is no block of this model"),
-        (broken(lambda r: r["iterations"][0].update(block=-1)), r"block: -1 is no block"),
-        (broken(lambda r: r["iterations"][0].update(losses={"x": 1.0})), r"losses: 'x' is no block"),
-        (
-            broken(lambda r: r["iterations"][0]["dropped"]["1"].pop("after_batches")),
-            "after_batches is missing",
-        ),
+        ('{"iterations": []}', "a.json: model: Field required"),
         ('{"best_epoch": 3, "model": "m", "skipped_blocks": [], "epochs": []}', "best_epoch is 3, which"),
-        ('{"best_epoch": 0, "model": "m", "epochs": [{"epoch": 0}]}', r"epochs\[0\].held_out is missing"),
+        ('{"best_epoch": 0, "model": "m", "epochs": [{"epoch": 0}]}', "skipped_blocks: Field required"),
     ],
 )
-def test_a_malformed_report_is_one_line(text, message, tmp_path, monkeypatch, capsys):
+def test_what_is_no_report_is_one_line(text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.json").write_text(text)
     check_refused(report_command, ["a.json"], message, capsys)
     assert not Path("report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_pick", "message"),
+    [
+        ({"model": 3}, {}, "model: Input should be a valid string"),
+        ({"num_layers": True}, {}, "num_layers: Input should be a valid integer"),
+        ({"num_layers": 10**400}, {}, "num_layers: Input should be less than"),
+        ({"iterations": []}, {}, "iterations: Tuple should have at least 1 item"),
+        ({"iterations": "ab"}, {}, "iterations: Input should be a valid array"),
+        ({"iterations": [7]}, {}, r"iterations\[0\]: Input should be an object"),
+        ({"stopped_before": {"block": 5}}, {}, "stopped_before.skipped_before: Field required"),
+        ({}, {"loss": float("nan")}, "NaN is not a JSON number"),
+        ({}, {"loss": "0.5"}, r"iterations\[0\].loss: Input should be a valid number"),
+        ({}, {"loss": 10**400}, "loss: Input should be a finite number"),
+        ({}, {"block": 6}, "a.json: 6 is no block of this model, which has 6"),
+        ({}, {"block": -1}, "block: Input should be greater than or equal to 0"),
+        ({}, {"losses": {"x": 1.0}}, "losses.x.*: Input should be a valid integer"),
+        ({}, {"dropped": {"1": {"mean_loss": 1.0}}}, "dropped.1.after_batches: Field required"),
+    ],
+)
+def test_a_malformed_search_is_one_line(changes, of_pick, message, tmp_path, capsys):
+    report = synthetic_search()
+    report["iterations"][0] |= of_pick
+    (tmp_path / "a.json").write_text(json.dumps(report | changes))
+    check_refused(report_command, [str(tmp_path / "a.json")], message, capsys)
 
 
 def test_bad_files_beside_a_report_are_one_line(made, tmp_path, monkeypatch, capsys):
@@ -564,8 +592,8 @@ def test_bad_files_beside_a_report_are_one_line(made, tmp_path, monkeypatch, cap
     tensors = weights.read_tensors(scales)
     scales.write_bytes(good[:100])
     check_refused(report_command, ["scaled"], "scales.safetensors: cannot be read", capsys)
-    weights.save_tensors({"model.layers.0.b_scale_attn": torch.ones(1), "x": torch.ones(1)}, scales)
-    check_refused(report_command, ["scaled"], "skipped_blocks: . is no block of this model", capsys)
+    weights.save_tensors({key: value for key, value in tensors.items() if ".0." in key}, scales)
+    check_refused(report_command, ["scaled"], "skipped_blocks: . is no block", capsys)
     missing = {key: value for key, value in tensors.items() if key != "model.layers.2.s_scale_mlp"}
     weights.save_tensors(missing, scales)
     check_refused(report_command, ["scaled"], "not the scales of every layer", capsys)
@@ -573,7 +601,9 @@ def test_bad_files_beside_a_report_are_one_line(made, tmp_path, monkeypatch, cap
     check_refused(report_command, ["scaled"], "a scale is not a finite number", capsys)
     scales.write_bytes(good)
     run.write_text('{"weights": {"parameters": 1}}')
-    check_refused(report_command, ["scaled"], "hopscotch.json: weights.parameters_removed is missing", capsys)
+    check_refused(
+        report_command, ["scaled"], "hopscotch.json: weights.parameters_removed: Field required", capsys
+    )
 
 
 def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
@@ -601,7 +631,7 @@ def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
 def test_the_page_in_a_browser(made, tmp_path, theme, paper, width):
     """It takes the window's theme and width, and asks for nothing that its policy refuses."""
     runs = [read_report(made / name) for name in ("first.json", "scaled")]
-    html = page.build_page([*runs, parse_search(synthetic_search(model=ODD_NAME))])
+    html = page.build_page([*runs, parse(SearchRun, synthetic_search(model=ODD_NAME))])
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
     measure = (
         "<script>document.body.dataset.over = document.documentElement.scrollWidth - innerWidth</script>"

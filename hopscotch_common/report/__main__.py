@@ -51,23 +51,20 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.pictures:
         check_writable(arguments.pictures)
 
-    from hopscotch_common.report.reading import read_report
-    from hopscotch_common.report.records import join_searches
+    # Not at the top: matplotlib takes a second, and --help shall not.
+    from hopscotch_common.report import page, plots, reading, tables
 
-    runs = join_searches([read_report(path) for path in arguments.runs])
-
-    from hopscotch_common.report import drawing, page, tables
-
+    runs = reading.join_searches([reading.read_report(path) for path in arguments.runs])
     for run in runs:
         table = tables.summary(run)
-        lines = table.text().splitlines()
+        lines = table.text()
         for line in lines if len(runs) == 1 else [f"{run.model}: {table.title}", *lines, ""]:
             result(line)
     if arguments.pictures:
         for number, run in enumerate(runs, 1):
-            for name, figure in page.pictures(run).items():
+            for name, figure in plots.pictures(run).items():
                 path = arguments.pictures / f"{number}_{name}.{arguments.format}"
-                write_atomic(path, drawing.render(figure, path.suffix))
+                write_atomic(path, plots.render(figure, path.suffix))
                 result(str(path))
     write_atomic(arguments.html, page.build_page(runs))
     result(str(arguments.html))

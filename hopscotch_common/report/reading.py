@@ -1,34 +1,199 @@
-"""Reports read back: which kind a file is, and whether it holds what tables and pictures need.
+"""Reports read back, as records that hold what tables and pictures need.
 
-What `read_report` takes is whatever lies on a disk, so everything is checked here, once: a report
-that cannot be read is an InputError that names the file, what is wrong and what to do.
+What `read_report` takes is whatever lies on a disk, so everything is checked here, once, against the
+types of the records: a report that cannot be read is an InputError that names the file, what is wrong
+and what to do.
 """
 
+import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, TypeVar
 
 import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hopscotch_common import files
 from hopscotch_common.errors import InputError
-from hopscotch_common.report import fields
-from hopscotch_common.report.records import (
-    CountsRun,
-    Drop,
-    Epoch,
-    Iteration,
-    Run,
-    ScaleMap,
-    ScalingRun,
-    SearchRun,
-)
 
 REMEDY = "make it again, or give a report of one of the five scripts, or param_scale.py's output folder"
-SCALE_KEY = re.compile(r"model\.layers\.(\d+)\.([bs]_scale_(?:attn|mlp))")
+
+
+def _by_measure(value: object) -> object:
+    """Held-out figures: null is none, and a plain number (of earlier releases) a loss."""
+    return {} if value is None else value if isinstance(value, Mapping) else {"loss": value}
+
+
+Count = Annotated[int, Field(ge=0, lt=10**15)]  # and the index of a block
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]  # null: diverged
+LossByBlock = dict[Count, Loss]
+Measures = Annotated[dict[str, Finite], BeforeValidator(_by_measure)]
+
+
+class Record(BaseModel):
+    """Part of a report. A number is no text and no truth value; keys that are not named are left out."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class Run(Record):
+    """What every report tells of its run."""
+
+    model: str
+    arguments: dict[str, object] = {}
+    versions: dict[str, object] = {}
+    path: Path = Path()  # where it was read
+
+
+class CountsRun(Run):
+    """Step 1 or 2: what became of the prompts or answers."""
+
+    what: str  # "answers" or "data"
+    figures: dict[str, object]
+
+
+class Drop(Record):
+    """When a candidate left the race, and its mean loss until then."""
+
+    after_batches: Count  # 0: before any training
+    mean_loss: Loss
+
+
+class Iteration(Record):
+    """One pick. Losses are by block; one that is not finite is of a candidate that diverged."""
+
+    skipped_before: tuple[Count, ...]
+    block: Count
+    loss: Finite
+    losses: LossByBlock  # of a whole epoch, and of the diverged
+    diverged: dict[Count, object] = {}
+    dropped: dict[Count, Drop]
+    untrained_losses: LossByBlock
+    distances: LossByBlock = {}  # of the residual stream, where they decided
+    candidate_epochs: Finite
+    held_out: Measures = {}  # empty where nothing was held out
+
+    @model_validator(mode="after")
+    def _diverged_have_no_loss(self):
+        self.losses.update(dict.fromkeys(self.diverged, math.inf))
+        return self
+
+    @property
+    def count(self) -> int:
+        """Blocks that are skipped once this one is."""
+        return len(self.skipped_before) + 1
+
+    @property
+    def candidates(self) -> set[int]:
+        return self.losses.keys() | self.dropped.keys() | self.distances.keys()
+
+    @property
+    def blocks(self) -> set[int]:
+        """All that are named."""
+        return {self.block, *self.skipped_before, *self.candidates, *self.untrained_losses}
+
+
+class SearchRun(Run):
+    """Step 3."""
+
+    num_layers: Count
+    skipped_blocks: tuple[Count, ...]
+    iterations: tuple[Iteration, ...] = Field(min_length=1)
+    data: dict[str, object] = {}
+    original_held_out: Measures = {}
+    stopped_before: Iteration | None = None  # the pick that would have cost more than was allowed
+
+    @model_validator(mode="after")
+    def _check_blocks(self):
+        picks = [pick for pick in (*self.iterations, self.stopped_before) if pick is not None]
+        largest = max(set(self.skipped_blocks).union(*(pick.blocks for pick in picks)))
+        if largest >= self.num_layers:
+            raise ValueError(f"{largest} is no block of this model, which has {self.num_layers}")
+        return self
+
+    @property
+    def criterion(self) -> str:
+        """What decided: the loss after training ("trained"), or before it ("untrained"), or "cosine"."""
+        search = self.arguments.get("search")
+        return search if search in ("untrained", "cosine") else "trained"
+
+    def losses_by_count(self) -> dict[int, float]:
+        """The picks' losses by number of blocks skipped."""
+        return {iteration.count: iteration.loss for iteration in self.iterations}
+
+
+class Epoch(Record):
+    epoch: Count
+    loss: Finite  # mean training loss
+    held_out: dict[str, Measures]  # of "original", "unscaled" and "scaled"; empty without a split
+
+    @property
+    def scaled(self) -> dict[str, float]:
+        """Held-out figures with the scales as they are."""
+        return self.held_out.get("scaled", {})
+
+
+class Weights(Record):
+    """What a checkpoint's hopscotch.json counts."""
+
+    parameters: Count = Field(gt=0)
+    parameters_removed: Count
+    kv_cache_blocks: Count = Field(gt=0)
+    kv_cache_blocks_removed: Count
+
+
+class RunFile(Record):
+    weights: Weights
+
+
+class ScalingRun(Run):
+    """Step 4a. `weights` and `scales` are the best epoch's, None where its checkpoint is gone."""
+
+    skipped_blocks: tuple[Count, ...]
+    best_epoch: Count
+    epochs: tuple[Epoch, ...]
+    exports: dict[str, object] = {}
+    checkpoint: Path = Path()
+    weights: Weights | None = None
+    scales: dict[str, InstanceOf[np.ndarray]] | None = None  # by name, [layers, 1], or [layers, hidden]
+
+    @model_validator(mode="after")
+    def _check_best(self):
+        if self.best_epoch not in [epoch.epoch for epoch in self.epochs]:
+            raise ValueError(f"best_epoch is {self.best_epoch}, which epochs does not hold")
+        return self
+
+    @property
+    def best(self) -> Epoch:
+        return next(epoch for epoch in self.epochs if epoch.epoch == self.best_epoch)
+
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Held-out figures of the models that are compared with: original, unscaled."""
+        found = {
+            name: figures for epoch in self.epochs for name, figures in epoch.held_out.items() if figures
+        }
+        return {name: figures for name, figures in found.items() if name != "scaled"}
+
+    @property
+    def measures(self) -> list[str]:
+        """What was measured on held-out answers."""
+        return list(dict.fromkeys(name for epoch in self.epochs for name in epoch.scaled))
+
+
+Parsed = TypeVar("Parsed", bound=Record)
 
 
 def read_report(path: Path) -> Run:
@@ -42,175 +207,88 @@ def read_report(path: Path) -> Run:
         if not path.is_file():
             raise InputError(f"{path}: no such file; give the output folder of param_scale.py, or a report")
     content = files.read_json(path, REMEDY)
-    try:
-        if "iterations" in content:
-            return parse_search(content, path)
-        if "best_epoch" in content:
-            return _parse_scaling(content, path)
-        for what, key in (("answers", "prompts"), ("data", "kept")):
-            if key in content and "arguments" in content:
-                return _parse_counts(content, path, what)
-    except InputError:  # of a file beside the report
-        raise
-    except ValueError as error:
-        raise InputError(f"{path}: {error}; {REMEDY}") from error
+    if "iterations" in content:
+        return parse(SearchRun, content, path)
+    if "best_epoch" in content:
+        return _with_checkpoint(parse(ScalingRun, content, path))
+    for what, key in (("answers", "prompts"), ("data", "kept")):
+        if key in content and isinstance(content.get("arguments"), dict):
+            model = Path(str(content["arguments"].get("model", "model"))).name  # of an id or a folder
+            counted = {name: value for name, value in content.items() if isinstance(value, (str, int, float))}
+            figures = {name: value for name, value in counted.items() if name not in ("script", "model")}
+            return parse(CountsRun, {"model": model} | content | {"what": what, "figures": figures}, path)
     raise InputError(f"{path}: not a report that can be shown; {REMEDY}")
 
 
-def parse_search(content: dict, path: Path = Path()) -> SearchRun:
-    """A report of block_selection.py, read or about to be written; ValueError says what is wrong."""
-    num_layers = fields.get(content, "num_layers", int)
-    iterations = tuple(
-        _parse_iteration(item, f"iterations[{number}].", num_layers)
-        for number, item in enumerate(fields.get(content, "iterations", Sequence))
-    )
-    if not iterations:
-        raise ValueError("iterations is empty")
-    skipped = fields.blocks(content, "skipped_blocks", "", num_layers)
-    data = fields.get(content, "data", Mapping, default={})
-    refused = content.get("stopped_before")
-    return SearchRun(
-        **_run(content, path),
-        num_layers=num_layers,
-        skipped=skipped,
-        iterations=iterations,
-        data=data,
-        original=_measures(content, "original_held_out", ""),
-        stopped_before=refused and _parse_iteration(refused, "stopped_before.", num_layers),
-    )
+def parse(kind: type[Parsed], content: Mapping, path: Path = Path()) -> Parsed:
+    """A record from JSON, read or about to be written; InputError says what is wrong.
 
-
-def _measures(content: Mapping, key: str, where: str) -> dict[str, float]:
-    """Held-out figures where there are any, else none."""
-    return fields.measures_of(content[key], f"{where}{key}") if content.get(key) is not None else {}
-
-
-def _parse_iteration(item: object, where: str, num_layers: int) -> Iteration:
-    dropped = {
-        block: Drop(
-            fields.get(drop, "after_batches", int, f"{where}dropped[{block}]."),
-            fields.loss(
-                fields.get(drop, "mean_loss", object, f"{where}dropped[{block}]."), f"{where}dropped[{block}]"
-            ),
-        )
-        for block, drop in fields.by_block(item, "dropped", where, num_layers).items()
-    }
-    diverged = fields.checked_blocks(
-        list(fields.get(item, "diverged", Mapping, where, default={})), f"{where}diverged", num_layers
-    )
-    (block,) = fields.checked_blocks([fields.get(item, "block", object, where)], f"{where}block", num_layers)
-    return Iteration(
-        skipped_before=fields.blocks(item, "skipped_before", where, num_layers),
-        block=block,
-        loss=fields.number(item, "loss", where),
-        losses=fields.losses(item, "losses", where, num_layers) | dict.fromkeys(diverged, math.inf),
-        dropped=dropped,
-        untrained=fields.losses(item, "untrained_losses", where, num_layers),
-        distances=fields.losses(item, "distances", where, num_layers) if item.get("distances") else {},
-        candidate_epochs=fields.number(item, "candidate_epochs", where),
-        held_out=_measures(item, "held_out", where),
-    )
-
-
-def _parse_scaling(content: dict, path: Path) -> ScalingRun:
-    run = _run(content, path)
-    best = fields.get(content, "best_epoch", int)
-    epochs, baselines = [], {}
-    for place, item in enumerate(fields.get(content, "epochs", Sequence)):
-        epoch, compared = _parse_epoch(item, f"epochs[{place}].")
-        epochs.append(epoch)
-        baselines |= compared
-    if best not in [epoch.number for epoch in epochs]:
-        raise ValueError(f"best_epoch is {best}, which epochs does not hold")
-    # Beside the report, whatever it says of its model.
-    checkpoint = path.parent / f"{Path(run['model']).name}_scaled_epoch_{best}"
-    weights = scales = None
-    if (checkpoint / "hopscotch.json").is_file() and (checkpoint / "scales.safetensors").is_file():
-        weights = _read_weights(checkpoint / "hopscotch.json")
-        scales = read_scales(checkpoint / "scales.safetensors")
-        fields.blocks(content, "skipped_blocks", "", len(scales.mean))
-    return ScalingRun(
-        **run,
-        skipped=fields.blocks(content, "skipped_blocks", ""),
-        best_epoch=best,
-        epochs=tuple(epochs),
-        baselines=baselines,
-        checkpoint=checkpoint,
-        weights=weights,
-        scales=scales,
-        exports=fields.get(content, "exports", Mapping, default={}),
-    )
-
-
-def _parse_epoch(item: object, where: str) -> tuple[Epoch, dict[str, dict[str, float]]]:
-    """The epoch, and the held-out figures of the models that it is compared with."""
-    held_out = {
-        name: fields.measures_of(value, f"{where}held_out.{name}")
-        for name, value in fields.get(item, "held_out", Mapping, where).items()
-        if value is not None
-    }
-    scaled = held_out.pop("scaled", {})
-    number = fields.get(item, "epoch", int, where)
-    return Epoch(number, fields.number(item, "loss", where), scaled), held_out
-
-
-def _read_weights(path: Path) -> dict[str, int]:
-    keys = ("parameters", "parameters_removed", "kv_cache_blocks", "kv_cache_blocks_removed")
-    content = files.read_json(path, REMEDY)
+    As text, because there keys are texts and sequences lists, whoever made the content.
+    """
     try:
-        weights = fields.get(content, "weights", Mapping)
-        counts = {key: fields.get(weights, key, int, "weights.") for key in keys}
-        if min(counts["parameters"], counts["kv_cache_blocks"]) < 1:
-            raise ValueError("weights: no parameters or no blocks")
-    except ValueError as error:
-        raise InputError(f"{path}: {error}; {REMEDY}") from error
-    return counts
+        record = kind.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".")
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{path}: {place}{place and ': '}{message}; {REMEDY}") from error
+    return record.model_copy(update={"path": path}) if isinstance(record, Run) else record
 
 
-def read_scales(path: Path) -> ScaleMap:
-    """The scales of a checkpoint's scales.safetensors; InputError where it is not one."""
+def _with_checkpoint(run: ScalingRun) -> ScalingRun:
+    """The run with what its best checkpoint tells: beside the report, whatever that says of its model."""
+    folder = run.path.parent / f"{Path(run.model).name}_scaled_epoch_{run.best_epoch}"
+    weights = scales = None
+    if (folder / "hopscotch.json").is_file() and (folder / "scales.safetensors").is_file():
+        run_file = folder / "hopscotch.json"
+        weights = parse(RunFile, files.read_json(run_file, REMEDY), run_file).weights
+        scales = read_scales(folder / "scales.safetensors")
+        if max(run.skipped_blocks, default=0) >= len(scales["b_attn"]):
+            raise InputError(f"{run.path}: skipped_blocks: {max(run.skipped_blocks)} is no block; {REMEDY}")
+    return run.model_copy(update={"checkpoint": folder, "weights": weights, "scales": scales})
+
+
+def read_scales(path: Path) -> dict[str, np.ndarray]:
+    """The scales of a checkpoint's scales.safetensors by name; InputError where it is not one.
+
+    Read here without torch, which takes longer to import than the page to make.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {REMEDY}") from error
-    found = {}
-    for key, tensor in tensors.items():
-        if (match := SCALE_KEY.fullmatch(key)) and tensor.size:
-            found[int(match[1]), match[2]] = tensor.astype(np.float64).ravel()
-    # by branch, attention first, and in it b before s
-    names = sorted({name for _, name in found}, key=lambda name: (name.split("_")[-1], name))
-    layers = sorted({layer for layer, _ in found})
-    if (
-        "b_scale_attn" not in names
-        or layers != list(range(len(layers)))
-        or len(found) != len(layers) * len(names)
-    ):
-        raise InputError(f"{path}: not the scales of every layer; {REMEDY}")
-    if not all(np.isfinite(values).all() for values in found.values()):
+    scales = {}
+    try:
+        num_layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("model.layers."))
+        for name in ("b_attn", "s_attn", "b_mlp", "s_mlp"):
+            keys = [f"model.layers.{layer}.{name.replace('_', '_scale_')}" for layer in range(num_layers)]
+            scales[name] = np.stack([tensors[key].astype(np.float64).ravel() for key in keys])
+    except (ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{path}: not the scales of every layer; {REMEDY}") from error
+    if not all(values.size and np.isfinite(values).all() for values in scales.values()):
         raise InputError(f"{path}: a scale is not a finite number; train again at a lower --learning_rate")
-    return ScaleMap(
-        names=tuple(name.replace("_scale", "") for name in names),
-        mean=np.array([[found[layer, name].mean() for name in names] for layer in layers]),
-        spread=np.array([[found[layer, name].std() for name in names] for layer in layers]),
-        vectors=tuple(any(found[layer, name].size > 1 for layer in layers) for name in names),
-    )
+    return scales
 
 
-def _parse_counts(content: dict, path: Path, what: str) -> CountsRun:
-    arguments = fields.get(content, "arguments", Mapping)
-    figures = {
-        name: value
-        for name, value in content.items()
-        if name not in ("arguments", "versions", "script") and isinstance(value, (str, int, float))
-    }
-    model = Path(str(arguments.get("model", "model"))).name  # of an id or a folder, the last part
-    return CountsRun(**_run({"model": model} | content, path), what=what, figures=figures)
+def join_searches(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with a search that goes on from another one's picks joined to it.
+
+    Two are of one search where model, data and what the losses are is the same, and the second began
+    with the blocks that the first had skipped at its end.
+    """
+    joined: list[Run] = []
+    for run in runs:
+        for place, earlier in enumerate(joined):
+            if isinstance(run, SearchRun) and isinstance(earlier, SearchRun) and _goes_on(run, earlier):
+                joined[place] = run.model_copy(update={"iterations": earlier.iterations + run.iterations})
+                break
+        else:
+            joined.append(run)
+    return joined
 
 
-def _run(content: dict, path: Path) -> dict:
-    return {
-        "path": path,
-        "model": fields.get(content, "model", str),
-        "arguments": fields.get(content, "arguments", Mapping, default={}),
-        "versions": fields.get(content, "versions", Mapping, default={}),
-    }
+def _goes_on(run: SearchRun, earlier: SearchRun) -> bool:
+    def same(a: SearchRun):
+        return a.model, a.num_layers, a.data.get("sha256"), a.criterion, a.arguments.get("loss", "ce")
+
+    return same(run) == same(earlier) and set(run.iterations[0].skipped_before) == set(earlier.skipped_blocks)

@@ -2,12 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from hopscotch_common.cli import printable
-from hopscotch_common.report.bend import find_bend
-from hopscotch_common.report.records import CountsRun, Run, ScalingRun, SearchRun
+from hopscotch_common.report import find_bend
+from hopscotch_common.report.reading import CountsRun, Run, ScalingRun, SearchRun
+
+NUMBER = re.compile(r"([-+]?[\d,]*\.?\d+( ± [\d.]+)?|skipped)?")
 
 
 def plain_text(name: object, most: int = 70) -> str:
@@ -21,165 +26,196 @@ class Table:
     """Cells as they are in the reports. header: one cell a column, or none for names and values."""
 
     title: str
-    rows: tuple[tuple[str, ...], ...]
+    rows: Sequence[tuple[str, ...]]
     header: tuple[str, ...] = ()
 
-    def text(self) -> str:
-        """Aligned columns, two spaces apart."""
+    @property
+    def is_number(self) -> list[bool]:
+        """Whether a column holds numbers, and so is set to the right on the page."""
+        columns = zip(*self.rows, strict=True)
+        return [bool(self.header) and all(map(NUMBER.fullmatch, column)) for column in columns]
+
+    def text(self) -> list[str]:
+        """Lines of aligned columns, two spaces apart."""
         rows = [self.header, *self.rows] if self.header else self.rows
-        lines = [tuple(plain_text(cell, 1000) for cell in row) for row in rows]
+        lines = [[plain_text(cell, 1000) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
-        def line(cells: tuple[str, ...]) -> str:
-            return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
 
-        return "\n".join(map(line, lines))
+def decision(runs: Sequence[Run]) -> tuple[str, str] | None:
+    """What a decision needs, a line each: what skipping the blocks lost, and what it gained.
+
+    It is of the last training of the scales, or else of the last search; None where there is neither.
+    """
+    shown = [run for run in runs if isinstance(run, ScalingRun)]
+    shown = shown or [run for run in runs if isinstance(run, SearchRun)]
+    if not shown:
+        return None
+    run = shown[-1]
+    blocks = ", ".join(map(str, run.skipped_blocks)) or "none"
+    if isinstance(run, ScalingRun):
+        found, original = run.best.scaled, run.baselines.get("original", {})
+        when = f"after epoch {run.best_epoch}"
+        gained = [f"attention blocks skipped: {blocks}"]
+        for what, (total, removed) in _saved(run).items():
+            gained.append(f"{what} left: {total - removed:,} of {total:,} ({1 - removed / total:.1%})")
+    else:
+        found, original, when = run.iterations[-1].held_out, run.original_held_out, "after the last pick"
+        gained = [
+            f"attention blocks skipped: {blocks} ({len(run.skipped_blocks)} of {run.num_layers} layers)"
+        ]
+    if not found:
+        return "not measured: no answers were held out (--validation_split)", "; ".join(gained)
+    lost = []
+    for measure, value in found.items():
+        before = original.get(measure)
+        beside = "" if before is None else f" (original {before:.4f}, {value - before:+.4f})"
+        lost.append(f"{_words(measure)} {value:.4f}{beside}")
+    return f"on held-out answers {when}: {'; '.join(lost)}", "; ".join(gained)
+
+
+def _saved(run: ScalingRun) -> dict[str, tuple[int, int]]:
+    """(total, removed) by what the checkpoint lacks; empty where it is gone."""
+    found = run.weights
+    if found is None:
+        return {}
+    return {
+        "parameters": (found.parameters, found.parameters_removed),
+        "KV cache blocks": (found.kv_cache_blocks, found.kv_cache_blocks_removed),
+    }
 
 
 def summary(run: Run) -> Table:
     """What a run came to, in a few rows."""
     if isinstance(run, SearchRun):
-        return _search_summary(run)
+        return Table("search", _search_rows(run))
     if isinstance(run, ScalingRun):
-        return _scaling_summary(run)
+        return Table("scales", _scaling_rows(run))
     assert isinstance(run, CountsRun)
     titles = {"answers": "answers of the model", "data": "processed data"}
-    rows = tuple(
-        (name.replace("_", " "), _value(value)) for name, value in run.figures.items() if name != "model"
-    )
-    return Table(titles[run.what], rows)
+    return Table(titles[run.what], [(_words(name), _value(value)) for name, value in run.figures.items()])
 
 
-def _search_summary(run: SearchRun) -> Table:
-    bend = find_bend(run.losses_by_count())
-    cost = sum(iteration.candidate_epochs for iteration in run.iterations)
-    rows = [
-        ("attention blocks picked", ", ".join(str(iteration.block) for iteration in run.iterations)),
-        ("loss of the last pick", f"{run.iterations[-1].loss:.4f}"),
+def _search_rows(run: SearchRun) -> list[tuple[str, str]]:
+    last, refused, bend = run.iterations[-1], run.stopped_before, find_bend(run.losses_by_count())
+    rows = [("attention blocks picked", ", ".join(str(pick.block) for pick in run.iterations))]
+    if refused is not None:
+        rows.append(("stopped before", f"block {refused.block}, loss {refused.loss:.4f}"))
+    rows += [
+        ("loss of the last pick", f"{last.loss:.4f}"),
         ("bend of the loss", "none" if bend is None else f"at {bend} blocks"),
-        ("cost", f"{cost:.1f} candidate-epochs"),
+        ("cost", f"{sum(pick.candidate_epochs for pick in run.iterations):.1f} candidate-epochs"),
     ]
-    if run.stopped_before is not None:
-        refused = run.stopped_before
-        rows.insert(1, ("stopped before", f"block {refused.block}, loss {refused.loss:.4f}"))
-    for measure, value in run.iterations[-1].held_out.items():
-        original = f" (original {run.original[measure]:.4f})" if measure in run.original else ""
-        rows.append((f"held-out {_words(measure)}", f"{value:.4f}{original}"))
-    return Table("search", tuple(rows))
+    for measure, value in last.held_out.items():
+        original = run.original_held_out.get(measure)
+        beside = "" if original is None else f" (original {original:.4f})"
+        rows.append((f"held-out {_words(measure)}", f"{value:.4f}{beside}"))
+    return rows
 
 
-def _scaling_summary(run: ScalingRun) -> Table:
-    rows = [("attention blocks skipped", ", ".join(map(str, run.skipped)))]
+def _scaling_rows(run: ScalingRun) -> list[tuple[str, str]]:
+    rows = [("attention blocks skipped", ", ".join(map(str, run.skipped_blocks)))]
     rows += [(flag, str(run.arguments[flag])) for flag in ("granularity", "loss") if flag in run.arguments]
-    scaled = next(epoch for epoch in run.epochs if epoch.number == run.best_epoch).held_out
-    for measure in scaled:
-        for name, measures in (run.baselines | {"scaled": scaled}).items():
+    for measure in run.best.scaled:
+        for name, measures in (run.baselines | {"scaled": run.best.scaled}).items():
             if measure in measures:
                 rows.append((f"held-out {_words(measure)}, {name}", f"{measures[measure]:.4f}"))
-    if run.weights is None:
-        rows.append(("checkpoint", f"{run.checkpoint} (not there)"))
-        return Table("scales", tuple(rows))
-    for what, unit in (("parameters", ""), ("kv_cache_blocks", " blocks")):
-        total, removed = run.weights[what], run.weights[f"{what}_removed"]
-        saved = f"{removed:,} of {total:,}{unit} ({removed / total:.1%})"
-        rows.append((f"{'KV cache' if unit else what} saved", saved))
-    rows.append(("checkpoint", str(run.checkpoint)))
-    return Table("scales", tuple(rows))
+    for what, (total, removed) in _saved(run).items():
+        name, unit = ("KV cache", " blocks") if "KV" in what else (what, "")
+        rows.append((f"{name} saved", f"{removed:,} of {total:,}{unit} ({removed / total:.1%})"))
+    is_gone = "" if run.weights else " (not there)"
+    return [*rows, ("checkpoint", f"{run.checkpoint}{is_gone}")]
+
+
+def details(run: Run) -> list[Table]:
+    """What the page shows below the summary."""
+    if isinstance(run, SearchRun):
+        return [picks(run)]
+    if isinstance(run, ScalingRun):
+        return [epochs(run), *([exports(run)] if run.exports else [])]
+    return []
+
+
+def folded(run: Run) -> list[Table]:
+    """What the page shows to those who ask: long tables, arguments, versions."""
+    found = [scales(run)] if isinstance(run, ScalingRun) and run.scales is not None else []
+    for title, named in (("arguments", run.arguments), ("versions", run.versions)):
+        if named:
+            found.append(Table(title, [(name, _value(value)) for name, value in named.items()]))
+    return found
 
 
 def picks(run: SearchRun) -> Table:
     """A row for each block that the search picked."""
     rows, before = [], None
     measures = list(run.iterations[0].held_out)
-    for iteration in run.iterations:
-        candidates = iteration.losses.keys() | iteration.dropped.keys() | iteration.distances.keys()
+    for pick in run.iterations:
         trained = whole = 0
         if run.criterion == "trained":
-            dropped_before = [drop for drop in iteration.dropped.values() if drop.after_batches == 0]
-            trained, whole = len(candidates) - len(dropped_before), len(iteration.losses)
-        diverged = sum(not math.isfinite(loss) for loss in iteration.losses.values())
+            untrained = sum(drop.after_batches == 0 for drop in pick.dropped.values())
+            trained, whole = len(pick.candidates) - untrained, len(pick.losses)
+        diverged = sum(not math.isfinite(loss) for loss in pick.losses.values())
         rows.append(
             (
-                str(iteration.count),
-                str(iteration.block),
-                f"{iteration.loss:.4f}",
-                "" if before is None else f"{iteration.loss - before:+.4f}",
-                f"{trained} of {len(candidates)}" + (f" ({diverged} diverged)" if diverged else ""),
+                str(pick.count),
+                str(pick.block),
+                f"{pick.loss:.4f}",
+                "" if before is None else f"{pick.loss - before:+.4f}",
+                f"{trained} of {len(pick.candidates)}" + (f" ({diverged} diverged)" if diverged else ""),
                 f"{whole}",
-                f"{iteration.candidate_epochs:.2f}",
-                *(
-                    f"{iteration.held_out[name]:.4f}" if name in iteration.held_out else ""
-                    for name in measures
-                ),
+                f"{pick.candidate_epochs:.2f}",
+                *_cells(pick.held_out, measures),
             )
         )
-        before = iteration.loss
-    header = (
-        "skipped",
-        "block",
-        "loss",
-        "change",
-        "candidates trained",
-        "whole epoch",
-        "cost (candidate-epochs)",
-        *(f"held-out {_words(name)}" for name in measures),
-    )
-    return Table("picks", tuple(rows), header)
+        before = pick.loss
+    header = ("skipped", "block", "loss", "change", "candidates trained", "whole epoch")
+    return Table("picks", rows, (*header, "cost (candidate-epochs)", *_held_out_header(measures)))
 
 
 def epochs(run: ScalingRun) -> Table:
     """A row for each epoch, and for the held-out figures of the models that it is compared with."""
-    names = list(dict.fromkeys(name for epoch in run.epochs for name in epoch.held_out))
-
-    def cells(measures: Mapping[str, float]) -> tuple[str, ...]:
-        return tuple(f"{measures[name]:.4f}" if name in measures else "" for name in names)
-
+    measures = run.measures
     compared = {"original": "original model", "unscaled": "skips without scales"}
-    rows = [(compared.get(name, name), "", *cells(values)) for name, values in run.baselines.items()]
+    rows = [(compared.get(name, name), "", *_cells(found, measures)) for name, found in run.baselines.items()]
     for epoch in run.epochs:
-        best = " (best)" if epoch.number == run.best_epoch else ""
-        rows.append((f"epoch {epoch.number}{best}", f"{epoch.loss:.4f}", *cells(epoch.held_out)))
-    return Table(
-        "epochs", tuple(rows), ("", "training loss", *(f"held-out {_words(name)}" for name in names))
-    )
+        best = " (best)" if epoch.epoch == run.best_epoch else ""
+        rows.append((f"epoch {epoch.epoch}{best}", f"{epoch.loss:.4f}", *_cells(epoch.scaled, measures)))
+    return Table("epochs", rows, ("", "training loss", *_held_out_header(measures)))
+
+
+def _cells(figures: Mapping[str, float], measures: Sequence[str]) -> list[str]:
+    return [f"{figures[name]:.4f}" if name in figures else "" for name in measures]
+
+
+def _held_out_header(measures: Sequence[str]) -> list[str]:
+    return [f"held-out {_words(name)}" for name in measures]
 
 
 def scales(run: ScalingRun) -> Table:
     """A row for each layer with its scales; of vectors mean ± standard deviation over the channels."""
-    found = run.scales
-    assert found is not None
-    rows = []
-    for layer, (means, spreads) in enumerate(zip(found.mean, found.spread, strict=True)):
-        cells = [
-            f"{mean:.4f} ± {spread:.4f}" if is_vector else f"{mean:.4f}"
-            for mean, spread, is_vector in zip(means, spreads, found.vectors, strict=True)
-        ]
-        if layer in run.skipped:
-            cells[found.names.index("b_attn")] = "skipped"
-        rows.append((str(layer), *cells))
-    return Table("scales", tuple(rows), ("layer", *found.names))
+    assert run.scales is not None
+
+    def cell(layer: int, name: str, values: np.ndarray) -> str:
+        if name == "b_attn" and layer in run.skipped_blocks:
+            return "skipped"
+        return f"{values.mean():.4f}" + (f" ± {values.std():.4f}" if values.size > 1 else "")
+
+    rows = [
+        (str(layer), *(cell(layer, name, values[layer]) for name, values in run.scales.items()))
+        for layer in range(len(run.scales["b_attn"]))
+    ]
+    return Table("scales", rows, ("layer", *run.scales))
 
 
 def exports(run: ScalingRun) -> Table:
     """A row for each export: where it lies, and what its check found."""
     rows = []
     for name, content in run.exports.items():
-        details = content if isinstance(content, Mapping) else {"": content}
-        figures = (f"{_words(key)}: {_value(value)}" for key, value in details.items() if key != "folder")
-        rows.append((str(name), str(details.get("folder", "")), "; ".join(figures)))
-    return Table("exports", tuple(rows), ("format", "folder", "check"))
-
-
-def arguments(run: Run) -> Table:
-    return Table("arguments", _named(run.arguments.items()))
-
-
-def versions(run: Run) -> Table:
-    return Table("versions", _named(run.versions.items()))
-
-
-def _named(items: Iterable[tuple[object, object]]) -> tuple[tuple[str, str], ...]:
-    return tuple((str(name), _value(value)) for name, value in items)
+        found = content if isinstance(content, Mapping) else {"": content}
+        figures = (f"{_words(key)}: {_value(value)}" for key, value in found.items() if key != "folder")
+        rows.append((name, str(found.get("folder", "")), "; ".join(figures)))
+    return Table("exports", rows, ("format", "folder", "check"))
 
 
 def _words(name: str) -> str:
