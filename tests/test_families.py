@@ -251,6 +251,7 @@ def test_the_loss_can_make_the_logits_of_the_base_models_output(family_folder, f
 
 OUTSIDE = """
 import sys
+from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import torch
 torch.set_num_threads(1)
@@ -262,10 +263,11 @@ for folder in sys.argv[1:]:
     assert type(config).__name__.startswith("Hopscotch") and "hopscotch_common" not in sys.modules
     with torch.no_grad():
         torch.save((model(ids).logits, base(ids).last_hidden_state), f"{folder}/found.pt")
-    model.save_pretrained(f"{folder}/again")
-    again = AutoModelForCausalLM.from_pretrained(f"{folder}/again", trust_remote_code=True).eval()
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
+    if Path(folder).name in "llama gemma2 olmo2 granitemoehybrid".split():
+        model.save_pretrained(f"{folder}/again")
+        again = AutoModelForCausalLM.from_pretrained(f"{folder}/again", trust_remote_code=True).eval()
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, model(ids).logits)
     if folder == sys.argv[1]:
         families = {name.split(".")[2] for name in sys.modules if name.startswith("transformers.models.")}
         print(*sorted(families & set("qwen3 mistral granite gemma2 olmo2 olmo3".split())))
