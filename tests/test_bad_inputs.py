@@ -9,17 +9,11 @@ import pytest
 from bad_inputs import flags, models, outputs, records, saved
 from bad_inputs.cases import Case, points_to
 from bad_inputs.makers import line, old_bin
-from bad_inputs.running import (
-    MODULES,
-    Outcome,
-    check_refused,
-    check_untouched,
-    run,
-    script,
-    snapshot,
-)
+from bad_inputs.running import MODULES, Outcome, check_refused, check_untouched, run, script, snapshot
 from bad_inputs.workplace import GGUF, GO_ON, GOOD
 from conftest import ROOT
+
+from hopscotch_common import loading
 
 pytest_plugins = ["bad_inputs.fixtures"]
 
@@ -27,7 +21,9 @@ CASES = [case for module in (flags, records, models, saved, outputs) for case in
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_refused(case: Case, work, capsys):
+def test_it_is_refused(case: Case, work, capsys, monkeypatch):
+    if case.about not in ("--device", "--attn_implementation"):  # these two, loading itself refuses
+        monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
     case.spoil(work)
     before = snapshot(work.parent)
     outcome = run(case.script, case.arguments(), capsys)

@@ -95,9 +95,15 @@ def test_what_is_done_to_all_layers_of_a_cache(make, blocks, kind):
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(
-    "options", [dict(assistant_early_exit=2), dict(prompt_lookup_num_tokens=2), dict(num_beams=3)]
+    "options",
+    [
+        dict(assistant_early_exit=2),
+        dict(prompt_lookup_num_tokens=2),
+        dict(num_beams=3),
+        dict(cache_implementation="static"),
+    ],
 )
-def test_generation_that_cuts_a_cache_back(make, blocks, options):
+def test_generation_with_each_use_of_a_cache(make, blocks, options):
     model = make(blocks)
     common = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     beams = {name: value for name, value in options.items() if name == "num_beams"}

@@ -16,43 +16,26 @@ import lm_eval_tables as tables  # noqa: E402
 TASKS = ROOT / "tests" / "lm_eval"
 
 
-@pytest.fixture(scope="module")
-def lm_eval_results(tiny_folder, tmp_path_factory):
-    """Folders that two runs of lm-eval wrote, of a task each, for two tiny models."""
+def test_a_real_run(tiny_folder, tmp_path, capsys):
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm-eval is not installed")
-    root = tmp_path_factory.mktemp("lm_eval")
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(root / "data"),
-        "OMP_NUM_THREADS": "1",
-    }
-    folders = {"original": tiny_folder("llama"), "skipped": tiny_folder("llama", num_hidden_layers=3)}
-    for name, model in folders.items():
-        words = f"--model hf --model_args pretrained={model},dtype=float32 --device cpu --batch_size 3"
-        words += f" --tasks local_choices --include_path . --output_path {root / name}"
-        run = subprocess.run(
-            [sys.executable, "-m", "lm_eval", *words.split()],
-            cwd=TASKS,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr[-4000:]
-    return root
-
-
-def test_a_real_run(lm_eval_results, capsys):
-    words = [f"{name}={lm_eval_results / name}" for name in ("original", "skipped")]
+    words = f"--model hf --model_args pretrained={tiny_folder()},dtype=float32 --device cpu --batch_size 3"
+    words += f" --tasks local_choices --include_path . --output_path {tmp_path / 'original'}"
+    more = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lm_eval", *words.split()]
+    run = subprocess.run(command, cwd=TASKS, env=os.environ | more, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    (path,) = (tmp_path / "original").rglob("results_*.json")
+    content = json.loads(path.read_text())
+    found = content["results"]["local_choices"]
+    a, ea, b, eb = 100 * found["acc,none"], 100 * found["acc_stderr,none"], 12.5, 4.0
+    found |= {"acc,none": b / 100, "acc_stderr,none": eb / 100}  # another model's
+    (tmp_path / "skipped").mkdir()
+    (tmp_path / "skipped" / path.name).write_text(json.dumps(content))
+    words = [f"{name}={tmp_path / name}" for name in ("original", "skipped")]
     assert tables.main([*words, "--columns", "local_choices:acc,none"]) == 0
     title, _, original, skipped = capsys.readouterr().out.splitlines()
     assert title == "| model | local_choices:acc,none |"
-    values = {}
-    for name in ("original", "skipped"):
-        (path,) = (lm_eval_results / name).rglob("results_*.json")
-        found = json.loads(path.read_text())["results"]["local_choices"]
-        values[name] = 100 * found["acc,none"], 100 * found["acc_stderr,none"]
-    (a, ea), (b, eb) = values["original"], values["skipped"]
     assert original == f"| original | {a:.2f} ± {ea:.2f} |"
     assert skipped == f"| skipped | {b:.2f} ± {eb:.2f} ({b - a:+.2f} ± {(ea**2 + eb**2) ** 0.5:.2f}) |"
 

@@ -1,35 +1,25 @@
 """Fixtures of the tests that use the corpus; they name this module in `pytest_plugins`."""
 
 import contextlib
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from .running import script
-from .workplace import GO_ON, GOOD, write_gguf, write_inputs
-
-
-@contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    earlier = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(earlier)
+from .workplace import GO_ON, GOOD, write_inputs
 
 
 @pytest.fixture(scope="session")
 def workplace(tiny_folder, tmp_path_factory):
     """A folder with good input for every command line, as workplace.py describes it."""
+    from gguf_models import write_model
+    from transformers import AutoModelForCausalLM
+
     folder = tmp_path_factory.mktemp("workplace")
     shutil.copytree(tiny_folder(), folder / "model")
     write_inputs(folder)
-    with _inside(folder), contextlib.redirect_stdout(sys.stderr):
+    with contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr):
         for name, more in (
             ("generate_model_gt_data", GO_ON["generate_model_gt_data"]),
             ("block_selection", GO_ON["block_selection"]),
@@ -37,7 +27,7 @@ def workplace(tiny_folder, tmp_path_factory):
             ("export", ("--output", "folded")),
         ):
             assert script(name).main([*GOOD[name], *more]) == 0
-    write_gguf(folder / "folded", folder / "folded.gguf")
+    write_model(AutoModelForCausalLM.from_pretrained(folder / "folded"), folder / "folded.gguf")
     shutil.rmtree(folder / "folded")
     return folder
 

@@ -1,7 +1,7 @@
 """What makes input bad: each function returns one that spoils a workplace."""
 
+import contextlib
 import json
-import os
 import shutil
 import socket
 from collections.abc import Callable, Sequence
@@ -116,13 +116,8 @@ def special_file(name: str) -> Spoil:
     """Something that is neither a file nor a folder, as a device node is; nothing can be written to it."""
 
     def spoil(work: Path) -> None:
-        earlier = os.getcwd()
-        os.chdir(work)  # the path of a socket must be short
-        try:
-            with socket.socket(socket.AF_UNIX) as server:
-                server.bind(name)
-        finally:
-            os.chdir(earlier)
+        with contextlib.chdir(work), socket.socket(socket.AF_UNIX) as server:  # its path must be short
+            server.bind(name)
 
     return spoil
 

@@ -89,23 +89,14 @@ CASES = [
             "--output selection.json: would take the place of an input",
             "--starting_skipped_blocks selection.json --output selection.json",
         ),
-        (
-            "journal is the user's",
-            "n.journal.jsonl",
-            write("new/selection.journal.jsonl", FOREIGN),
-        ),
+        ("journal is the user's", "n.journal.jsonl", write("new/selection.journal.jsonl", FOREIGN)),
         ("journal is records", "n.journal.jsonl", write("new/selection.journal.jsonl", RECORDS)),
         ("is the model's config", "model/config.json", "--output model/config.json"),
     ),
     *cases(
         "block_selection",
         "--plot",
-        (
-            "is the data",
-            "data.png",
-            "--plot data.png --data_path data.png",
-            copy("data.jsonl", "data.png"),
-        ),
+        ("is the data", "data.png", "--plot data.png --data_path data.png", copy("data.jsonl", "data.png")),
         ("is the output", "new/report.png", "--plot new/report.png --output new/report.png"),
         ("a folder", "losses.png", "--plot losses.png", folder("losses.png")),
         ("in a file", "data.jsonl is a file", "--plot data.jsonl/losses.png"),
@@ -125,11 +116,7 @@ CASES = [
             "new/model_scaled_epoch_0",
             write("new/model_scaled_epoch_0/thesis.txt", FOREIGN),
         ),
-        (
-            "an epoch that is a file",
-            "new/model_scaled_epoch_0",
-            write("new/model_scaled_epoch_0", FOREIGN),
-        ),
+        ("an epoch that is a file", "new/model_scaled_epoch_0", write("new/model_scaled_epoch_0", FOREIGN)),
         (
             "report.json is the report read",
             "new/report.json",
@@ -152,11 +139,7 @@ CASES = [
             "new/model_unscaled",
             write("new/model_unscaled/thesis.txt", FOREIGN),
         ),
-        (
-            "a checkpoint that is a file",
-            "new/model_unscaled",
-            write("new/model_unscaled", FOREIGN),
-        ),
+        ("a checkpoint that is a file", "new/model_unscaled", write("new/model_unscaled", FOREIGN)),
         ("a model that is not ours", "new/model_unscaled", copy("model", "new/model_unscaled")),
     ),
     *cases(
@@ -195,12 +178,7 @@ CASES = [
             f"--output {CHECKPOINT}/config.json",
         ),
         ("GGUF over the data", "data.jsonl", "--output data.jsonl"),
-        (
-            "GGUF over neither file nor folder",
-            "socket",
-            "--output socket",
-            special_file("socket"),
-        ),
+        ("GGUF over neither file nor folder", "socket", "--output socket", special_file("socket")),
         more=("--format", "gguf"),
     ),
 ]

@@ -132,11 +132,7 @@ CASES = [
         ("ids are text", {"input_ids": "5 6", "labels": [5, 6]}, "line 3: needs 'input_ids' and 'labels'"),
         ("ids are true", {"input_ids": [True], "labels": [1]}, "line 3: needs 'input_ids' and 'labels'"),
         ("ids are NaN", '{"input_ids": [5, NaN], "labels": [-100, 6]}', "line 3: not JSON .NaN is not"),
-        (
-            "ids are empty",
-            {"input_ids": [], "labels": []},
-            "data.jsonl, line 3",
-        ),
+        ("ids are empty", {"input_ids": [], "labels": []}, "data.jsonl, line 3"),
         ("id of another model", {"input_ids": [5, 900], "labels": [5, 900]}, "token id 900 is beyond .* 300"),
         ("id of 21 digits", {"input_ids": [10**20] * 2, "labels": [10**20] * 2}, "token id 1000+ is beyond"),
         ("id below 0", {"input_ids": [-1] * 2, "labels": [-1] * 2}, "line 3: token id -1 is beyond"),

@@ -104,11 +104,7 @@ CASES = [
         ("no blocks", NOT_A_REPORT, edit(REPORT, skipped_blocks=REMOVED)),
         ("of another model", "a report of model other .*, not of model", edit(REPORT, model="other")),
         ("of a model with escapes", "a report of model ", edit(REPORT, model="\x1b[31m\nother\x07")),
-        (
-            "a block is NaN",
-            f"block nan does not exist|{REPORT}",
-            edit(REPORT, skipped_blocks=[NAN]),
-        ),
+        ("a block is NaN", f"block nan does not exist|{REPORT}", edit(REPORT, skipped_blocks=[NAN])),
         ("a block beyond the last", "block 1000+ does not exist", edit(REPORT, skipped_blocks=[int(HUGE)])),
         ("a block twice", "block 1 is named twice", edit(REPORT, skipped_blocks=[1, 1])),
         ("blocks twice", "selection.json.*skipped_blocks", write(REPORT, REPORT_TWICE)),

@@ -11,10 +11,7 @@ Scripts write to new/, except where a case says otherwise.
 
 import json
 import random
-import re
 from pathlib import Path
-
-import numpy as np
 
 CHECKPOINT = "scaled/model_scaled_epoch_0"
 GOOD: dict[str, tuple[str, ...]] = {
@@ -46,19 +43,6 @@ GO_ON: dict[str, tuple[str, ...]] = {
 }
 GGUF = (CHECKPOINT, "--format", "gguf", "--from", "folded.gguf", "--output", "new.gguf")
 
-# name in a Llama checkpoint's layer -> in a GGUF file's
-GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def write_inputs(folder: Path) -> None:
     """The three JSONL files that users bring, 6 records each."""
@@ -74,29 +58,3 @@ def write_inputs(folder: Path) -> None:
     for name, records in (("prompts", prompts), ("answers", answers), ("data", data)):
         text = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(text)
-
-
-def write_gguf(exported: Path, path: Path) -> None:
-    """A GGUF file of a tiny `folded` Llama export, as llama.cpp's converter lays it out."""
-    from gguf import GGUFWriter
-    from safetensors.numpy import load_file
-
-    config = json.loads((exported / "config.json").read_text())
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"token {index}" for index in range(config["vocab_size"])])
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for key, tensor in sorted(load_file(exported / "model.safetensors").items()):
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
-        name = f"blk.{layer[1]}.{GGUF_NAMES[layer[2]]}" if layer else names[key.removesuffix(".weight")]
-        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(tensor, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
