@@ -74,51 +74,54 @@ def main(argv: list[str] | None = None) -> int:
 
     from hopscotch_common.training.distributed import join_processes
 
-    blocks, samples = checked(arguments)
+    report_path = arguments.output_dir / "report.json"
+    blocks, samples, parts = checked(arguments, report_path)
     settings = run_settings(arguments, blocks, samples)
     cli.seed_everything(arguments.seed)
     with join_processes(arguments.device) as processes:
         processes.check_alike(cli.flags_of_all(arguments) | settings | {"model": None})
-        with files.locked(report_path(arguments)) if processes.rank == 0 else contextlib.nullcontext():
-            runs = train(arguments, blocks, samples, settings, processes)
+        with files.locked(report_path) if processes.rank == 0 else contextlib.nullcontext():
+            runs = train(arguments, blocks, parts, settings, processes)
             if processes.rank == 0:
                 report = final_report(arguments, runs)
-                files.write_json(report_path(arguments), report)  # before an export, which may be refused
+                files.write_json(report_path, report)  # before an export, which may be refused
                 print_held_out(report)
                 export(arguments, report)
+                files.write_json(report_path, report)
     return 0
 
 
-def report_path(arguments: argparse.Namespace) -> Path:
-    return arguments.output_dir / "report.json"
-
-
-def export_target(arguments: argparse.Namespace) -> Path:
-    return arguments.output_dir / f"{arguments.model.name}_scaled"
-
-
-def checked(arguments: argparse.Namespace) -> tuple[list[int], list]:
-    """(blocks to skip, samples), after all that can be refused before a model is loaded."""
+def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int], list, tuple[list, list]]:
+    """(blocks to skip, samples, those to train on and held out), after all that can be refused early."""
     from hopscotch_common import checkpoints, weights
     from hopscotch_common.export.formats import check_exports
     from hopscotch_common.loading import read_config
-    from hopscotch_common.training.distributed import check_launch
+    from hopscotch_common.training.batches import split_samples
 
     config = read_config(arguments.model)
     blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
     cli.check_rank(arguments.replacement_rank, config)
     files.check_writable(arguments.output_dir)
     inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
-    files.check_output(report_path(arguments), "--output_dir", inputs)
-    check_launch(arguments.device)
+    files.check_output(report_path, "--output_dir", inputs)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     checkpoints.check_base(arguments.model, config)
     samples = cli.load_samples(arguments, config)
-    check_exports(arguments.export, config, export_target(arguments), arguments.replacement_rank)
+    parts = split_samples(samples, arguments.validation_split, arguments.seed)
+    check_exports(arguments.export, config, export_folder(arguments), arguments.replacement_rank)
     for epoch in range(arguments.num_epochs):
-        folder = checkpoints.epoch_folder(arguments.output_dir, arguments.model.name, epoch)
-        checkpoints.check_replaceable(folder)
-    return blocks, samples
+        checkpoints.check_replaceable(epoch_folder(arguments, epoch))
+    return blocks, samples, parts
+
+
+def epoch_folder(arguments: argparse.Namespace, epoch: int) -> Path:
+    from hopscotch_common import checkpoints
+
+    return checkpoints.epoch_folder(arguments.output_dir, arguments.model.name, epoch)
+
+
+def export_folder(arguments: argparse.Namespace) -> Path:
+    return arguments.output_dir / f"{arguments.model.name}_scaled"
 
 
 def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list) -> dict:
@@ -141,40 +144,28 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list
 
 
 def train(
-    arguments: argparse.Namespace, blocks: list[int], samples: list, settings: dict, processes
+    arguments: argparse.Namespace, blocks: list[int], parts: tuple[list, list], settings: dict, processes
 ) -> list[dict]:
     """Train epoch after epoch, or go on after the last that is there; what each of them recorded."""
-    from hopscotch_common import scales
-    from hopscotch_common.loading import load_model
-    from hopscotch_common.training.batches import split_samples
-    from hopscotch_common.training.trainer import EpochTraining, prepare_model
+    from hopscotch_common import checkpoints, scales
+    from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
 
-    before = epochs_before(arguments, settings) if processes.rank == 0 else None
-    runs, state = processes.gather(before)[0]  # only rank 0's disk is sure to hold the epochs
-    model = load_model(
-        arguments.model,
-        arguments.dtype,
-        arguments.device,
-        arguments.attn_implementation,
-        arguments.quantization,
-        arguments.granularity,
-        arguments.replacement_rank,
-    )
+    runs, state = [], None
+    if arguments.resume and processes.rank == 0:
+        runs = checkpoints.resumable_epochs(arguments.output_dir, arguments.model.name, settings)
+        if runs:
+            state = checkpoints.load_training_state(epoch_folder(arguments, runs[-1]["epoch"]))
+    runs, state = processes.gather((runs, state))[0]  # only rank 0's disk is sure to hold the epochs
+    model = cli.load_model(arguments)
     options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=MAP_LEARNING_RATE)
     prepare_model(model, options)
-    parts = split_samples(samples, arguments.validation_split, arguments.seed)
     trained = EpochTraining(model, blocks, *parts, options, processes.group(1))
     if arguments.replacement_rank and not runs:
         trained.fit_maps()
-    if runs:
-        baselines = runs[-1]["held_out"]
-    else:
-        baselines = {name: plain(figures) for name, figures in trained.baselines().items()}
-    trained.start(state)
-    logger.info(
-        "%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)",
-        *(*scales.count_parameters(model), blocks, processes.count),
-    )
+    baselines = runs[-1]["held_out"] if runs else {k: plain(v) for k, v in trained.baselines().items()}
+    trained.start(ScaleState(state.pop("scale_state"), state) if state else None)
+    counts = (*scales.count_parameters(model), blocks, processes.count)
+    logger.info("%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)", *counts)
     for number in range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs):
         epoch = trained.epoch(number)
         run = {
@@ -188,47 +179,22 @@ def train(
             "held_out": baselines | {"scaled": plain(epoch.held_out)},
             "settings": settings,
         } | describe_run(vars(arguments))
-        if processes.rank == 0:
-            save_epoch(arguments, blocks, run, runs, epoch.state)
         runs.append(run)
+        if processes.rank == 0:
+            save_epoch(arguments, runs, epoch.state)
     return runs
 
 
-def epochs_before(arguments: argparse.Namespace, settings: dict) -> tuple[list[dict], object | None]:
-    """(what the epochs to go on from recorded, the `ScaleState` after the last), of `--resume`."""
-    from hopscotch_common import checkpoints
-    from hopscotch_common.training.trainer import ScaleState
+def save_epoch(arguments: argparse.Namespace, runs: list[dict], state) -> None:
+    """Write the last epoch's checkpoint, which shares its weights with one before, and print its loss."""
+    from hopscotch_common.checkpoints import save_checkpoint
 
-    name, runs = arguments.model.name, []
-    if arguments.resume:
-        runs = checkpoints.resumable_epochs(arguments.output_dir, name, settings)
-    if not runs:
-        return [], None
-    last = checkpoints.epoch_folder(arguments.output_dir, name, runs[-1]["epoch"])
-    state = checkpoints.load_training_state(last)
-    return runs, ScaleState(state.pop("scale_state"), state)
-
-
-def save_epoch(
-    arguments: argparse.Namespace, blocks: list[int], run: dict, before: list[dict], state
-) -> None:
-    """Write an epoch's checkpoint, which shares the base weights with those before, and print its loss."""
-    from hopscotch_common import checkpoints
-
-    folder, *earlier = [
-        checkpoints.epoch_folder(arguments.output_dir, arguments.model.name, each["epoch"])
-        for each in (run, *reversed(before))
-    ]
-    checkpoints.save_checkpoint(
-        folder,
-        arguments.model,
-        blocks,
-        state.tensors[0],
-        run,
-        {"scale_state": state.tensors} | state.maps,
-        share_with=next(filter(Path.is_dir, earlier), None),
-        maps={key: rows[0] for key, rows in state.maps.items()},
-    )
+    *earlier, folder = [epoch_folder(arguments, run["epoch"]) for run in runs]
+    share_with = next(filter(Path.is_dir, reversed(earlier)), None)
+    run, blocks, values = runs[-1], runs[-1]["skipped_attention_blocks"], state.tensors[0]
+    maps = {key: rows[0] for key, rows in state.maps.items()}
+    moments = {"scale_state": state.tensors} | state.maps
+    save_checkpoint(folder, arguments.model, blocks, values, run, moments, share_with, maps)
     scaled = run["held_out"]["scaled"]
     tail = f", held-out {scaled[MEASURES[arguments.loss]]:.4f}" if scaled else ""
     cli.result(f"Epoch {run['epoch']}: loss {run['loss']:.4f}{tail}")
@@ -264,14 +230,10 @@ def print_held_out(report: dict) -> None:
 
 def export(arguments: argparse.Namespace, report: dict) -> None:
     """Export the best epoch as `--export` says, and add it to the report."""
-    from hopscotch_common import checkpoints
     from hopscotch_common.export.formats import run_exports
 
-    if not arguments.export:
-        return
-    best = checkpoints.epoch_folder(arguments.output_dir, arguments.model.name, report["best_epoch"])
-    report["exports"] = run_exports(arguments.export, best, export_target(arguments), arguments.device)
-    files.write_json(report_path(arguments), report)
+    best = epoch_folder(arguments, report["best_epoch"])
+    report["exports"] = run_exports(arguments.export, best, export_folder(arguments), arguments.device)
     for kind, exported in report["exports"].items():
         cli.result(f"Exported {kind}: {exported['folder']}")
 

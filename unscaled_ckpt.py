@@ -38,19 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
 def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dict:
     """The maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
     from hopscotch_common import models, scales
-    from hopscotch_common.loading import load_model
     from hopscotch_common.training import TrainingOptions, batches
     from hopscotch_common.training.trainer import EpochTraining
 
     samples = batches.load_samples(arguments.data_path, config.vocab_size, models.context_length(config))
     cli.seed_everything(arguments.seed)
-    model = load_model(
-        arguments.model,
-        arguments.dtype,
-        arguments.device,
-        arguments.attn_implementation,
-        replacement_rank=arguments.replacement_rank,
-    )
+    model = cli.load_model(arguments)
     EpochTraining(model, blocks, samples, [], TrainingOptions(0.0)).fit_maps()
     scales.reset(model, blocks)
     return scales.maps_of(model)

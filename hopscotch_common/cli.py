@@ -238,6 +238,15 @@ def flags_of_all(arguments: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(arguments).items() if isinstance(value, kinds)}
 
 
+def load_model(arguments: argparse.Namespace):
+    """The model of `--model` with scales, and with maps of `--replacement_rank`, as the flags say."""
+    from hopscotch_common.loading import load_model
+
+    scaling = (getattr(arguments, "quantization", None), getattr(arguments, "granularity", "layer"))
+    flags = (arguments.dtype, arguments.device, arguments.attn_implementation, *scaling)
+    return load_model(arguments.model, *flags, arguments.replacement_rank)
+
+
 def load_samples(arguments: argparse.Namespace, config) -> list:
     """The samples of `--data_path` that `add_training_arguments` leave, checked against a model's config."""
     from hopscotch_common.training import batches

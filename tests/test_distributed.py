@@ -55,7 +55,7 @@ except HopscotchError as error:
 
 
 def run_two(how: str) -> list[tuple[int, str]]:
-    """Exit code and output of each of two processes, started as a launcher starts them."""
+    """Exit code and stdout of each of two processes."""
     return [(code, out.strip()) for code, out, _ in start_two(["-c", PARTS, how], ["-c", PARTS, how])]
 
 
@@ -80,15 +80,11 @@ def start_two(*commands: list[str], **options) -> list[tuple[int, str, str]]:
     return [(process.returncode, *words) for process, words in zip(started, said, strict=True)]
 
 
-def test_processes_part_in_good_order():
+@pytest.mark.parametrize(("how", "code"), [("well", 0), ("error", 2)])
+def test_processes_part_in_good_order_with_their_exit_codes(how, code):
     """Where they stayed together, one in six such runs aborted while the interpreter closed."""
     for _ in range(3):
-        assert run_two("well") == [(0, "parted")] * 2
-
-
-def test_an_error_keeps_its_exit_code():
-    for _ in range(3):
-        assert run_two("error") == [(0, "parted"), (2, "parted")]
+        assert run_two(how) == [(0, "parted"), (code, "parted")]
 
 
 def test_processes_that_were_started_otherwise_all_say_so():
@@ -110,12 +106,8 @@ def test_scripts_refuse_processes_over_other_data(tiny_folder, tmp_path, script,
     commands = []
     for rank in range(2):
         write_data(tmp_path / f"{rank}.jsonl", random_samples(8, seed=rank))
-        where = [
-            "--data_path",
-            f"{rank}.jsonl",
-            "--output" if script.startswith("block") else "--output_dir",
-            "out",
-        ]
+        output = "--output" if script.startswith("block") else "--output_dir"
+        where = ["--data_path", f"{rank}.jsonl", output, "out"]
         commands.append([str(ROOT / script), "--model", str(tiny_folder()), "--device", "cpu", *where, *more])
     for code, out, error in start_two(*commands, cwd=tmp_path):
         assert code == 2 and out == ""

@@ -11,7 +11,6 @@ from other_device import Far, MixedDevices, to_far, two_devices
 from test_training import random_samples
 from transformers import AutoModelForCausalLM
 
-from hopscotch_common import scales
 from hopscotch_common.answers import engines
 from hopscotch_common.errors import TrainingError
 from hopscotch_common.loading import load_model
@@ -119,9 +118,10 @@ def test_training_and_going_on(on_both, tiny_folder, granularity, rank, checkpoi
     near, far = on_both(work)
     for ours, theirs in zip(far[0], near[0], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    assert is_on_cpu(far[1].tensors)  # as what is saved does
     torch.testing.assert_close(far[1].tensors[0], near[1].tensors[0], rtol=1e-4, atol=1e-5)
     for key, ours in far[1].maps.items():
-        assert is_on_cpu(ours)  # as what is saved does
+        assert is_on_cpu(ours)
         torch.testing.assert_close(ours[0], near[1].maps[key][0], rtol=1e-3, atol=1e-5)
 
 
@@ -145,16 +145,6 @@ def test_what_is_left_on_the_cpu_is_found(tiny_folder, monkeypatch):
     monkeypatch.setattr(loss, "_counted", lambda *given: [tensor.cpu() for tensor in counted(*given)])
     with two_devices(), pytest.raises(MixedDevices, match="aten"):
         CandidateTrainer(to_far(model), random_samples(3), options).train([], Candidate(1), 1, Group(), print)
-
-
-def test_folding_takes_scales_of_any_device(on_both, tiny_folder):
-    def work(move):
-        model = loaded(tiny_folder("llama"), move)
-        scales.reset(model, [1])
-        return scales.snapshot(model)
-
-    near, far = on_both(work)
-    assert is_on_cpu(far) and torch.equal(near, far)
 
 
 class FakeMemory:

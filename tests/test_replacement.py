@@ -242,11 +242,9 @@ def test_the_scripts_with_maps(work, tmp_path, tiny_folder):
     blocks = json.loads((tmp_path / "full.json").read_text())["skipped_blocks"]
     common = [*work, *rank, "--blocks_to_skip", str(tmp_path / "full.json")]
     training = ["--granularity", "channel", "--loss", "kl", "--batch_size", "4", "--validation_split", "0.25"]
-    assert param_scale.main([*common, *training, "--num_epochs", "2", "--output_dir", "whole"]) == 0
-    assert param_scale.main([*common, *training, "--num_epochs", "1", "--output_dir", "parts"]) == 0
-    assert (
-        param_scale.main([*common, *training, "--num_epochs", "2", "--output_dir", "parts", "--resume"]) == 0
-    )
+    for epochs, output, *more in (["2", "whole"], ["1", "parts"], ["2", "parts", "--resume"]):
+        where = ["--num_epochs", epochs, "--output_dir", output, *more]
+        assert param_scale.main([*common, *training, *where]) == 0
     name = tiny_folder("llama").name
     whole, parts = (tmp_path / folder / f"{name}_scaled_epoch_1" for folder in ("whole", "parts"))
     assert (whole / "scales.safetensors").read_bytes() == (parts / "scales.safetensors").read_bytes()
@@ -300,17 +298,10 @@ def test_a_checkpoint_without_maps_says_nothing_of_them(tiny_folder, tmp_path):
         (param_scale, ["--replacement_rank", "-1"], "0 or above"),
         (block_selection, ["--replacement_rank", "33"], "at most 32"),
         (param_scale, ["--replacement_rank", "2", "--export", "folded"], "folded has no place for maps"),
+        (unscaled_ckpt, ["--replacement_rank", "2"], "give --data_path"),
     ],
 )
 def test_impossible_ranks_are_refused(work, capsys, script, more, message):
     blocks = [] if script is block_selection else ["--blocks_to_skip", "1"]
-    check_refused(script, [*work, *blocks, *more], message, capsys)
-
-
-def test_maps_without_data_are_refused(work, capsys):
-    check_refused(
-        unscaled_ckpt,
-        [*work[:4], "--blocks_to_skip", "1", "--replacement_rank", "2"],
-        "give --data_path",
-        capsys,
-    )
+    given = work[:4] if script is unscaled_ckpt else work  # without data
+    check_refused(script, [*given, *blocks, *more], message, capsys)
