@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from hopscotch_common import checkpoints, files, scales
+from hopscotch_common import checkpoints, scales
 from hopscotch_common.loading import load_model
 from hopscotch_common.models import model_ref
 
@@ -87,19 +87,6 @@ def test_links_fall_back_to_copies(tiny_folder, tmp_path, monkeypatch):
     (shard,) = (tmp_path / "e1").glob("base-*")
     assert shard.stat().st_nlink == 1
     assert shard.read_bytes() == (tmp_path / "e0" / shard.name).read_bytes()
-
-
-def test_a_failed_save_leaves_what_was_there(tiny_folder, tmp_path):
-    save(tmp_path / "ckpt", tiny_folder())
-    before = {path.name: path.read_bytes() for path in (tmp_path / "ckpt").iterdir()}
-    with (
-        pytest.raises(RuntimeError, match="disk full"),
-        files.atomic_folder(tmp_path / "ckpt") as target,
-    ):
-        (target / "half").write_text("written")
-        raise RuntimeError("disk full")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "ckpt").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
 def test_a_process_without_this_project_loads_and_generates(tiny_folder, tmp_path):
