@@ -1,7 +1,7 @@
-"""Checkpoints in the real vLLM, by this project's plugin: the tokens and probabilities of transformers.
+"""Checkpoints in the real vLLM, by this project's plugin, and exports: the answers of transformers.
 
 The project is installed into a folder of its own, so that vLLM finds the real entry point. One engine
-process loads all checkpoints, one after another, and another tries what must fail.
+process loads all folders, one after another, and another tries what must fail.
 """
 
 import importlib.metadata
@@ -22,6 +22,7 @@ import torch
 from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT
 
 from hopscotch_common import checkpoints, embedded, modeling_hopscotch, scales, vllm_plugin
+from hopscotch_common.export.formats import FORMATS, export_checkpoint
 from hopscotch_common.models import ModelRef, model_ref
 
 pytestmark = [
@@ -68,6 +69,16 @@ SLOW = {
 }
 REFUSED = {"qwen3_5_text": "recurrent", "phimoe": "router"}
 SMOLLM = ([3, 9], "layer")
+# Export -> (architecture in vLLM, layers, those without KV cache).
+EXPORTS = {
+    "smollm-nemotron_nas": ("DeciLMForCausalLM", 30, [3, 9]),
+    "smollm-folded": ("LlamaForCausalLM", 30, []),
+    # Block 0 is skipped too, but vLLM's code needs it: it stays, adding 0.
+    "llama-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+    "qwen2-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+    "granite-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+    "mistral-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+}
 
 ENGINE = f"""
 import gc, json, sys
@@ -79,9 +90,8 @@ def scales(model):
 
 if __name__ == "__main__":
     results = {{}}
-    for folder, (prompts, compiled) in json.load(sys.stdin).items():
-        options = dict(
-            enforce_eager=not compiled,
+    for folder, (prompts, changes) in json.load(sys.stdin).items():
+        options = changes | dict(
             max_model_len=256,
             max_num_seqs=4,
             max_num_batched_tokens=256,
@@ -108,6 +118,7 @@ if __name__ == "__main__":
             ],
             "cached_layers": sorted(int(n.split(".")[2]) for g in groups for n in g.layer_names),
             "scales": llm.apply_model(scales)[0],
+            "architecture": llm.llm_engine.model_config.architecture,
         }}
         del llm, engine, groups
         gc.collect()
@@ -233,16 +244,42 @@ def make_tiny(root: Path, tiny_folder, family: str, skipped: list[int], granular
     return root / family
 
 
-def run_engine(root: Path, environment: dict[str, str], cases: dict[str, tuple[Path, list]]) -> dict:
-    """{case: ((transformers' tokens, log-probabilities), scales of the checkpoint, vLLM's results)}"""
-    expected = {}
-    for name, (folder, prompts) in cases.items():
-        expected[name] = greedy(folder, prompts), checkpoints.load_scales(folder)
-        forbid_code(folder)
-    jobs = {str(folder): [prompts, name in COMPILED] for name, (folder, prompts) in cases.items()}
+def run_engine(root: Path, environment: dict[str, str], cases: dict[str, tuple]) -> dict:
+    """{case: ((transformers' tokens, log-probabilities), scales of the checkpoint, vLLM's results)}
+
+    cases: the checkpoint, prompts, and the export of it that vLLM loads instead, if any.
+    """
+    expected = {
+        checkpoint: (greedy(checkpoint, prompts), checkpoints.load_scales(checkpoint))
+        for checkpoint, prompts in {case[0]: case[1] for case in cases.values()}.items()
+    }
+    jobs, served = {}, {}
+    for name, (checkpoint, prompts, *export) in cases.items():
+        if not export:
+            forbid_code(checkpoint)
+        served[name] = str((export or [checkpoint])[0])
+        options = dict(enforce_eager=name not in COMPILED, trust_remote_code=bool(export))
+        jobs[served[name]] = [prompts, options]
     run_python(ENGINE, str(root / "results.json"), environment=environment, cwd=root, stdin=json.dumps(jobs))
     results = json.loads((root / "results.json").read_text())
-    return {name: (*expected[name], results[str(cases[name][0])]) for name in cases}
+    return {name: (*expected[case[0]], results[served[name]]) for name, case in cases.items()}
+
+
+def make_exports(root: Path, tiny_folder, smollm: Path, chat: list[int]) -> dict[str, tuple]:
+    """The cases of EXPORTS."""
+    cases = {}
+    for name in EXPORTS:
+        family, format = name.split("-")
+        checkpoint, prompts = smollm, [chat]
+        if family != "smollm":
+            checkpoint, prompts = root / f"{family}-checkpoint", PROMPTS
+            ref = ModelRef(family, str(tiny_folder(family, **SIZES | dict(intermediate_size=512))))
+            values = 1 + (random_scales(4, 64, [], "layer") - 1) / 6
+            values[[0, 2], 0] = 0.0
+            checkpoints.save_checkpoint(checkpoint, ref, [0, 2], values, {})
+        export_checkpoint(checkpoint, format, root / name)
+        cases[name] = checkpoint, prompts, root / name
+    return cases
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +304,7 @@ def chat() -> list[int]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_folder, smollm, chat, environment):
     root = tmp_path_factory.mktemp("quick")
-    cases = {"smollm": (smollm, [chat])}
+    cases = make_exports(root, tiny_folder, smollm, chat) | {"smollm": (smollm, [chat])}
     for family, (skipped, granularity) in QUICK.items():
         cases[family] = make_tiny(root, tiny_folder, family, skipped, granularity), PROMPTS
     return run_engine(root, environment, cases)
@@ -295,6 +332,18 @@ def check_run(run, skipped: list[int]) -> None:
 @pytest.mark.parametrize("family, skipped", [("smollm", SMOLLM[0]), *((f, c[0]) for f, c in QUICK.items())])
 def test_as_transformers_with_cache_for_the_other_blocks_only(runs, family, skipped):
     check_run(runs[family], skipped)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exports_as_transformers_with_less_cache(runs, name):
+    architecture, layers, without_cache = EXPORTS[name]
+    (tokens, _), _, result = runs[name]
+    assert result["architecture"] == architecture and result["tokens"] == tokens
+    assert result["cached_layers"] == [i for i in range(layers) if i not in without_cache]
+
+
+def test_every_format_is_served():
+    assert {name.split("-")[1] for name in EXPORTS} == set(FORMATS)
 
 
 @pytest.mark.slow
