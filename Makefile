@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 		NUM_BLOCKS=2 NUM_EPOCHS=2 LEARNING_RATE=1e-3 MINUTES="0.7 0.1 3.6 1 0.3 0.1" bash ../pipeline.sh smollm
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

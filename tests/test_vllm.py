@@ -1,18 +1,27 @@
-"""Exports in the real vLLM: the same greedy tokens as transformers, and KV cache for what is left.
+"""Checkpoints in the real vLLM, by this project's plugin, and exports: the answers of transformers.
 
-One engine process loads all folders, one after another: starting vLLM is most of this file's time.
+The project is installed into a folder of its own, so that vLLM finds the real entry point. One engine
+process loads all folders, one after another, and another tries what must fail.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT
 
-from hopscotch_common import checkpoints
+from hopscotch_common import checkpoints, modeling_hopscotch, scales, vllm_plugin
 from hopscotch_common.export.formats import FORMATS, export_checkpoint
 from hopscotch_common.models import ModelRef, model_ref
 
@@ -21,34 +30,94 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
-NEW_TOKENS = 24
-PROMPTS = ["A farmer has 12 hens. Each lays 5 eggs a week. How many eggs is that?", "Name three planets."]
-TINY_PROMPTS = [[5, 60, 7, 200, 31], [9, 8, 7, 6, 5, 4, 3]]
+NEW_TOKENS = 16
+TOLERANCE = 2e-3  # of log-probabilities in float32
+PROMPTS = [[5, 60, 7, 200, 31, 77, 150, 21], [9, 8, 7, 6, 5, 4, 3]]  # longer than a sliding window
+QUESTION = "A farmer has 12 hens. Each lays 5 eggs a week. How many eggs is that?"
 # vLLM's attention needs a head size of at least 32.
-TINY = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=512)
+SIZES = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
+LARGER = dict(head_dim=32, query_pre_attn_scalar=48, moe_intermediate_size=64)
+# Family -> (skipped blocks, granularity of the scales).
+QUICK = {
+    "llama": ([0, 2], "channel"),
+    "qwen3_moe": ([0, 3], "layer"),
+    "phi3": ([0, 1], "layer"),
+    "granite": ([3], "layer"),
+    "gemma2": ([0], "layer"),
+    "olmo2": ([0, 2], "layer"),
+}
+WITH_MAPS = ("llama", "gemma2", "olmo2", "starcoder2")  # in the skipped blocks' place
+COMPILED = ("llama", "gemma2")  # as vLLM does unless told otherwise; it takes half a minute
+SLOW = {
+    "qwen3": ([0], "layer"),
+    "smollm3": ([1, 2], "channel"),
+    "gemma3_text": ([0, 1], "channel"),
+    "glm4": ([0, 3], "layer"),
+    "qwen2": ([1, 2], "layer"),
+    "mistral": ([0, 2], "layer"),
+    "ministral3": ([0, 2], "layer"),
+    "mixtral": ([0, 2], "channel"),
+    "granite_swa": ([0], "layer"),
+    "gemma": ([0, 2], "layer"),
+    "olmo3": ([0, 1], "layer"),
+    "olmoe": ([1], "layer"),
+    "exaone4": ([0], "layer"),
+    "glm": ([0, 2], "layer"),
+    "seed_oss": ([0, 2], "layer"),
+    "starcoder2": ([0, 2], "layer"),
+    "gpt_oss": ([0], "layer"),
+}
+REFUSED = {"qwen3_5_text": "recurrent", "phimoe": "router"}
+SMOLLM = ([3, 9], "layer")
+# Export -> (architecture in vLLM, layers, those without KV cache).
+EXPORTS = {
+    "smollm-nemotron_nas": ("DeciLMForCausalLM", 30, [3, 9]),
+    "smollm-folded": ("LlamaForCausalLM", 30, []),
+    # Block 0 is skipped too, but vLLM's code needs it: it stays, adding 0.
+    "llama-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+    "qwen2-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+    "granite-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+    "mistral-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+}
+
 ENGINE = f"""
 import gc, json, sys
 from vllm import LLM, SamplingParams
 
+def scales(model):
+    found = {{k: v for k, v in (*model.named_parameters(), *model.named_buffers()) if "_scale_" in k}}
+    return {{k: [str(v.dtype), v.flatten().tolist()] for k, v in found.items()}}
+
 if __name__ == "__main__":
     results = {{}}
-    for folder, prompts in json.load(sys.stdin).items():
-        llm = LLM(
-            folder,
-            dtype="float32",
-            trust_remote_code=True,
-            enforce_eager=True,
+    for folder, (prompts, changes) in json.load(sys.stdin).items():
+        options = changes | dict(
             max_model_len=256,
             max_num_seqs=4,
+            max_num_batched_tokens=256,
+            kv_cache_memory_bytes=2**26,
+            gpu_memory_utilization=0.05,  # checked against free memory, even without a GPU
             skip_tokenizer_init=True,
         )
-        sampling = SamplingParams(temperature=0, max_tokens={NEW_TOKENS}, ignore_eos=True, detokenize=False)
+        try:
+            llm = LLM(folder, dtype="float32", **options)
+        except ValueError as error:
+            results[folder] = {{"error": str(error)}}
+            continue
+        sampling = SamplingParams(
+            temperature=0, max_tokens={NEW_TOKENS}, ignore_eos=True, detokenize=False, logprobs=1
+        )
         outputs = llm.generate([{{"prompt_token_ids": ids}} for ids in prompts], sampling, use_tqdm=False)
         engine = llm.llm_engine.engine_core.engine_core
         groups = engine.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+        answers = [output.outputs[0] for output in outputs]
         results[folder] = {{
-            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "tokens": [list(answer.token_ids) for answer in answers],
+            "log_probabilities": [
+                [chosen[token].logprob for token, chosen in zip(a.token_ids, a.logprobs)] for a in answers
+            ],
             "cached_layers": sorted(int(n.split(".")[2]) for g in groups for n in g.layer_names),
+            "scales": llm.apply_model(scales)[0],
             "architecture": llm.llm_engine.model_config.architecture,
         }}
         del llm, engine, groups
@@ -56,17 +125,84 @@ if __name__ == "__main__":
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)
 """
+FAILURES = """
+import json, sys
+import vllm
+from vllm import LLM
+
+def failure(**options):
+    try:
+        memory = dict(kv_cache_memory_bytes=2**26, gpu_memory_utilization=0.05)
+        LLM(sys.argv[2], dtype="float32", enforce_eager=True, max_model_len=64, **memory, **options)
+    except Exception as error:
+        return str(error)
+
+if __name__ == "__main__":
+    failures = {"no plugin": failure(), "no plugin, but remote code": failure(trust_remote_code=True)}
+    from hopscotch_common import vllm_plugin
+    vllm.__version__ = "0.33.1"
+    vllm_plugin.register()
+    failures["another version"] = failure()
+    with open(sys.argv[1], "w") as file:
+        json.dump(failures, file)
+"""
 
 
-def near_one(layers: int, skipped: list[int]) -> torch.Tensor:
-    values = torch.empty(layers, 4).uniform_(0.95, 1.05, generator=torch.Generator().manual_seed(0))
-    values[skipped, 0] = 0.0
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Environment variables of a process that finds the project installed, as pip installs it."""
+    root = tmp_path_factory.mktemp("installed")
+    source, target = root / "source", root / "target"  # pip leaves files in the folder that it installs
+    shutil.copytree(ROOT / "hopscotch_common", source / "hopscotch_common")
+    for name in ("pyproject.toml", "requirements-cpu.txt"):
+        shutil.copyfile(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True)
+    return os.environ | {
+        "PYTHONPATH": str(target),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model sends a function
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CACHE_ROOT": str(root / "cache"),  # of compiled models
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(root / "modules"),
+    }
+
+
+def run_python(
+    program: str, *arguments: str, environment: dict[str, str], cwd: Path, stdin: str = ""
+) -> None:
+    """Run a program in a process of its own, away from this project's folder."""
+    process = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+
+
+def random_scales(layers: int, hidden_size: int, skipped: list[int], granularity: str) -> torch.Tensor:
+    """Scales far enough from 1, and from one another, that a model without them answers otherwise."""
+    values = torch.ones(layers, 2 * hidden_size + 2 if granularity == "channel" else 4)
+    values.uniform_(0.7, 1.3, generator=torch.Generator().manual_seed(0))
+    columns = hidden_size if granularity == "channel" else 1
+    values[skipped, :columns] = 0.0
     return values
 
 
-def greedy(checkpoint, prompts):
-    model = checkpoints.load_checkpoint(checkpoint)
-    answers = []
+def forbid_code(checkpoint: Path) -> None:
+    """Make a checkpoint fail that runs its own code."""
+    code = checkpoint / Path(modeling_hopscotch.__file__).name
+    code.write_text("raise SystemExit('code of a checkpoint ran')\n")
+
+
+def greedy(checkpoint: Path, prompts: list[list[int]]) -> tuple[list, list]:
+    """transformers' tokens and their log-probabilities, a list for each prompt."""
+    model = checkpoints.load_checkpoint(checkpoint, attn_implementation="eager")  # sdpa knows no soft cap
+    tokens, log_probabilities = [], []
     for ids in prompts:
         row = torch.tensor([ids])
         output = model.generate(
@@ -74,70 +210,269 @@ def greedy(checkpoint, prompts):
             attention_mask=torch.ones_like(row),
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
-            eos_token_id=-1,
+            eos_token_id=None,
             pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-        answers.append(output[0, len(ids) :].tolist())
-    return answers
+        new = output.sequences[0, len(ids) :]
+        logits = torch.cat(output.logits)
+        tokens.append(new.tolist())
+        log_probabilities.append(logits.log_softmax(-1)[range(len(new)), new].tolist())
+    return tokens, log_probabilities
+
+
+def make_tiny(root: Path, tiny_folder, family: str, skipped: list[int], granularity: str) -> Path:
+    own = (FAMILY_SIZES | MORE_FAMILIES)[family]
+    larger = {name: size for name, size in LARGER.items() if name in own}
+    folder = tiny_folder(family, **SIZES, **larger)
+    layers = own.get("num_hidden_layers", 4)
+    hidden, maps = SIZES["hidden_size"], {}
+    values = random_scales(layers, hidden, skipped, granularity)
+    if family in WITH_MAPS:
+        values[values == 0] = 1.2  # b_attn of the maps
+        random = torch.Generator().manual_seed(0)
+        maps = {
+            f"model.layers.{block}.{name}": 0.2 * torch.randn(shape, generator=random)
+            for block in skipped
+            for name, shape in zip(
+                modeling_hopscotch.REPLACEMENT_NAMES, ((8, hidden), (hidden, 8)), strict=True
+            )
+        }
+    ref = ModelRef(family, str(folder))
+    checkpoints.save_checkpoint(root / family, ref, skipped, values, {}, maps=maps)
+    return root / family
+
+
+def run_engine(root: Path, environment: dict[str, str], cases: dict[str, tuple]) -> dict:
+    """{case: ((transformers' tokens, log-probabilities), scales of the checkpoint, vLLM's results)}
+
+    cases: the checkpoint, prompts, and the export of it that vLLM loads instead, if any.
+    """
+    expected = {
+        checkpoint: (greedy(checkpoint, prompts), checkpoints.load_scales(checkpoint))
+        for checkpoint, prompts in {case[0]: case[1] for case in cases.values()}.items()
+    }
+    jobs, served = {}, {}
+    for name, (checkpoint, prompts, *export) in cases.items():
+        if not export:
+            forbid_code(checkpoint)
+        served[name] = str((export or [checkpoint])[0])
+        options = dict(enforce_eager=name not in COMPILED, trust_remote_code=bool(export))
+        jobs[served[name]] = [prompts, options]
+    run_python(ENGINE, str(root / "results.json"), environment=environment, cwd=root, stdin=json.dumps(jobs))
+    results = json.loads((root / "results.json").read_text())
+    return {name: (*expected[case[0]], results[served[name]]) for name, case in cases.items()}
+
+
+def make_exports(root: Path, tiny_folder, smollm: Path, chat: list[int]) -> dict[str, tuple]:
+    """The cases of EXPORTS."""
+    cases = {}
+    for name in EXPORTS:
+        family, format = name.split("-")
+        checkpoint, prompts = smollm, [chat]
+        if family != "smollm":
+            checkpoint, prompts = root / f"{family}-checkpoint", PROMPTS
+            ref = ModelRef(family, str(tiny_folder(family, **SIZES | dict(intermediate_size=512))))
+            values = 1 + (random_scales(4, 64, [], "layer") - 1) / 6
+            values[[0, 2], 0] = 0.0
+            checkpoints.save_checkpoint(checkpoint, ref, [0, 2], values, {})
+        export_checkpoint(checkpoint, format, root / name)
+        cases[name] = checkpoint, prompts, root / name
+    return cases
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_folder):
-    """{case: (transformers' tokens, what the engine process reports)}"""
+def smollm(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plugin") / "smollm"
+    ref = model_ref("smollm")
+    values = 1 + 0.1 * (random_scales(30, 576, SMOLLM[0], SMOLLM[1]) - 1)
+    values[SMOLLM[0], 0] = 0.0
+    checkpoints.save_checkpoint(folder, ref, SMOLLM[0], values, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat() -> list[int]:
     from transformers import AutoTokenizer
 
-    root = tmp_path_factory.mktemp("vllm")
     tokenizer = AutoTokenizer.from_pretrained(model_ref("smollm").folder())
-    chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-        for text in PROMPTS
-    ]
-    chats = [list(chat["input_ids"]) if hasattr(chat, "keys") else chat for chat in chats]
-    sources = {"smollm": (model_ref("smollm"), 30, [3, 9], chats)}
-    for family in ("llama", "qwen2", "granite", "mistral"):
-        folder = tiny_folder(family, **TINY)
-        sources[family] = (ModelRef(family, str(folder)), 4, [0, 2], TINY_PROMPTS)
-    expected, jobs = {}, {}
-    for name, (ref, layers, skipped, prompts) in sources.items():
-        checkpoint = root / name
-        checkpoints.save_checkpoint(checkpoint, ref, skipped, near_one(layers, skipped), {})
-        for format in FORMATS if name == "smollm" else ("nemotron_nas",):
-            output = root / f"{name}-{format}"
-            export_checkpoint(checkpoint, format, output)
-            expected[output.name] = greedy(checkpoint, prompts)
-            jobs[str(output)] = prompts
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-    }
-    engine = subprocess.run(
-        [sys.executable, "-c", ENGINE, str(root / "results.json")],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        env=os.environ | settings,
-    )
-    assert engine.returncode == 0, engine.stderr[-4000:]
-    results = json.loads((root / "results.json").read_text())
-    return {name: (tokens, results[str(root / name)]) for name, tokens in expected.items()}
+    messages = [{"role": "user", "content": QUESTION}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-@pytest.mark.parametrize(
-    "case, architecture, layers, without_cache",
-    [
-        ("smollm-nemotron_nas", "DeciLMForCausalLM", 30, [3, 9]),
-        ("smollm-folded", "LlamaForCausalLM", 30, []),
-        # Block 0 is skipped too, but vLLM's code needs it: it stays, adding 0.
-        ("llama-nemotron_nas", "DeciLMForCausalLM", 4, [2]),
-        ("qwen2-nemotron_nas", "DeciLMForCausalLM", 4, [2]),
-        ("granite-nemotron_nas", "DeciLMForCausalLM", 4, [2]),
-        ("mistral-nemotron_nas", "DeciLMForCausalLM", 4, [2]),
-    ],
-)
-def test_same_tokens_as_transformers_and_less_cache(runs, case, architecture, layers, without_cache):
-    expected, result = runs[case]
-    assert result["architecture"] == architecture
-    assert result["tokens"] == expected
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_folder, smollm, chat, environment):
+    root = tmp_path_factory.mktemp("quick")
+    cases = make_exports(root, tiny_folder, smollm, chat) | {"smollm": (smollm, [chat])}
+    for family, (skipped, granularity) in QUICK.items():
+        cases[family] = make_tiny(root, tiny_folder, family, skipped, granularity), PROMPTS
+    return run_engine(root, environment, cases)
+
+
+@pytest.fixture(scope="module")
+def slow_runs(tmp_path_factory, tiny_folder, environment):
+    root = tmp_path_factory.mktemp("slow")
+    cases = SLOW | dict.fromkeys(REFUSED, ([1], "layer"))  # these last: a failed start leaves things behind
+    cases = {f: (make_tiny(root, tiny_folder, f, *case), PROMPTS) for f, case in cases.items()}
+    return run_engine(root, environment, cases)
+
+
+def check_run(run, skipped: list[int]) -> None:
+    (tokens, log_probabilities), values, result = run
+    assert "error" not in result, result["error"]
+    assert result["tokens"] == tokens
+    for ours, theirs in zip(result["log_probabilities"], log_probabilities, strict=True):
+        assert ours == pytest.approx(theirs, abs=TOLERANCE)
+    assert result["cached_layers"] == [i for i in range(len(values)) if i not in skipped]
+    for key, scale in scales.as_state_dict(values).items():
+        assert result["scales"][key] == ["torch.float32", scale.flatten().tolist()]
+
+
+@pytest.mark.parametrize("family, skipped", [("smollm", SMOLLM[0]), *((f, c[0]) for f, c in QUICK.items())])
+def test_as_transformers_with_cache_for_the_other_blocks_only(runs, family, skipped):
+    check_run(runs[family], skipped)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exports_as_transformers_with_less_cache(runs, name):
+    architecture, layers, without_cache = EXPORTS[name]
+    (tokens, _), _, result = runs[name]
+    assert result["architecture"] == architecture and result["tokens"] == tokens
     assert result["cached_layers"] == [i for i in range(layers) if i not in without_cache]
+
+
+def test_every_format_is_served():
+    assert {name.split("-")[1] for name in EXPORTS} == set(FORMATS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, skipped", [(f, c[0]) for f, c in SLOW.items()])
+def test_more_families_as_transformers(slow_runs, family, skipped):
+    check_run(slow_runs[family], skipped)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "glm4"])
+def test_float16_is_refused_where_the_stock_family_is(family):
+    from vllm.config.model import _check_valid_dtype
+
+    vllm_plugin.register()
+    for kind in (family, f"hopscotch_{family}"):
+        with pytest.raises(ValueError, match="does not support float16"):
+            _check_valid_dtype(kind, torch.float16)
+        assert _check_valid_dtype(kind, torch.bfloat16)
+    assert _check_valid_dtype("hopscotch_llama", torch.float16)
+
+
+def test_scales_decide_what_is_answered(runs, tiny_folder, tmp_path):
+    """Else the tests above could not tell scales that are left at 1."""
+    skipped, granularity = QUICK["llama"]
+    folder = make_tiny(tmp_path, tiny_folder, "llama", skipped, granularity)
+    values = checkpoints.load_scales(folder)
+    values[values != 0] = 1.0
+    other = tmp_path / "neutral"
+    ref = ModelRef("llama", str(tiny_folder("llama", **SIZES)))
+    checkpoints.save_checkpoint(other, ref, skipped, values, {})
+    assert greedy(other, PROMPTS)[0] != runs["llama"][2]["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, reason", REFUSED.items())
+def test_what_the_backend_would_run_wrongly_is_refused(slow_runs, family, reason):
+    error = slow_runs[family][2]["error"]
+    assert reason in error.lower() and "with transformers" in error and "\n" not in error
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory, smollm, environment) -> dict[str, str]:
+    """What stands in the way of a checkpoint in vLLM, by case."""
+    root = tmp_path_factory.mktemp("failures")
+    folder = root / "checkpoint"
+    shutil.copytree(smollm, folder)
+    code = Path(modeling_hopscotch.__file__)
+    shutil.copyfile(code, folder / code.name)
+    no_plugin = environment | {"VLLM_PLUGINS": ""}
+    run_python(FAILURES, str(root / "failures.json"), str(folder), environment=no_plugin, cwd=root)
+    return json.loads((root / "failures.json").read_text())
+
+
+def test_without_the_plugin_nothing_runs(failures):
+    assert "trust_remote_code" in failures["no plugin"]
+    assert "pip install --no-deps ." in failures["no plugin, but remote code"]
+
+
+def test_another_version_of_vllm_is_named(failures):
+    message = failures["another version"]
+    assert "0.33.1" in message and "0.32." in message and "\n" not in message
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def name_vllm(folder: Path) -> str:
+    """A search path on which `vllm serve` finds a distribution named vllm: vllm-cpu has another name."""
+    if not any(importlib.metadata.distributions(name="vllm")):
+        version = importlib.metadata.version("vllm-cpu") + "+cpu"
+        metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def client(smollm, environment, tmp_path_factory):
+    """An openai client of `vllm serve CHECKPOINT`."""
+    from openai import OpenAI
+
+    root, port = tmp_path_factory.mktemp("server"), free_port()
+    forbid_code(smollm)
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(smollm), "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"]
+    command += ["--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(2**26)]
+    variables = {k: v for k, v in environment.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    variables["PYTHONPATH"] += os.pathsep + name_vllm(root)
+    with open(root / "log", "w") as log:
+        server = subprocess.Popen(command, env=variables, cwd=root, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, (root / "log").read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def test_a_client_chats_with_the_server(client, smollm, chat):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_ref("smollm").folder())
+    expected = tokenizer.decode(greedy(smollm, [chat])[0][0], skip_special_tokens=True)
+    options = dict(
+        model=str(smollm),
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+    )
+
+    def ask() -> str:
+        return client.chat.completions.create(**options).choices[0].message.content
+
+    def ask_streaming() -> str:
+        pieces = list(client.chat.completions.create(**options, stream=True))
+        assert len(pieces) > NEW_TOKENS / 2
+        return "".join(piece.choices[0].delta.content or "" for piece in pieces)
+
+    assert ask() == expected
+    with ThreadPoolExecutor(2) as pool:
+        assert [answer.result() for answer in [pool.submit(ask_streaming), pool.submit(ask)]] == [
+            expected
+        ] * 2
