@@ -91,7 +91,7 @@ def most_blocks(arguments: argparse.Namespace, config, skipped: list[int]) -> in
 
     All attention layers count alike for --kv_budget, also those with a sliding window.
     """
-    from hopscotch_common.modeling_hopscotch import attention_blocks
+    from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 
     present, before = len(attention_blocks(config)), len(skipped)
     left = present - 1 - before  # one stays; which may, `check_skipped_blocks` says
@@ -166,7 +166,7 @@ def open_journal(path: Path, settings: dict, num_batches: int, processes, resour
 
 def load_trainer(arguments: argparse.Namespace, training: list, held_out: list, processes):
     """The loaded model with all that trains candidates on it, a `CandidateTrainer`."""
-    from hopscotch_common.loading import load_model
+    from hopscotch_common.loading.loader import load_model
     from hopscotch_common.search.candidates import CandidateTrainer
     from hopscotch_common.training.trainer import prepare_model
 
@@ -185,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     output = arguments.output or Path(f"{arguments.model.name}_block_selection.json")
 
-    from hopscotch_common import weights
-    from hopscotch_common.loading import read_config
+    from hopscotch_common.loading import weights
+    from hopscotch_common.loading.loader import read_config
     from hopscotch_common.search import schedule
     from hopscotch_common.search.progress import SearchBar
     from hopscotch_common.search.search import Picks, Search

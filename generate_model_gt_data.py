@@ -32,7 +32,7 @@ from hopscotch_common.answers.prompts import (
     tokenize,
 )
 from hopscotch_common.errors import InputError, logger
-from hopscotch_common.models import ModelRef
+from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.report import describe_run
 
 
@@ -159,10 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     source = PromptSource(args.input_file, args.dataset, args.dataset_config, split, args.prompt_field)
     prompts = find_prompts(source, args.model)[: args.num_samples]
 
-    from hopscotch_common import weights
     from hopscotch_common.answers import engines
-    from hopscotch_common.loading import read_config
-    from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
+    from hopscotch_common.loading import weights
+    from hopscotch_common.loading.loader import read_config
+    from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 
     config = read_config(args.model, checkpoint=True)
     backend = engines.resolve_backend(options, config)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from hopscotch_common import cli, files
 from hopscotch_common.errors import logger
-from hopscotch_common.models import QUANTIZATIONS
+from hopscotch_common.loading.models import QUANTIZATIONS
 from hopscotch_common.report import describe_run, plain
 from hopscotch_common.training import MEASURES
 
@@ -93,9 +93,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int], list, tuple[list, list]]:
     """(blocks to skip, samples, those to train on and held out), after all that can be refused early."""
-    from hopscotch_common import checkpoints, weights
+    from hopscotch_common import checkpoints
     from hopscotch_common.export.formats import check_exports
-    from hopscotch_common.loading import read_config
+    from hopscotch_common.loading import weights
+    from hopscotch_common.loading.loader import read_config
     from hopscotch_common.training.batches import split_samples
 
     config = read_config(arguments.model)
@@ -129,7 +130,7 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list
 
     Not the learning rate: it is what to change where training diverged. Each epoch records its own.
     """
-    from hopscotch_common import weights
+    from hopscotch_common.loading import weights
     from hopscotch_common.training import batches
 
     names = ("seed", "batch_size", "validation_split", "dtype", "quantization", "granularity", "loss")

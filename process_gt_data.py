@@ -143,8 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     for path in (data_file, report_file):
         files.check_output(path, "--output_dir", [input_file])
 
-    from hopscotch_common.loading import read_config
-    from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
+    from hopscotch_common.loading.loader import read_config
+    from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 
     config = read_config(args.model)
     tokenizer = load_tokenizer(args.model)

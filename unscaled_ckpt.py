@@ -37,7 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dict:
     """The maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
-    from hopscotch_common import models, scales
+    from hopscotch_common import scales
+    from hopscotch_common.loading import models
     from hopscotch_common.training import TrainingOptions, batches
     from hopscotch_common.training.trainer import EpochTraining
 
@@ -56,10 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from hopscotch_common import checkpoints, weights
+    from hopscotch_common import checkpoints
     from hopscotch_common.export.formats import check_exports, run_exports
-    from hopscotch_common.loading import read_config, resolve_device
-    from hopscotch_common.modeling_hopscotch import SCALE_NAMES
+    from hopscotch_common.loading import weights
+    from hopscotch_common.loading.loader import read_config, resolve_device
+    from hopscotch_common.scales.modeling_hopscotch import SCALE_NAMES
 
     config = read_config(arguments.model)
     blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")

@@ -25,9 +25,9 @@ import measuring
 
 from hopscotch_common.answers import EngineOptions
 from hopscotch_common.answers.engines import ENGINES, Answer, vllm_obstacle
-from hopscotch_common.loading import read_config
-from hopscotch_common.models import model_ref
-from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
+from hopscotch_common.loading.loader import read_config
+from hopscotch_common.loading.models import model_ref
+from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 
 BARS = {"vllm": 8, "transformers": 4}  # times the rate of one prompt at a time, on 2 cores
 KINDS = [*BARS, "continuous"]

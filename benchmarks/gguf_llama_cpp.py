@@ -30,13 +30,14 @@ import measuring
 import torch
 from measuring import row, title
 
-from hopscotch_common import checkpoints, models
+from hopscotch_common import checkpoints
 from hopscotch_common.cli import ArgumentParser, command, positive_int
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.export.gguf import rewrite_gguf
 from hopscotch_common.files import write_json
-from hopscotch_common.loading import read_config
+from hopscotch_common.loading import models
+from hopscotch_common.loading.loader import read_config
 
 COMMAND = "python benchmarks/gguf_llama_cpp.py --llama_cpp LLAMA_CPP --bin LLAMA_CPP/build/bin"  # no paths
 PROMPTS = (

@@ -29,9 +29,9 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.utils import is_flash_attn_2_available
 
-from hopscotch_common.loading import hopscotch_classes, hopscotch_config, resolve_device
-from hopscotch_common.recomputation import saved_bytes
+from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config, resolve_device
 from hopscotch_common.scales import freeze_base
+from hopscotch_common.scales.recomputation import saved_bytes
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import IGNORE_INDEX, MinibatchRunner, Sample

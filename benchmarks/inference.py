@@ -32,8 +32,8 @@ from measuring import median, row, title
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.export.formats import export_checkpoint
-from hopscotch_common.loading import load_model, read_config
-from hopscotch_common.models import ModelRef, model_ref
+from hopscotch_common.loading.loader import load_model, read_config
+from hopscotch_common.loading.models import ModelRef, model_ref
 
 PHASES = ("prefill", "decode")
 ENGINES = ("transformers", "vllm", "vllm_forms")

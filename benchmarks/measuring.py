@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hopscotch_common.files import write_json  # noqa: E402
-from hopscotch_common.models import ModelRef  # noqa: E402
+from hopscotch_common.loading.models import ModelRef  # noqa: E402
 from hopscotch_common.report import package_versions  # noqa: E402
 from hopscotch_common.search import schedule  # noqa: E402
 from hopscotch_common.training.batches import Batch  # noqa: E402

@@ -43,10 +43,10 @@ from hopscotch_common.answers.engines import kv_bytes_per_token
 from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import write_json
-from hopscotch_common.loading import read_config
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.loader import read_config
+from hopscotch_common.loading.models import model_ref
+from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.report import plots
-from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
 
 TASKS = ("gsm8k", "puzzles")
 CACHED_TOKENS = 49152  # of KV cache in vLLM

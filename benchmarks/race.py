@@ -20,8 +20,8 @@ import measuring
 from measuring import row, title
 
 from hopscotch_common.files import write_json
-from hopscotch_common.loading import load_model
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.loader import load_model
+from hopscotch_common.loading.models import model_ref
 from hopscotch_common.search.candidates import untrained_losses
 from hopscotch_common.search.schedule import FULL, Candidate, Schedule
 from hopscotch_common.search.search import Iteration, Search

@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from hopscotch_common.loading import load_model
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.loader import load_model
+from hopscotch_common.loading.models import model_ref
 from hopscotch_common.search.candidates import CandidateTrainer, untrained_losses
 from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions

@@ -24,7 +24,7 @@ from measuring import row, title
 from torch.optim.lr_scheduler import LinearLR
 
 from hopscotch_common import cli
-from hopscotch_common.loading import load_model
+from hopscotch_common.loading.loader import load_model
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Sample, load_samples
 from hopscotch_common.training.trainer import EpochTraining

@@ -16,8 +16,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hopscotch_common import files, models
+from hopscotch_common import files
 from hopscotch_common.errors import HopscotchError, InputError, logger
+from hopscotch_common.loading import models
 from hopscotch_common.training import MEASURES, TrainingOptions
 
 
@@ -240,7 +241,7 @@ def flags_of_all(arguments: argparse.Namespace) -> dict:
 
 def load_model(arguments: argparse.Namespace):
     """The model of `--model` with scales, and with maps of `--replacement_rank`, as the flags say."""
-    from hopscotch_common.loading import load_model
+    from hopscotch_common.loading.loader import load_model
 
     scaling = (getattr(arguments, "quantization", None), getattr(arguments, "granularity", "layer"))
     flags = (arguments.dtype, arguments.device, arguments.attn_implementation, *scaling)
@@ -284,7 +285,7 @@ def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str) -> li
 
     Raises InputError for a report of another model, and for indices that the model cannot skip.
     """
-    from hopscotch_common.modeling_hopscotch import check_skipped_blocks
+    from hopscotch_common.scales.modeling_hopscotch import check_skipped_blocks
 
     if len(words) == 1 and (reports := reports_among(words)):
         blocks = _blocks_of_report(reports[0], ref, config.num_hidden_layers, flag)

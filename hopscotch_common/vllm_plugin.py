@@ -14,7 +14,7 @@ expects an attention block in every layer; here a skipped one has neither attent
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from hopscotch_common.modeling_hopscotch import (
+from hopscotch_common.scales.modeling_hopscotch import (
     CLASS_PREFIX,
     FAMILIES,
     PREFIX,

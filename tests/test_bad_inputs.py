@@ -13,7 +13,7 @@ from bad_inputs.running import MODULES, Outcome, check_refused, check_untouched,
 from bad_inputs.workplace import GGUF, GO_ON, GOOD
 from conftest import ROOT
 
-from hopscotch_common import loading
+from hopscotch_common.loading import loader
 
 pytest_plugins = ["bad_inputs.fixtures"]
 
@@ -23,7 +23,7 @@ CASES = [case for module in (flags, records, models, saved, outputs) for case in
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_refused(case: Case, work, capsys, monkeypatch):
     if case.about not in ("--device", "--attn_implementation"):  # these two, loading itself refuses
-        monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
+        monkeypatch.setattr(loader, "load_model", lambda *_, **__: pytest.fail("a model was loaded first"))
     case.spoil(work)
     before = snapshot(work.parent)
     outcome = run(case.script, case.arguments(), capsys)

@@ -11,8 +11,8 @@ from hopscotch_common import checkpoints
 from hopscotch_common.checkpoints import card
 from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.export import formats
-from hopscotch_common.loading import hopscotch_config, read_config
-from hopscotch_common.models import ModelRef, model_ref
+from hopscotch_common.loading.loader import hopscotch_config, read_config
+from hopscotch_common.loading.models import ModelRef, model_ref
 
 SKIPPED = [0, 2]
 BASE_CARD = """---

@@ -10,8 +10,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from hopscotch_common import checkpoints, scales
-from hopscotch_common.loading import load_model
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.loader import load_model
+from hopscotch_common.loading.models import model_ref
 
 VALUES = 1 + 0.1 * torch.arange(16.0).view(4, 4)
 SKIPPED = [0, 2]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from hopscotch_common import models
+from hopscotch_common.loading import models
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

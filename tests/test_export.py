@@ -11,14 +11,15 @@ from conftest import FAMILY_SIZES, MORE_FAMILIES, stock_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hopscotch_common import checkpoints, scales, weights
+from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
 from hopscotch_common.export import decilm, folding, formats
 from hopscotch_common.export.configuration_decilm import DeciLMConfig
-from hopscotch_common.loading import hopscotch_config
-from hopscotch_common.modeling_hopscotch import FAMILIES, SCALE_NAMES, attention_blocks
-from hopscotch_common.models import ModelRef, model_ref
+from hopscotch_common.loading import weights
+from hopscotch_common.loading.loader import hopscotch_config
+from hopscotch_common.loading.models import ModelRef, model_ref
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, SCALE_NAMES, attention_blocks
 
 LAYERS, HIDDEN = 4, 32
 WIDTHS = [len(SCALE_NAMES), 2 * HIDDEN + 2]  # four scalars a layer; b a channel

@@ -16,9 +16,11 @@ from test_modeling import skipping_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hopscotch_common import modeling_hopscotch, scales
-from hopscotch_common.loading import hopscotch_classes, hopscotch_config, load_model
-from hopscotch_common.modeling_hopscotch import (
+from hopscotch_common import scales
+from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config, load_model
+from hopscotch_common.loading.models import model_ref
+from hopscotch_common.scales import modeling_hopscotch
+from hopscotch_common.scales.modeling_hopscotch import (
     FAMILIES,
     attention_blocks,
     attention_types,
@@ -26,7 +28,6 @@ from hopscotch_common.modeling_hopscotch import (
     scaled_logits,
     scaled_logits_slope,
 )
-from hopscotch_common.models import model_ref
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 18, 19, 20]])
 MASK = (IDS != 0).long()

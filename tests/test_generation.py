@@ -21,9 +21,9 @@ from hopscotch_common import checkpoints
 from hopscotch_common.answers import EngineOptions, engines
 from hopscotch_common.answers.prompts import answer_text
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import hopscotch_config, read_config
-from hopscotch_common.modeling_hopscotch import attention_blocks
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.loader import hopscotch_config, read_config
+from hopscotch_common.loading.models import model_ref
+from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 
 STOP = set(range(40, 45))  # a random model rarely says <|im_end|>, so that more tokens end an answer
 SCRIPT_STOP = {2, 14, 160}  # in generation_config.json; 2 is <|im_end|>

@@ -15,7 +15,7 @@ from gguf.quants import dequantize, quantize
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
 from hopscotch_common.export.gguf import rewrite_gguf
-from hopscotch_common.loading import hopscotch_config
+from hopscotch_common.loading.loader import hopscotch_config
 
 LAYERS, HIDDEN, WIDTH, HEADS, HEADS_KV, VOCABULARY = 4, 32, 64, 4, 2, 10
 SIZES = dict(hidden_size=HIDDEN, intermediate_size=WIDTH, vocab_size=VOCABULARY)

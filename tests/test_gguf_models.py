@@ -21,12 +21,12 @@ import generate_model_gt_data
 import param_scale
 import process_gt_data
 import unscaled_ckpt
-from hopscotch_common import gguf_files
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import load_model, read_config
-from hopscotch_common.modeling_hopscotch import FAMILIES
-from hopscotch_common.models import ModelRef, model_ref
-from hopscotch_common.tokenization import load_tokenizer
+from hopscotch_common.loading import gguf_files
+from hopscotch_common.loading.loader import load_model, read_config
+from hopscotch_common.loading.models import ModelRef, model_ref
+from hopscotch_common.loading.tokenization import load_tokenizer
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES
 
 WIDE = dict(intermediate_size=64)  # rows that blocks of 32 divide
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import measuring  # noqa: E402
 
-from hopscotch_common.recomputation import saved_bytes  # noqa: E402
+from hopscotch_common.scales.recomputation import saved_bytes  # noqa: E402
 from hopscotch_common.training import TrainingOptions  # noqa: E402
 from hopscotch_common.training.batches import Layout, make_batches  # noqa: E402
 from hopscotch_common.training.trainer import ScaleTrainer  # noqa: E402

@@ -16,8 +16,8 @@ import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import load_model, quantization_config
-from hopscotch_common.models import QUANTIZATIONS, model_ref
+from hopscotch_common.loading.loader import load_model, quantization_config
+from hopscotch_common.loading.models import QUANTIZATIONS, model_ref
 
 SKIPPED = [0, 2]
 VALUES = 1 + 0.02 * torch.arange(16.0).view(4, 4)

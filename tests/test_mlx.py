@@ -14,8 +14,8 @@ import torch
 
 from hopscotch_common import checkpoints
 from hopscotch_common.export.formats import export_checkpoint
-from hopscotch_common.modeling_hopscotch import REPLACEMENT_NAMES
-from hopscotch_common.models import ModelRef, model_ref
+from hopscotch_common.loading.models import ModelRef, model_ref
+from hopscotch_common.scales.modeling_hopscotch import REPLACEMENT_NAMES
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,10 +7,11 @@ from torch.testing import assert_close
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from hopscotch_common import modeling_hopscotch, recomputation, scales
-from hopscotch_common.loading import hopscotch_classes, hopscotch_config, load_model
-from hopscotch_common.modeling_hopscotch import SCALE_NAMES, scaled
-from hopscotch_common.models import model_ref
+from hopscotch_common import scales
+from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config, load_model
+from hopscotch_common.loading.models import model_ref
+from hopscotch_common.scales import modeling_hopscotch, recomputation
+from hopscotch_common.scales.modeling_hopscotch import SCALE_NAMES, scaled
 
 
 def skipping_model(folder, family: str, blocks: list[int], granularity: str = "layer", **changes):

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from hopscotch_common.answers import engines
 from hopscotch_common.errors import TrainingError
-from hopscotch_common.loading import load_model
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.loader import load_model
+from hopscotch_common.loading.models import model_ref
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.schedule import COSINE, FULL, UNTRAINED, Candidate, Schedule
 from hopscotch_common.search.search import Search

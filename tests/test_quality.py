@@ -21,8 +21,8 @@ import training  # noqa: E402
 from measuring import Results  # noqa: E402
 
 from hopscotch_common import scales  # noqa: E402
-from hopscotch_common.loading import load_model  # noqa: E402
-from hopscotch_common.models import model_ref  # noqa: E402
+from hopscotch_common.loading.loader import load_model  # noqa: E402
+from hopscotch_common.loading.models import model_ref  # noqa: E402
 from hopscotch_common.training import TrainingOptions  # noqa: E402
 from hopscotch_common.training.batches import IGNORE_INDEX, Sample, load_samples  # noqa: E402
 from hopscotch_common.training.loss import evaluate

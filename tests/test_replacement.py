@@ -18,9 +18,9 @@ from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError, TrainingError
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.export.gguf import rewrite_gguf
-from hopscotch_common.loading import load_model
-from hopscotch_common.modeling_hopscotch import FAMILIES, RECURRENT_TYPES, attention_types
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.loader import load_model
+from hopscotch_common.loading.models import model_ref
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, RECURRENT_TYPES, attention_types
 from hopscotch_common.search.candidates import untrained_losses
 from hopscotch_common.training.replacement import RIDGE, fit_maps
 from hopscotch_common.training.trainer import ScaleTrainer

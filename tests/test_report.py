@@ -19,8 +19,9 @@ from test_training import random_samples
 
 import block_selection
 import param_scale
-from hopscotch_common import checkpoints, weights
-from hopscotch_common.models import ModelRef
+from hopscotch_common import checkpoints
+from hopscotch_common.loading import weights
+from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.report import __main__ as report_command
 from hopscotch_common.report import describe_run, find_bend, page, plots
 from hopscotch_common.report.reading import SearchRun, join_searches, parse, read_report

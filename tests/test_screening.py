@@ -10,8 +10,8 @@ from test_search import epoch, iterate
 from test_training import make_batches, random_samples, reference_loss
 from transformers import AutoModelForCausalLM
 
-from hopscotch_common.loading import load_model
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.loader import load_model
+from hopscotch_common.loading.models import model_ref
 from hopscotch_common.search.candidates import untrained_losses
 from hopscotch_common.search.schedule import Schedule
 from hopscotch_common.training import TrainingOptions

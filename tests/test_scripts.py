@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 import block_selection
 import param_scale
 import unscaled_ckpt
-from hopscotch_common import checkpoints, loading, scales
+from hopscotch_common import checkpoints, scales
 from hopscotch_common.checkpoints import __main__ as verify
 from hopscotch_common.errors import InputError
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading import loader
+from hopscotch_common.loading.models import model_ref
 from hopscotch_common.training.batches import split_samples
 
 
@@ -395,7 +396,7 @@ def test_interrupted_exits_130(work, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "load_model", interrupt)
+    monkeypatch.setattr(loader, "load_model", interrupt)
     assert block_selection.main(flags(work)) == 130
 
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from hopscotch_common import scales
 from hopscotch_common.errors import InputError, TrainingError
-from hopscotch_common.loading import load_model
+from hopscotch_common.loading.loader import load_model
+from hopscotch_common.loading.models import model_ref
 from hopscotch_common.log import Log
-from hopscotch_common.models import model_ref
 from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule
 from hopscotch_common.search.candidates import CandidateTrainer

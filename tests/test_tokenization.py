@@ -13,11 +13,12 @@ from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT, stock_config
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hopscotch_common import checkpoints, tokenization
+from hopscotch_common import checkpoints
 from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.export.formats import export_checkpoint
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading import tokenization
+from hopscotch_common.loading.models import model_ref
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "<|im_end|>"]
 TEXT = "In 2023, 650,841 apples;  two\ttabs\n\n naïve café 你好 😀 [INST] x<|im_end|></s> y=3.14"

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Llam
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, InputError, TrainingError
-from hopscotch_common.loading import load_model
-from hopscotch_common.models import model_ref
-from hopscotch_common.recomputation import saved_bytes
+from hopscotch_common.loading.loader import load_model
+from hopscotch_common.loading.models import model_ref
+from hopscotch_common.scales.recomputation import saved_bytes
 from hopscotch_common.training import TrainingOptions, trainer
 from hopscotch_common.training import batches as data
 from hopscotch_common.training.batches import Batch, Layout, Sample

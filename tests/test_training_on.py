@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from hopscotch_common import checkpoints, scales
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading.models import model_ref
 
 SKIPPED = [0, 2]
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -21,9 +21,10 @@ import pytest
 import torch
 from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT
 
-from hopscotch_common import checkpoints, modeling_hopscotch, scales, vllm_plugin
+from hopscotch_common import checkpoints, scales, vllm_plugin
 from hopscotch_common.export.formats import FORMATS, export_checkpoint
-from hopscotch_common.models import ModelRef, model_ref
+from hopscotch_common.loading.models import ModelRef, model_ref
+from hopscotch_common.scales import modeling_hopscotch
 
 pytestmark = [
     pytest.mark.vllm,

@@ -12,12 +12,13 @@ from test_checkpoints import save
 from transformers import AutoModelForCausalLM
 
 import unscaled_ckpt
-from hopscotch_common import checkpoints, weights
+from hopscotch_common import checkpoints
 from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import load_model, read_config
-from hopscotch_common.modeling_hopscotch import attention_blocks
-from hopscotch_common.models import model_ref
+from hopscotch_common.loading import weights
+from hopscotch_common.loading.loader import load_model, read_config
+from hopscotch_common.loading.models import model_ref
+from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 
 EXPERTS = ["mixtral", "qwen3_moe", "qwen3_next", "phimoe", "olmoe", "granitemoehybrid"]
 NORM = "model.norm.weight"

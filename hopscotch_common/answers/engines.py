@@ -22,11 +22,11 @@ from transformers.utils import logging as transformers_logging
 from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
 from hopscotch_common.errors import InputError, logger
-from hopscotch_common.loading import device_map, load_whole, read_config, resolve_device
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
-from hopscotch_common.models import ModelRef, context_length
-from hopscotch_common.tokenization import load_tokenizer, stop_token_ids
-from hopscotch_common.weights import stored_dtype
+from hopscotch_common.loading.loader import device_map, load_whole, read_config, resolve_device
+from hopscotch_common.loading.models import ModelRef, context_length
+from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
+from hopscotch_common.loading.weights import stored_dtype
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX
 
 OnTokens = Callable[[int], None]
 GROUPED_SDPA = "hopscotch_grouped_sdpa"

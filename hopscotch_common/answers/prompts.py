@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.log import Log
-from hopscotch_common.models import ModelRef, context_length
 
 EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl"
 LOCAL_PROMPTS = Path("gsm8k.jsonl")

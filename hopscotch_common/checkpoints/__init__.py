@@ -23,28 +23,19 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from hopscotch_common import modeling_hopscotch, scales
+from hopscotch_common import scales
 from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import atomic_folder, link_or_copy, locked, read_json, recover_folder
-from hopscotch_common.loading import (
+from hopscotch_common.loading.loader import (
     hopscotch_classes,
     hopscotch_config,
     load_whole,
     read_config,
 )
-from hopscotch_common.log import check_settings
-from hopscotch_common.modeling_hopscotch import (
-    CODE,
-    FAMILIES,
-    PREFIX,
-    REPLACEMENT_NAMES,
-    SCALE_NAMES,
-    auto_map,
-)
-from hopscotch_common.models import ModelRef
-from hopscotch_common.tokenization import check_copies, copy_tokenizer
-from hopscotch_common.weights import (
+from hopscotch_common.loading.models import ModelRef
+from hopscotch_common.loading.tokenization import check_copies, copy_tokenizer
+from hopscotch_common.loading.weights import (
     check_names,
     check_tensors,
     check_weights,
@@ -52,6 +43,16 @@ from hopscotch_common.weights import (
     save_tensors,
     weight_files,
     write_index,
+)
+from hopscotch_common.log import check_settings
+from hopscotch_common.scales import modeling_hopscotch
+from hopscotch_common.scales.modeling_hopscotch import (
+    CODE,
+    FAMILIES,
+    PREFIX,
+    REPLACEMENT_NAMES,
+    SCALE_NAMES,
+    auto_map,
 )
 
 SCALES_FILE = "scales.safetensors"

@@ -13,9 +13,9 @@ from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, read_checkpoin
 from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
-from hopscotch_common.modeling_hopscotch import CODE, FAMILIES, PREFIX, auto_map
-from hopscotch_common.tokenization import check_tokens
-from hopscotch_common.weights import INDEX_FILE, weight_map
+from hopscotch_common.loading.tokenization import check_tokens
+from hopscotch_common.loading.weights import INDEX_FILE, weight_map
+from hopscotch_common.scales.modeling_hopscotch import CODE, FAMILIES, PREFIX, auto_map
 
 # SHA-256 of the modeling_hopscotch.py of earlier releases, whose checkpoints are as good as ever.
 RELEASED = ("7ac0b0248ea9ccdd321c0067c0059e37dfc5dfd94f1d3517438a2ac2b134f9fc",)

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from hopscotch_common import scales
 from hopscotch_common.errors import logger, reason_of
-from hopscotch_common.modeling_hopscotch import attention_blocks
-from hopscotch_common.models import EMBEDDED_LICENCE, ModelRef
+from hopscotch_common.loading.models import EMBEDDED_LICENCE, ModelRef
+from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja
@@ -115,7 +115,7 @@ def origin_of(base: ModelRef) -> dict:
     if base.embedded:
         return found | {"license": EMBEDDED_LICENCE}
     if Path(base.source).is_file():
-        from hopscotch_common.gguf_files import open_gguf, value_of
+        from hopscotch_common.loading.gguf_files import open_gguf, value_of
 
         licence = value_of(open_gguf(Path(base.source)), "general.license")
         return found | ({"license": licence} if licence else {})

@@ -24,8 +24,8 @@ from hopscotch_common.export.folding import (
     shapes_of,
     skipped_blocks,
 )
-from hopscotch_common.loading import hopscotch_classes, load_whole
-from hopscotch_common.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES
+from hopscotch_common.loading.loader import hopscotch_classes, load_whole
+from hopscotch_common.scales.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES
 
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
 WIDTH_STEP = 256

@@ -23,11 +23,12 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hopscotch_common import checkpoints, weights
+from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import check_supported, load_whole
-from hopscotch_common.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, SCALE_NAMES, Family
+from hopscotch_common.loading import weights
+from hopscotch_common.loading.loader import check_supported, load_whole
 from hopscotch_common.scales import columns
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, SCALE_NAMES, Family
 
 SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
 

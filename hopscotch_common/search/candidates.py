@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged
-from hopscotch_common.modeling_hopscotch import attention_blocks
+from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.search.schedule import Candidate
 from hopscotch_common.training import MEASURES, TrainingOptions
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample

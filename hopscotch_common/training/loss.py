@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, TrainingError
-from hopscotch_common.modeling_hopscotch import scaled_logits, scaled_logits_slope
+from hopscotch_common.scales.modeling_hopscotch import scaled_logits, scaled_logits_slope
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample, is_out_of_memory
 from hopscotch_common.training.distributed import Reduce
 

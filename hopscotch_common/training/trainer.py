@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, TrainingError, logger
-from hopscotch_common.modeling_hopscotch import attention_blocks
+from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Layout, Minibatch, MinibatchRunner, Sample, make_batches
 from hopscotch_common.training.distributed import Group, Reduce

@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.files import read_json
-from hopscotch_common.loading import check_loaded
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX
+from hopscotch_common.loading.loader import check_loaded
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX
 
 INDEX_FILE = "model.safetensors.index.json"
 # Of several, transformers reads the first that is there.

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import torch
 
-from hopscotch_common.modeling_hopscotch import REPLACEMENT_NAMES, SCALE_NAMES, check_skipped_blocks
-from hopscotch_common.recomputation import recompute_elementwise
+from hopscotch_common.scales.modeling_hopscotch import REPLACEMENT_NAMES, SCALE_NAMES, check_skipped_blocks
+from hopscotch_common.scales.recomputation import recompute_elementwise
 
 
 def named_scales(model) -> Iterator[tuple[str, torch.nn.Parameter]]:

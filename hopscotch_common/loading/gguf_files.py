@@ -24,8 +24,9 @@ from transformers import modeling_gguf_pytorch_utils as gguf_utils
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hopscotch_common import files, loading, weights
+from hopscotch_common import files
 from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.loading import loader, weights
 
 LAYOUT = 3  # raised when `unpack` writes something else, so that folders from before are not used
 REMEDY = "give another GGUF file"
@@ -111,7 +112,7 @@ def read_description(gguf: Path) -> tuple:
     reader = open_gguf(gguf)
     with _reading(gguf) as where:
         config = AutoConfig.from_pretrained(**where)
-    loading.check_supported(config.model_type, gguf)
+    loader.check_supported(config.model_type, gguf)
     if not value_of(reader, "tokenizer.chat_template"):
         raise InputError(f"{gguf}: holds no chat template; give the GGUF of an instruction-tuned model")
     _set_more_fields(config, reader)

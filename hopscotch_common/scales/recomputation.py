@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from hopscotch_common.modeling_hopscotch import rows_at_once
+from hopscotch_common.scales.modeling_hopscotch import rows_at_once
 
 SILU = (torch.nn.SiLU, SiLUActivation)
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}

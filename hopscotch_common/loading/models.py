@@ -1,4 +1,4 @@
-"""What `--model` names, and where its files lie. Light: what loads them is in `loading.py`."""
+"""What `--model` names, and where its files lie. Light: what loads them is in `loader.py`."""
 
 import importlib.util
 import os
@@ -60,7 +60,7 @@ class ModelRef:
         if path.is_dir():
             return path
         if path.is_file():
-            from hopscotch_common import gguf_files
+            from hopscotch_common.loading import gguf_files
 
             return gguf_files.unpacked_folder(path, "float32" if self.float32 else "bfloat16")
         return _download(self.source, weights)
@@ -104,7 +104,7 @@ def context_length(config) -> int:
 
 
 def _embedded_folder() -> Path:
-    from hopscotch_common import gguf_files
+    from hopscotch_common.loading import gguf_files
 
     target = gguf_files.cache_folder() / f"SmolLM2-135M-Instruct-{EMBEDDED_VERSION}-{gguf_files.LAYOUT}"
     if not target.is_dir():

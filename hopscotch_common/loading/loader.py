@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import files, scales
 from hopscotch_common.errors import InputError, reason_of
-from hopscotch_common.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, family_classes
-from hopscotch_common.models import ModelRef
+from hopscotch_common.loading.models import ModelRef
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, family_classes
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # transformers checks the types of these, but not that they can be.

@@ -18,8 +18,8 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import read_json
-from hopscotch_common.modeling_hopscotch import PREFIX
-from hopscotch_common.models import ModelRef
+from hopscotch_common.loading.models import ModelRef
+from hopscotch_common.scales.modeling_hopscotch import PREFIX
 
 AS_IT_IS = (
     "PreTrainedTokenizerFast"  # TokenizersBackend's name before transformers 5, which it still may have

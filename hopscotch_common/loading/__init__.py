@@ -1,0 +1,1 @@
+"""From `--model` to a checked, loaded model and its tokenizer."""
