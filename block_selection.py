@@ -166,12 +166,10 @@ def open_journal(path: Path, settings: dict, num_batches: int, processes, resour
 
 def load_trainer(arguments: argparse.Namespace, training: list, held_out: list, processes):
     """The loaded model with all that trains candidates on it, a `CandidateTrainer`."""
-    from hopscotch_common.loading.loader import load_model
     from hopscotch_common.search.candidates import CandidateTrainer
     from hopscotch_common.training.trainer import prepare_model
 
-    place = (arguments.dtype, arguments.device, arguments.attn_implementation)
-    model = load_model(arguments.model, *place, replacement_rank=arguments.replacement_rank)
+    model = cli.load_model(arguments)
     options = cli.training_options(arguments)
     prepare_model(model, options)
     trainer = CandidateTrainer(model, training, options, held_out)
