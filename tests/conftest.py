@@ -1,8 +1,12 @@
 """Tiny random models of every family, and a tokenizer with a chat template, made once a session."""
 
+import os
 import re
 import sys
 from pathlib import Path
+
+# The suite runs in several processes at once, and they start others: a thread each.
+os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 import pytest
 import torch
