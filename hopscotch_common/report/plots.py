@@ -26,7 +26,7 @@ from hopscotch_common.report.tables import plain_text
 # A page may give these four other values in a dark window.
 INK, MUTED, FAINT, PAPER = "#1a1a1a", "#6a6a6a", "#dcdcdc", "#ffffff"
 ON_LIGHT, ON_DARK = "#000001", "#fffffe"  # on a coloured cell, whatever the window
-BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#8c8c8c"
+BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8c8c8c"
 COLOR_STEPS = 31  # of a colour bar: odd, so that 1 has a colour of its own
 WIDTH = 7.0  # inches
 STYLE = {
