@@ -210,7 +210,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter <= 1:
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink()
         lock.release()
 
 

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.loading.loader import load_model
 from hopscotch_common.loading.models import model_ref
+from hopscotch_common.scales.modeling_hopscotch import CODE
 
 VALUES = 1 + 0.1 * torch.arange(16.0).view(4, 4)
 SKIPPED = [0, 2]
@@ -128,7 +128,7 @@ def test_tokenizer_travels_along(tiny_folder, tmp_path):
 
 
 def test_modeling_file_imports_nothing_of_the_project():
-    source = (ROOT / "hopscotch_common" / "modeling_hopscotch.py").read_text()
+    source = CODE.read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
     assert imports and all(line.split()[1].split(".")[0] in allowed for line in imports)

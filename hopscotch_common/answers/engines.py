@@ -50,7 +50,7 @@ def generate(
     options: EngineOptions,
     on_tokens: OnTokens = lambda count: None,
 ) -> Iterator[Answer]:
-    """Answer prompts (token ids) at temperature 0; yields each answer as soon as it has ended.
+    """Answer prompts (token ids) at temperature 0; yields answers as they end, or with their batch.
 
     An answer ends at a stop token, after max_tokens tokens, or where the model's context ends. on_tokens:
     gets the number of tokens that all answers grew by, step by step. Raises InputError for options that do
@@ -224,9 +224,9 @@ def decode(
 ) -> Iterator[Answer]:
     """Greedy answers by the model's own `generate`, to batches of prompts of like length, the shortest first.
 
-    A batch ends with half of its answers where others wait, or when it fills max_tokens_per_batch (rows
-    times columns, padding included; a prompt that alone is longer runs alone) or the model's context. What
-    has not ended waits among its likes, and goes on from there; so one long answer does not hold up many.
+    A batch ends with half of its answers, or when it fills max_tokens_per_batch (rows times columns, padding
+    included; a prompt that alone is longer runs alone) or the model's context. What has not ended waits among
+    its likes, and goes on from there; so one long answer does not hold up many, nor what is kept of them.
     """
     # not the model's own: it may penalize repetitions, for example
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
@@ -240,7 +240,7 @@ def decode(
         batch, waiting = waiting[:count], waiting[count:]
         left = [limits[index] - len(said[index]) for index in batch]
         columns = min(max_tokens_per_batch // count, context_length(model.config))
-        said_now = _generate(model, rows[:count], left, stop_ids, columns, bool(waiting), on_tokens)
+        said_now = _generate(model, rows[:count], left, stop_ids, columns, on_tokens)
         for index, tokens in zip(batch, said_now, strict=True):
             for token in tokens:
                 said[index].append(token)
@@ -257,7 +257,6 @@ def _generate(
     limits: list[int],
     stop_ids: set[int],
     columns: int,
-    others_wait: bool,
     on_tokens: OnTokens,
 ) -> list[list[int]]:
     """A batch of `decode`: what each row goes on with, and more behind the end of those that end early.
@@ -276,7 +275,7 @@ def _generate(
         on_tokens(len(rows) - int(ended.sum()))
         ended.logical_or_(torch.isin(ids[:, -1], stops) | (last_columns <= ids.shape[1]))
         full = len(rows) > 1 and ids.shape[1] >= columns
-        return ended | full | (others_wait and 2 * ended.sum() >= len(rows))
+        return ended | full | (2 * ended.sum() >= len(rows))
 
     output = model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), stopping_criteria=[ends])
     return output[:, width:].tolist()

@@ -18,7 +18,10 @@ from hopscotch_common.loading.weights import INDEX_FILE, weight_map
 from hopscotch_common.scales.modeling_hopscotch import CODE, FAMILIES, PREFIX, auto_map
 
 # SHA-256 of the modeling_hopscotch.py of earlier releases, whose checkpoints are as good as ever.
-RELEASED = ("7ac0b0248ea9ccdd321c0067c0059e37dfc5dfd94f1d3517438a2ac2b134f9fc",)
+RELEASED = (
+    "7ac0b0248ea9ccdd321c0067c0059e37dfc5dfd94f1d3517438a2ac2b134f9fc",
+    "73a46dbcdeb4a7329497f411c85afb47b2f6ef8d0ed7af154b73017a621f6cef",
+)
 EXECUTABLE = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 

@@ -74,7 +74,7 @@ def check_supported(model_type: str, where: object) -> None:
         )
     raise InputError(
         f"{what} not supported; {known}; give another model, or describe its decoder layer in FAMILIES "
-        "in hopscotch_common/modeling_hopscotch.py"
+        "in hopscotch_common/scales/modeling_hopscotch.py"
     )
 
 

@@ -124,10 +124,7 @@ def _download(source: str, weights: bool) -> Path:
 
     wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
     wanted += ["*.safetensors"] if weights else []
-    unwanted = [
-        "*/*",
-        "consolidated*",
-    ]  # what lies in folders of its own, Mistral's second copy of the weights
+    unwanted = ["*/*", "consolidated*"]  # what lies in folders of its own; Mistral's second copy
     try:
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as error:  # of HTTP, of the network, of a name that the hub refuses

@@ -21,9 +21,7 @@ from hopscotch_common.files import read_json
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.scales.modeling_hopscotch import PREFIX
 
-AS_IT_IS = (
-    "PreTrainedTokenizerFast"  # TokenizersBackend's name before transformers 5, which it still may have
-)
+AS_IT_IS = "PreTrainedTokenizerFast"  # TokenizersBackend's name before transformers 5, still understood
 TOKENIZER_CONFIG = "tokenizer_config.json"
 PROBE = "In 2023, 650,841 apples;  two spaces,\ta tab\n\nand lines: naïve café, 你好 😀 don't x_1=3.14e-5 "
 

@@ -13,7 +13,8 @@ from hopscotch_common.search.progress import SearchBar
 from hopscotch_common.search.schedule import SCREENING_COST, Candidate, Schedule, leader, rounds
 from hopscotch_common.training import MEASURES
 from hopscotch_common.training.distributed import Processes
-from hopscotch_common.training.trainer import HeldOut, ScaleState
+from hopscotch_common.training.loss import HeldOut
+from hopscotch_common.training.trainer import ScaleState
 
 
 @dataclass
