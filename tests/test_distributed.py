@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from driving import start
 from test_search import write_data
 from test_training import random_samples
 
@@ -54,37 +55,36 @@ except HopscotchError as error:
 """
 
 
-def run_two(how: str) -> list[tuple[int, str]]:
-    """Exit code and stdout of each of two processes."""
-    return [(code, out.strip()) for code, out, _ in start_two(["-c", PARTS, how], ["-c", PARTS, how])]
-
-
-def start_two(*commands: list[str], **options) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of two Python processes that are to find one another."""
+def ranks() -> list[dict[str, str]]:
+    """The environments of two processes that are to find one another, as a launcher makes them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def run_two(how: str) -> list[tuple[int, str]]:
+    """Exit code and stdout of each of two processes that run PARTS."""
+    common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            [sys.executable, "-c", PARTS, how],
+            env=common | rank,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
         )
-        for rank, command in enumerate(commands)
+        for rank in ranks()
     ]
-    said = [process.communicate(timeout=120) for process in started]
-    return [(process.returncode, *words) for process, words in zip(started, said, strict=True)]
+    said = [process.communicate(timeout=120)[0].strip() for process in started]
+    return [(process.returncode, words) for process, words in zip(started, said, strict=True)]
 
 
 @pytest.mark.parametrize(("how", "code"), [("well", 0), ("error", 2)])
 def test_processes_part_in_good_order_with_their_exit_codes(how, code):
     """Where they stayed together, one in six such runs aborted while the interpreter closed."""
-    for _ in range(3):
-        assert run_two(how) == [(0, "parted"), (code, "parted")]
+    assert run_two(how) == [(0, "parted"), (code, "parted")]
 
 
 def test_processes_that_were_started_otherwise_all_say_so():
@@ -103,13 +103,14 @@ def test_one_that_loses_the_others_says_so_in_a_line():
     ("script", "more"), [("block_selection.py", []), ("param_scale.py", ["--blocks_to_skip", "1"])]
 )
 def test_scripts_refuse_processes_over_other_data(tiny_folder, tmp_path, script, more):
-    commands = []
-    for rank in range(2):
+    started = []
+    for rank, environment in enumerate(ranks()):
         write_data(tmp_path / f"{rank}.jsonl", random_samples(8, seed=rank))
         output = "--output" if script.startswith("block") else "--output_dir"
         where = ["--data_path", f"{rank}.jsonl", output, "out"]
-        commands.append([str(ROOT / script), "--model", str(tiny_folder()), "--device", "cpu", *where, *more])
-    for code, out, error in start_two(*commands, cwd=tmp_path):
-        assert code == 2 and out == ""
-        assert "error: process 1 has data = " in error.splitlines()[-1]
+        command = [script, "--model", tiny_folder(), "--device", "cpu", *where, *more]
+        started.append(start(tmp_path, *command, env=environment))
+    for end in [running.wait() for running in started]:
+        assert end.code == 2 and end.out == ""
+        assert "error: process 1 has data = " in end.complaint
     assert not list(tmp_path.glob("out*"))

@@ -1,16 +1,12 @@
-"""Checkpoints in other hands: device maps, dtypes, quantised weights, lm-eval."""
+"""Checkpoints in other hands: device maps, dtypes, quantised weights."""
 
 import importlib.util
-import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, check_refused
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import check_refused
+from transformers import AutoModelForCausalLM
 
 import param_scale
 import unscaled_ckpt
@@ -131,41 +127,6 @@ def test_scales_train_on_a_quantised_base(base, quantization, device):
     before = scales.snapshot(model)
     torch.optim.Adam(scales.trainable_scales(model), lr=1e-2).step()
     assert torch.equal((scales.snapshot(model) != before).sum(1), torch.tensor([3, 4, 3, 4]))
-
-
-@pytest.mark.skipif(missing("lm_eval"), reason="lm-eval is not installed")
-def test_lm_eval_runs_a_checkpoint(checkpoint, tmp_path):
-    arguments = (
-        f"--model hf --model_args pretrained={checkpoint},trust_remote_code=True,dtype=float32 --device cpu"
-        " --tasks local_generated,local_choices --include_path . --batch_size 2"
-        f" --output_path {tmp_path / 'results'} --log_samples"
-    )
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
-    options = dict(cwd=ROOT / "tests" / "lm_eval", env=os.environ | offline, capture_output=True, text=True)
-    run = subprocess.run([sys.executable, "-m", "lm_eval", *arguments.split()], **options)
-    assert run.returncode == 0, run.stderr[-4000:]
-
-    def samples(task):
-        (path,) = (tmp_path / "results").rglob(f"samples_{task}_*.jsonl")
-        found = [json.loads(line) for line in path.read_text().splitlines()]
-        assert len(found) == 3
-        return found
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = checkpoints.load_checkpoint(checkpoint)
-    for sample in samples("local_generated"):
-        ids = torch.tensor([tokenizer.encode(sample["doc"]["question"])])
-        answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-        assert len(answer) > 0
-        assert sample["resps"] == [[tokenizer.decode(answer, skip_special_tokens=True)]]
-    for sample in samples("local_choices"):
-        for choice, response in zip(sample["doc"]["choices"], sample["resps"], strict=True):
-            question = tokenizer.encode(sample["doc"]["question"])
-            answer = tokenizer.encode(choice, add_special_tokens=False)
-            with torch.inference_mode():
-                logits = model(torch.tensor([question + answer])).logits[0, len(question) - 1 : -1]
-            expected = logits.log_softmax(-1)[range(len(answer)), answer].sum()
-            assert float(response[0][0]) == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.skipif(not missing("flash_attn"), reason="flash attention is installed")

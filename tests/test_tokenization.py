@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,28 +119,42 @@ def test_a_checkpoint_reads_text_as_its_base(tmp_path, family, name, make):
         assert (tokenizer.encode(TEXT), tokenizer.decode(expected[0])) == expected
 
 
-@pytest.mark.parametrize("family, name", [("granite", "GPT2Tokenizer"), ("mistral", "LlamaTokenizerFast")])
-def test_so_do_its_exports_and_vllm(tmp_path, family, name):
-    base = write_base(tmp_path / "base", family, digits_apart(), name, chat_template="{{ messages }}")
-    values = torch.ones(4, 4)
-    values[1, 0] = 0
-    checkpoints.save_checkpoint(tmp_path / "checkpoint", model_ref(str(base)), [1], values, {})
-    for form in ("folded", "nemotron_nas"):
-        export_checkpoint(tmp_path / "checkpoint", form, tmp_path / form, device="cpu")
-    folders = [tmp_path / "checkpoint", tmp_path / "folded", tmp_path / "nemotron_nas"]
-    for folder in folders:
-        assert says(folder) == says(base)
-        assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
-    if importlib.util.find_spec("vllm") is not None:
-        program = (
-            "import json, sys\n"
-            "from hopscotch_common import vllm_plugin\nfrom vllm.tokenizers import get_tokenizer\n"
-            "vllm_plugin.register()\n"
-            "print(json.dumps([get_tokenizer(f).encode(sys.argv[1]) for f in sys.argv[2:]]))\n"
-        )
-        run = [sys.executable, "-c", program, TEXT, *map(str, folders)]
-        found = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=os.environ, check=True)
-        assert json.loads(found.stdout.splitlines()[-1]) == [says(base)[0]] * 3
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[Path, list[Path]]:
+    """Base model -> its checkpoint and exports; two families."""
+    made = {}
+    for family, name in (("granite", "GPT2Tokenizer"), ("mistral", "LlamaTokenizerFast")):
+        root = tmp_path_factory.mktemp(family)
+        base = write_base(root / "base", family, digits_apart(), name, chat_template="{{ messages }}")
+        values = torch.ones(4, 4)
+        values[1, 0] = 0
+        checkpoints.save_checkpoint(root / "checkpoint", model_ref(str(base)), [1], values, {})
+        for form in ("folded", "nemotron_nas"):
+            export_checkpoint(root / "checkpoint", form, root / form, device="cpu")
+        made[base] = [root / "checkpoint", root / "folded", root / "nemotron_nas"]
+    return made
+
+
+def test_so_do_its_exports(made):
+    for base, folders in made.items():
+        for folder in folders:
+            assert says(folder) == says(base)
+            assert AutoTokenizer.from_pretrained(folder).chat_template == "{{ messages }}"
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_so_does_vllm(made):
+    program = (
+        "import json, sys\n"
+        "from hopscotch_common import vllm_plugin\nfrom vllm.tokenizers import get_tokenizer\n"
+        "vllm_plugin.register()\n"
+        "print(json.dumps([get_tokenizer(f).encode(sys.argv[1]) for f in sys.argv[2:]]))\n"
+    )
+    run = [sys.executable, "-c", program, TEXT, *(str(folder) for group in made.values() for folder in group)]
+    found = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=os.environ, check=True)
+    expected = [says(base)[0] for base, folders in made.items() for _ in folders]
+    assert json.loads(found.stdout.splitlines()[-1]) == expected
 
 
 def test_an_older_checkpoint_is_still_read_as_its_base(tmp_path):

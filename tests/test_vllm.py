@@ -1,7 +1,7 @@
 """Checkpoints in the real vLLM, by this project's plugin, and exports: the answers of transformers.
 
-The project is installed into a folder of its own, so that vLLM finds the real entry point. One engine
-process loads all folders, one after another, and another tries what must fail.
+The project is installed into a folder of its own, so that vLLM finds the real entry point. One process
+imports vLLM, tries in a fork what must fail without the plugin, and loads all folders, one after another.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT
 
-from hopscotch_common import checkpoints, scales, vllm_plugin
+from hopscotch_common import checkpoints, scales
 from hopscotch_common.export.formats import FORMATS, export_checkpoint
 from hopscotch_common.loading.models import ModelRef, model_ref
 from hopscotch_common.scales import modeling_hopscotch
@@ -38,18 +38,18 @@ QUESTION = "A farmer has 12 hens. Each lays 5 eggs a week. How many eggs is that
 # vLLM's attention needs a head size of at least 32.
 SIZES = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
 LARGER = dict(head_dim=32, query_pre_attn_scalar=48, moe_intermediate_size=64)
-# Family -> (skipped blocks, granularity of the scales).
+# Family -> (skipped blocks, granularity of the scales, layers if not 4); one of each way through the plugin.
 QUICK = {
-    "llama": ([0, 2], "channel"),
-    "qwen3_moe": ([0, 3], "layer"),
-    "phi3": ([0, 1], "layer"),
-    "granite": ([3], "layer"),
-    "gemma2": ([0], "layer"),
-    "olmo2": ([0, 2], "layer"),
+    "llama": ([0], "channel", 2),  # compiled, with maps
+    "qwen3_moe": ([0, 3], "layer"),  # experts
+    "granite": ([3], "layer"),  # multipliers
+    "gemma2": ([0], "layer"),  # sliding and full attention, capped, of a scale of its own
+    "olmo2": ([0, 2], "layer"),  # norms after the blocks
 }
 WITH_MAPS = ("llama", "gemma2", "olmo2", "starcoder2")  # in the skipped blocks' place
-COMPILED = ("llama", "gemma2")  # as vLLM does unless told otherwise; it takes half a minute
 SLOW = {
+    "gemma2": ([0], "layer"),  # compiled
+    "phi3": ([0, 1], "layer"),
     "qwen3": ([0], "layer"),
     "smollm3": ([1, 2], "channel"),
     "gemma3_text": ([0, 1], "channel"),
@@ -68,30 +68,68 @@ SLOW = {
     "starcoder2": ([0, 2], "layer"),
     "gpt_oss": ([0], "layer"),
 }
+FLOAT16 = {"llama": True, "gemma2": False, "gemma3_text": False, "glm4": False}  # whether vLLM runs it
 REFUSED = {"qwen3_5_text": "recurrent", "phimoe": "router"}
 SMOLLM = ([3, 9], "layer")
 # Export -> (architecture in vLLM, layers, those without KV cache).
 EXPORTS = {
-    "smollm-nemotron_nas": ("DeciLMForCausalLM", 30, [3, 9]),
-    "smollm-folded": ("LlamaForCausalLM", 30, []),
     # Block 0 is skipped too, but vLLM's code needs it: it stays, adding 0.
     "llama-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
     "qwen2-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
     "granite-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
+    "granite-folded": ("GraniteForCausalLM", 4, []),
+}
+SLOW_EXPORTS = {
+    "smollm-nemotron_nas": ("DeciLMForCausalLM", 30, [3, 9]),
+    "smollm-folded": ("LlamaForCausalLM", 30, []),
     "mistral-nemotron_nas": ("DeciLMForCausalLM", 4, [2]),
 }
 
 ENGINE = f"""
-import gc, json, sys
+import gc, json, multiprocessing, os, sys
+import torch, vllm
 from vllm import LLM, SamplingParams
+from vllm.config.model import _check_valid_dtype
+from vllm.model_executor.models import registry
+
+def look_here(look):  # at a model's class; vLLM starts a process for it, which imports what is here already
+    return look()
+
+def failure(folder, **options):
+    try:
+        memory = dict(kv_cache_memory_bytes=2**26, gpu_memory_utilization=0.05)
+        LLM(folder, dtype="float32", enforce_eager=True, max_model_len=64, **memory, **options)
+    except Exception as error:
+        return str(error)
+
+def failures(folder):
+    os.environ["VLLM_PLUGINS"] = ""
+    registry._run_in_subprocess = look_here
+    found = {{"no plugin": failure(folder)}}
+    found["no plugin, but remote code"] = failure(folder, trust_remote_code=True)
+    from hopscotch_common import vllm_plugin
+    vllm.__version__ = "0.33.1"
+    vllm_plugin.register()
+    return found | {{"another version": failure(folder)}}
+
+def refusal(kind, dtype):
+    try:
+        _check_valid_dtype(kind, dtype)
+    except ValueError as error:
+        return str(error)
 
 def scales(model):
     found = {{k: v for k, v in (*model.named_parameters(), *model.named_buffers()) if "_scale_" in k}}
     return {{k: [str(v.dtype), v.flatten().tolist()] for k, v in found.items()}}
 
 if __name__ == "__main__":
+    folders, without_plugin = json.load(sys.stdin)
     results = {{}}
-    for folder, (prompts, changes) in json.load(sys.stdin).items():
+    if without_plugin:
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            results["failures"] = pool.apply(failures, [without_plugin])
+    collect, gc.collect = gc.collect, lambda generation=2: 0  # vLLM's, four a model, take half of the time
+    for folder, (prompts, changes) in folders.items():
         options = changes | dict(
             max_model_len=256,
             max_num_seqs=4,
@@ -122,30 +160,15 @@ if __name__ == "__main__":
             "architecture": llm.llm_engine.model_config.architecture,
         }}
         del llm, engine, groups
-        gc.collect()
+        collect()
+        registry._run_in_subprocess = look_here  # at the classes that follow
+    results["float16"] = {{
+        kind: [refusal(kind, dtype) for dtype in (torch.float16, torch.bfloat16)]
+        for family in {FLOAT16}
+        for kind in (family, f"hopscotch_{{family}}")
+    }}
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)
-"""
-FAILURES = """
-import json, sys
-import vllm
-from vllm import LLM
-
-def failure(**options):
-    try:
-        memory = dict(kv_cache_memory_bytes=2**26, gpu_memory_utilization=0.05)
-        LLM(sys.argv[2], dtype="float32", enforce_eager=True, max_model_len=64, **memory, **options)
-    except Exception as error:
-        return str(error)
-
-if __name__ == "__main__":
-    failures = {"no plugin": failure(), "no plugin, but remote code": failure(trust_remote_code=True)}
-    from hopscotch_common import vllm_plugin
-    vllm.__version__ = "0.33.1"
-    vllm_plugin.register()
-    failures["another version"] = failure()
-    with open(sys.argv[1], "w") as file:
-        json.dump(failures, file)
 """
 
 
@@ -168,21 +191,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(root / "modules"),
     }
-
-
-def run_python(
-    program: str, *arguments: str, environment: dict[str, str], cwd: Path, stdin: str = ""
-) -> None:
-    """Run a program in a process of its own, away from this project's folder."""
-    process = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=cwd,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
 
 
 def random_scales(layers: int, hidden_size: int, skipped: list[int], granularity: str) -> torch.Tensor:
@@ -223,11 +231,13 @@ def greedy(checkpoint: Path, prompts: list[list[int]]) -> tuple[list, list]:
     return tokens, log_probabilities
 
 
-def make_tiny(root: Path, tiny_folder, family: str, skipped: list[int], granularity: str) -> Path:
+def make_tiny(
+    root: Path, tiny_folder, family: str, skipped: list[int], granularity: str, layers: int = 4
+) -> Path:
     own = (FAMILY_SIZES | MORE_FAMILIES)[family]
     larger = {name: size for name, size in LARGER.items() if name in own}
-    folder = tiny_folder(family, **SIZES, **larger)
-    layers = own.get("num_hidden_layers", 4)
+    layers = own.get("num_hidden_layers", layers)
+    folder = tiny_folder(family, **SIZES, **larger, num_hidden_layers=layers)
     hidden, maps = SIZES["hidden_size"], {}
     values = random_scales(layers, hidden, skipped, granularity)
     if family in WITH_MAPS:
@@ -245,10 +255,17 @@ def make_tiny(root: Path, tiny_folder, family: str, skipped: list[int], granular
     return root / family
 
 
-def run_engine(root: Path, environment: dict[str, str], cases: dict[str, tuple]) -> dict:
+def run_engine(
+    root: Path,
+    environment: dict[str, str],
+    cases: dict[str, tuple],
+    compiled: str,
+    without_plugin: Path | None = None,
+) -> dict:
     """{case: ((transformers' tokens, log-probabilities), scales of the checkpoint, vLLM's results)}
 
-    cases: the checkpoint, prompts, and the export of it that vLLM loads instead, if any.
+    cases: the checkpoint, prompts, and the export of it that vLLM loads instead, if any. compiled: the case
+    that vLLM compiles, as it does unless told otherwise. without_plugin: a checkpoint for `failures`.
     """
     expected = {
         checkpoint: (greedy(checkpoint, prompts), checkpoints.load_scales(checkpoint))
@@ -259,21 +276,31 @@ def run_engine(root: Path, environment: dict[str, str], cases: dict[str, tuple])
         if not export:
             forbid_code(checkpoint)
         served[name] = str((export or [checkpoint])[0])
-        options = dict(enforce_eager=name not in COMPILED, trust_remote_code=bool(export))
+        options = dict(enforce_eager=name != compiled, trust_remote_code=bool(export))
         jobs[served[name]] = [prompts, options]
-    run_python(ENGINE, str(root / "results.json"), environment=environment, cwd=root, stdin=json.dumps(jobs))
+    process = subprocess.run(
+        [sys.executable, "-c", ENGINE, "results.json"],
+        input=json.dumps([jobs, without_plugin and str(without_plugin)]),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,  # away from this project's folder
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
     results = json.loads((root / "results.json").read_text())
-    return {name: (*expected[case[0]], results[served[name]]) for name, case in cases.items()}
+    runs = {name: (*expected[case[0]], results.pop(served[name])) for name, case in cases.items()}
+    return runs | results
 
 
-def make_exports(root: Path, tiny_folder, smollm: Path, chat: list[int]) -> dict[str, tuple]:
-    """The cases of EXPORTS."""
+def make_exports(root: Path, tiny_folder, names, smollm: Path, chat: list[int]) -> dict[str, tuple]:
+    """The cases of exports."""
     cases = {}
-    for name in EXPORTS:
+    for name in names:
         family, format = name.split("-")
         checkpoint, prompts = smollm, [chat]
         if family != "smollm":
             checkpoint, prompts = root / f"{family}-checkpoint", PROMPTS
+        if not checkpoint.exists():
             ref = ModelRef(family, str(tiny_folder(family, **SIZES | dict(intermediate_size=512))))
             values = 1 + (random_scales(4, 64, [], "layer") - 1) / 6
             values[[0, 2], 0] = 0.0
@@ -305,18 +332,21 @@ def chat() -> list[int]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_folder, smollm, chat, environment):
     root = tmp_path_factory.mktemp("quick")
-    cases = make_exports(root, tiny_folder, smollm, chat) | {"smollm": (smollm, [chat])}
-    for family, (skipped, granularity) in QUICK.items():
-        cases[family] = make_tiny(root, tiny_folder, family, skipped, granularity), PROMPTS
-    return run_engine(root, environment, cases)
+    cases = {f: (make_tiny(root, tiny_folder, f, *case), PROMPTS) for f, case in QUICK.items()}
+    without_plugin = shutil.copytree(cases["granite"][0], root / "without-plugin")  # before its code is gone
+    cases |= make_exports(root, tiny_folder, EXPORTS, smollm, chat)
+    return run_engine(root, environment, cases, "llama", without_plugin)
 
 
 @pytest.fixture(scope="module")
-def slow_runs(tmp_path_factory, tiny_folder, environment):
+def slow_runs(tmp_path_factory, tiny_folder, smollm, chat, environment):
     root = tmp_path_factory.mktemp("slow")
-    cases = SLOW | dict.fromkeys(REFUSED, ([1], "layer"))  # these last: a failed start leaves things behind
+    cases = SLOW | dict.fromkeys(REFUSED, ([1], "layer"))
     cases = {f: (make_tiny(root, tiny_folder, f, *case), PROMPTS) for f, case in cases.items()}
-    return run_engine(root, environment, cases)
+    refused = {family: cases.pop(family) for family in REFUSED}
+    cases |= make_exports(root, tiny_folder, SLOW_EXPORTS, smollm, chat) | {"smollm": (smollm, [chat])}
+    cases |= refused  # these last: a failed start leaves things behind
+    return run_engine(root, environment, cases, "gemma2")
 
 
 def check_run(run, skipped: list[int]) -> None:
@@ -330,17 +360,26 @@ def check_run(run, skipped: list[int]) -> None:
         assert result["scales"][key] == ["torch.float32", scale.flatten().tolist()]
 
 
-@pytest.mark.parametrize("family, skipped", [("smollm", SMOLLM[0]), *((f, c[0]) for f, c in QUICK.items())])
+@pytest.mark.parametrize("family, skipped", [(f, c[0]) for f, c in QUICK.items()])
 def test_as_transformers_with_cache_for_the_other_blocks_only(runs, family, skipped):
     check_run(runs[family], skipped)
 
 
-@pytest.mark.parametrize("name", EXPORTS)
-def test_exports_as_transformers_with_less_cache(runs, name):
-    architecture, layers, without_cache = EXPORTS[name]
-    (tokens, _), _, result = runs[name]
+def check_export(run, architecture: str, layers: int, without_cache: list[int]) -> None:
+    (tokens, _), _, result = run
     assert result["architecture"] == architecture and result["tokens"] == tokens
     assert result["cached_layers"] == [i for i in range(layers) if i not in without_cache]
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exports_as_transformers_with_less_cache(runs, name):
+    check_export(runs[name], *EXPORTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_EXPORTS)
+def test_more_exports(slow_runs, name):
+    check_export(slow_runs[name], *SLOW_EXPORTS[name])
 
 
 def test_every_format_is_served():
@@ -348,33 +387,27 @@ def test_every_format_is_served():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, skipped", [(f, c[0]) for f, c in SLOW.items()])
+@pytest.mark.parametrize("family, skipped", [("smollm", SMOLLM[0]), *((f, c[0]) for f, c in SLOW.items())])
 def test_more_families_as_transformers(slow_runs, family, skipped):
     check_run(slow_runs[family], skipped)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "glm4"])
-def test_float16_is_refused_where_the_stock_family_is(family):
-    from vllm.config.model import _check_valid_dtype
-
-    vllm_plugin.register()
+@pytest.mark.parametrize("family, runs_it", FLOAT16.items())
+def test_float16_is_refused_where_the_stock_family_is(runs, family, runs_it):
     for kind in (family, f"hopscotch_{family}"):
-        with pytest.raises(ValueError, match="does not support float16"):
-            _check_valid_dtype(kind, torch.float16)
-        assert _check_valid_dtype(kind, torch.bfloat16)
-    assert _check_valid_dtype("hopscotch_llama", torch.float16)
+        float16, bfloat16 = runs["float16"][kind]
+        assert bfloat16 is None
+        assert float16 is None if runs_it else "does not support float16" in float16
 
 
 def test_scales_decide_what_is_answered(runs, tiny_folder, tmp_path):
     """Else the tests above could not tell scales that are left at 1."""
-    skipped, granularity = QUICK["llama"]
-    folder = make_tiny(tmp_path, tiny_folder, "llama", skipped, granularity)
-    values = checkpoints.load_scales(folder)
-    values[values != 0] = 1.0
-    other = tmp_path / "neutral"
-    ref = ModelRef("llama", str(tiny_folder("llama", **SIZES)))
-    checkpoints.save_checkpoint(other, ref, skipped, values, {})
-    assert greedy(other, PROMPTS)[0] != runs["llama"][2]["tokens"]
+    skipped, _ = QUICK["granite"]
+    values = torch.ones(4, 4)
+    values[skipped, 0] = 0.0
+    ref = ModelRef("granite", str(tiny_folder("granite", **SIZES, num_hidden_layers=4)))
+    checkpoints.save_checkpoint(tmp_path / "neutral", ref, skipped, values, {})
+    assert greedy(tmp_path / "neutral", PROMPTS)[0] != runs["granite"][2]["tokens"]
 
 
 @pytest.mark.slow
@@ -384,26 +417,14 @@ def test_what_the_backend_would_run_wrongly_is_refused(slow_runs, family, reason
     assert reason in error.lower() and "with transformers" in error and "\n" not in error
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory, smollm, environment) -> dict[str, str]:
-    """What stands in the way of a checkpoint in vLLM, by case."""
-    root = tmp_path_factory.mktemp("failures")
-    folder = root / "checkpoint"
-    shutil.copytree(smollm, folder)
-    code = Path(modeling_hopscotch.__file__)
-    shutil.copyfile(code, folder / code.name)
-    no_plugin = environment | {"VLLM_PLUGINS": ""}
-    run_python(FAILURES, str(root / "failures.json"), str(folder), environment=no_plugin, cwd=root)
-    return json.loads((root / "failures.json").read_text())
-
-
-def test_without_the_plugin_nothing_runs(failures):
+def test_without_the_plugin_nothing_runs(runs):
+    failures = runs["failures"]
     assert "trust_remote_code" in failures["no plugin"]
     assert "pip install --no-deps ." in failures["no plugin, but remote code"]
 
 
-def test_another_version_of_vllm_is_named(failures):
-    message = failures["another version"]
+def test_another_version_of_vllm_is_named(runs):
+    message = runs["failures"]["another version"]
     assert "0.33.1" in message and "0.32." in message and "\n" not in message
 
 
