@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hopscotch_common import files
-from hopscotch_common.errors import HopscotchError, InputError, logger
+from hopscotch_common.errors import HopscotchError, InputError, logger, printable
 from hopscotch_common.loading import models
 from hopscotch_common.training import MEASURES, TrainingOptions
 
@@ -94,11 +94,6 @@ def result(line: str) -> None:
         _unwritten.append(error)
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def printable(text: str) -> str:
-    """Text on one line, with whatever a terminal could obey escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def is_main_process() -> bool:

@@ -17,6 +17,11 @@ class InputError(HopscotchError, ValueError):
     exit_code = 2
 
 
+def printable(text: str) -> str:
+    """Text on one line, with whatever a terminal could obey escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def reason_of(error: Exception) -> str:
     """An error of a library's on one line, and not too long a one."""
     text = " ".join(str(error).split()) or type(error).__name__

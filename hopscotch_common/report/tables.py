@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hopscotch_common.cli import printable
+from hopscotch_common.errors import printable
 from hopscotch_common.report import find_bend
 from hopscotch_common.report.reading import CountsRun, Run, ScalingRun, SearchRun
 
