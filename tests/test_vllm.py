@@ -262,7 +262,8 @@ def run_engine(
     compiled: str,
     without_plugin: Path | None = None,
 ) -> dict:
-    """{case: ((transformers' tokens, log-probabilities), scales of the checkpoint, vLLM's results)}
+    """{case: ((transformers' tokens, log-probabilities), scales of the checkpoint, vLLM's results)}, and
+    what ENGINE says besides, of "failures" and "float16".
 
     cases: the checkpoint, prompts, and the export of it that vLLM loads instead, if any. compiled: the case
     that vLLM compiles, as it does unless told otherwise. without_plugin: a checkpoint for `failures`.
@@ -293,7 +294,7 @@ def run_engine(
 
 
 def make_exports(root: Path, tiny_folder, names, smollm: Path, chat: list[int]) -> dict[str, tuple]:
-    """The cases of exports."""
+    """The cases of run_engine for exports, by their names."""
     cases = {}
     for name in names:
         family, format = name.split("-")
@@ -301,7 +302,8 @@ def make_exports(root: Path, tiny_folder, names, smollm: Path, chat: list[int]) 
         if family != "smollm":
             checkpoint, prompts = root / f"{family}-checkpoint", PROMPTS
         if not checkpoint.exists():
-            ref = ModelRef(family, str(tiny_folder(family, **SIZES | dict(intermediate_size=512))))
+            changes = SIZES | dict(intermediate_size=512, tie_word_embeddings=family == "qwen2")
+            ref = ModelRef(family, str(tiny_folder(family, **changes)))
             values = 1 + (random_scales(4, 64, [], "layer") - 1) / 6
             values[[0, 2], 0] = 0.0
             checkpoints.save_checkpoint(checkpoint, ref, [0, 2], values, {})
