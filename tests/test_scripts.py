@@ -76,6 +76,16 @@ def test_selection_then_scaling_then_unscaled(work, tmp_path, capsys):
     assert torch.equal(values, expected)
 
 
+def test_losses_that_are_known_are_those_of_the_first_pick(work, tmp_path):
+    assert block_selection.main(flags(work, "--num_blocks", "2", "--prev", "0.5", "9", "9", "9")) == 0
+    report = json.loads((tmp_path / f"{work.name}_block_selection.json").read_text())
+    first, second = report["iterations"]
+    assert first["block"] == 0 and first["losses"] == {"0": 0.5, "1": 9.0, "2": 9.0, "3": 9.0}
+    assert block_selection.main(flags(work, "--starting_skipped_blocks", "0", "--output", "alone.json")) == 0
+    (alone,) = json.loads((tmp_path / "alone.json").read_text())["iterations"]
+    assert second["losses"] == alone["losses"]
+
+
 MEASURES = {"ce": "cross_entropy", "kl": "kl"}
 
 
