@@ -83,6 +83,40 @@ def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
             (folder / "whole").write_text("first")
 
 
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """The calls of fsync and rename, in order: each with the name of its file or folder."""
+    made = []
+
+    def watch(name, place_of):
+        call = getattr(os, name)
+
+        def watched(*arguments):
+            made.append(f"{name} {os.path.basename(place_of(arguments[0]))}")
+            return call(*arguments)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    watch("replace", str)
+    watch("rename", str)
+    return made
+
+
+def test_what_is_written_is_on_the_disk_before_it_counts(tmp_path, calls):
+    """Else a power failure leaves an empty file under a whole one's name."""
+    files.write_atomic(tmp_path / "a.json", "text")
+    assert calls == ["fsync .a.json.tmp", "replace .a.json.tmp", f"fsync {tmp_path.name}"]
+    calls.clear()
+    with files.atomic_folder(tmp_path / "ckpt") as folder:
+        (folder / "weights").write_text("1")
+    assert calls == ["fsync weights", "fsync .ckpt.tmp", "rename .ckpt.tmp", f"fsync {tmp_path.name}"]
+    calls.clear()
+    with log(tmp_path / "log.jsonl") as opened:
+        opened.append({"a": 1})
+        assert calls == ["fsync log.jsonl", "fsync log.jsonl"]  # of the settings, and of the record
+
+
 def log(path, **settings) -> Log:
     return Log(path, settings, "a test's log", "name another")
 

@@ -25,7 +25,7 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.loading import gguf_files
 from hopscotch_common.loading.loader import load_model, read_config
 from hopscotch_common.loading.models import ModelRef, model_ref
-from hopscotch_common.loading.tokenization import load_tokenizer
+from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES
 
 WIDE = dict(intermediate_size=64)  # rows that blocks of 32 divide
@@ -92,10 +92,14 @@ def test_the_unpacked_model_is_the_original(tmp_path, family, changes):
 
 
 def test_the_tokenizer_is_that_of_the_file(tmp_path):
-    """Digits split off as smollm does it, a text begun as the file says; its neighbours change nothing."""
-    path = write_model(tiny(), tmp_path / "model.gguf", tokenizer_pre="smollm", add_bos_token=True)
+    """Digits split off as smollm does it, a text begun as the file says, and an answer ended at the end of a
+    turn, too; its neighbours change nothing."""
+    special = dict(add_bos_token=True, eot_token_id=5)
+    path = write_model(tiny(), tmp_path / "model.gguf", tokenizer_pre="smollm", **special)
     (tmp_path / "tokenizer.json").write_text("{}")
-    tokenizer = load_tokenizer(model_ref(str(path)))
+    ref = model_ref(str(path))
+    tokenizer = load_tokenizer(ref)
+    assert stop_token_ids(ref.folder(), tokenizer) == {2, 5}
     assert parts(tokenizer, "\n\n12  3") == ["ĊĊ", "1", "2", "ĠĠ", "3"]  # as in SmolLM2's own tokenizer.json
     assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id
     plain = load_tokenizer(model_ref(str(write_model(tiny(), tmp_path / "plain.gguf"))))

@@ -147,12 +147,16 @@ def test_the_picture_of_a_search_shows_every_candidate():
     assert "nats per token" in axes.figure.get_supylabel() and "decoder layer" in axes.get_xlabel()
 
 
-def test_a_diverged_candidate_is_drawn_at_the_edge():
+@pytest.mark.parametrize("said", [{"diverged": {"3": "epoch 0, batch 1"}}, {"losses": {"3": None, "4": 0.5}}])
+def test_a_diverged_candidate_is_drawn_at_the_edge(said):
+    """Also of an earlier release, which gave it a loss of null."""
     report = synthetic_search()
-    report["iterations"][0]["losses"]["3"] = None
-    (axes,) = plots.search_figure(parse(SearchRun, report)).axes
+    report["iterations"][0] |= {"losses": {"4": 0.5}} | said
+    run = parse(SearchRun, report)
+    (axes,) = plots.search_figure(run).axes
     assert set(points(axes, "above the panel, or diverged")) == {0, 3}
     assert points(axes, "whole epoch") == {}
+    assert picks(run).rows[0][4] == "3 of 5 (1 diverged)"
 
 
 def chain(losses: dict[int, float]) -> SearchRun:

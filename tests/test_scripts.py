@@ -76,6 +76,16 @@ def test_selection_then_scaling_then_unscaled(work, tmp_path, capsys):
     assert torch.equal(values, expected)
 
 
+def test_losses_that_are_known_are_those_of_the_first_pick(work, tmp_path):
+    assert block_selection.main(flags(work, "--num_blocks", "2", "--prev", "0.5", "9", "9", "9")) == 0
+    report = json.loads((tmp_path / f"{work.name}_block_selection.json").read_text())
+    first, second = report["iterations"]
+    assert first["block"] == 0 and first["losses"] == {"0": 0.5, "1": 9.0, "2": 9.0, "3": 9.0}
+    assert block_selection.main(flags(work, "--starting_skipped_blocks", "0", "--output", "alone.json")) == 0
+    (alone,) = json.loads((tmp_path / "alone.json").read_text())["iterations"]
+    assert second["losses"] == alone["losses"]
+
+
 MEASURES = {"ce": "cross_entropy", "kl": "kl"}
 
 
@@ -230,11 +240,11 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
         assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
     report = json.loads((tmp_path / "parts/report.json").read_text())
     assert not gone.exists() and [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
-    capsys.readouterr()
     (other,) = {"layer", "channel"} - {granularity}
-    finer = [*common, "--granularity", other, "--output_dir", "parts", "--resume"]
-    message = f"was made with granularity = {granularity}, now it is {other}"
-    check_refused(param_scale, finer, message, capsys)
+    others = dict(granularity=other, loss="kl", seed=7, batch_size=5, validation_split=0.25, dtype="bfloat16")
+    for name, value in others.items():
+        changed = [*common, "--output_dir", "parts", "--resume", f"--{name}", str(value)]
+        check_refused(param_scale, changed, f"was made with {name} = .*, now it is {value}", capsys)
 
 
 def test_scales_by_channel_are_saved_verified_and_exported(work, tmp_path):
@@ -299,15 +309,19 @@ def test_an_export_that_cannot_succeed_is_refused_before_training(work, tiny_fol
     check_refused(param_scale, arguments, "no place for the q and k norms of qwen3", capsys)
 
 
-def test_a_journal_of_other_weights_is_refused(work, tmp_path, capsys):
+def test_a_journal_of_other_settings_or_weights_is_refused(work, tmp_path, capsys):
     folder = tmp_path / "copy"
     shutil.copytree(work, folder)
-    assert block_selection.main([*flags(folder), "--output", "report.json"]) == 0
+    arguments = [*flags(folder), "--output", "report.json"]
+    assert block_selection.main(arguments) == 0
+    others = dict(seed=7, batch_size=5, learning_rate=0.5, loss="kl", dtype="bfloat16", replacement_rank=2)
+    for name, value in others.items():
+        message = f"journal.jsonl: was made with {name} = .*, now it is {value}"
+        check_refused(block_selection, [*arguments, f"--{name}", str(value)], message, capsys)
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    arguments = [*flags(folder), "--output", "report.json"]
     check_refused(block_selection, arguments, "journal.jsonl: was made with weights = ", capsys)
 
 
