@@ -32,6 +32,8 @@ from hopscotch_common.scales.modeling_hopscotch import (
 IDS = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 18, 19, 20]])
 MASK = (IDS != 0).long()
 ALL = sorted(FAMILY_SIZES | MORE_FAMILIES)
+# One family of each shape of layer.
+ONE_OF_EACH = sorted({str(shape): family for family, shape in reversed(FAMILIES.items())}.values())
 CHANNEL = [family for family in ALL if family in ("llama", "gemma2", "olmo2", "granitemoehybrid")]
 
 
@@ -155,16 +157,26 @@ def some_skips(config) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", ALL)
 def test_scaled_and_skipped_equals_the_equations(family_folder, family):
-    folder = family_folder(family)
+    """Logits, and gradients of the scales through the recomputing modules, with padding."""
+    folder, counted = family_folder(family), MASK.bool()
+    weights = torch.randn(int(MASK.sum()), 300, generator=torch.Generator().manual_seed(2))
     for granularity in ("layer", "channel") if family in CHANNEL else ("layer",):
         for skipped in some_skips(stock_config(family)):
             model = skipping_model(folder, family, skipped, granularity)
-            stock = stock_model(folder, family)
-            apply_equations(stock, family, scales.snapshot(model), skipped)
-            with torch.no_grad():
-                expected = stock(IDS, attention_mask=MASK, use_cache=False).logits
-                found = model(IDS, attention_mask=MASK, use_cache=False).logits
-            assert_close(found[MASK.bool()], expected[MASK.bool()], rtol=2e-4, atol=2e-4)
+            stock = stock_model(folder, family).requires_grad_(False)
+            values = scales.snapshot(model).requires_grad_()
+            apply_equations(stock, family, values, skipped)
+            plain = model(IDS, attention_mask=MASK, use_cache=False).logits
+            scales.freeze_base(model)
+            expected, found = (m(IDS, attention_mask=MASK, use_cache=False).logits for m in (stock, model))
+            for logits in (plain, found):
+                assert_close(logits[counted], expected[counted], rtol=2e-4, atol=2e-4)
+            for logits in (expected, found):
+                (logits[counted] * weights).sum().backward()
+            gradients, largest = scales.as_state_dict(values.grad), values.grad.abs().max()
+            for key, scale in scales.named_scales(model):
+                if scale.requires_grad:
+                    assert_close(scale.grad / largest, gradients[key] / largest, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -179,7 +191,7 @@ def test_cached_generation_equals_uncached(family_folder, family):
             assert torch.equal(model.generate(IDS, cache_implementation="static", **common), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "exaone4"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_speculative_decoding_with_any_skips(family_folder, family):
     """It cuts the cache back, the slots included that no layer fills; as drafter, too."""
     common = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -193,7 +205,7 @@ def test_speculative_decoding_with_any_skips(family_folder, family):
         assert torch.equal(drafted, whole.generate(ids, **common))
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_skipped_attention_is_not_computed_nor_held(family_folder, family):
     folder = family_folder(family)
     model = load_model(model_ref(str(folder)), device="cpu")
@@ -215,28 +227,6 @@ def test_skipped_attention_is_not_computed_nor_held(family_folder, family):
     held = skipping_model(folder, family, [block]).state_dict().keys()
     gone = tuple(f"model.layers.{block}.{name}." for name in description.skipped_modules(False))
     assert gone and not any(key.startswith(gone) for key in held)
-
-
-@pytest.mark.parametrize("family", ALL)
-def test_gradients_of_scales_equal_those_of_the_equations(family_folder, family):
-    """Through the recomputing modules, with padding, and a skipped block."""
-    folder = family_folder(family)
-    granularity = "channel" if family in CHANNEL else "layer"
-    skipped = attention_blocks(stock_config(family))[:1]
-    model = skipping_model(folder, family, skipped, granularity)
-    scales.freeze_base(model)
-    stock = stock_model(folder, family).requires_grad_(False)
-    values = scales.snapshot(model).requires_grad_()
-    apply_equations(stock, family, values, skipped)
-    weights = torch.randn(int(MASK.sum()), 300, generator=torch.Generator().manual_seed(2))
-    for computed in (stock, model):
-        logits = computed(IDS, attention_mask=MASK, use_cache=False).logits
-        (logits[MASK.bool()] * weights).sum().backward()
-    expected = scales.as_state_dict(values.grad)
-    largest = values.grad.abs().max()
-    for key, scale in scales.named_scales(model):
-        if scale.requires_grad:
-            assert_close(scale.grad / largest, expected[key] / largest, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ALL)

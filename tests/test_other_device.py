@@ -8,30 +8,20 @@ import contextlib
 import pytest
 import torch
 from other_device import Far, MixedDevices, to_far, two_devices
-from test_training import random_samples
+from test_training import loaded, random_samples, with_prefix
 from transformers import AutoModelForCausalLM
 
 from hopscotch_common.answers import engines
 from hopscotch_common.errors import TrainingError
-from hopscotch_common.loading.loader import load_model
-from hopscotch_common.loading.models import model_ref
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.schedule import COSINE, FULL, UNTRAINED, Candidate, Schedule
 from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions, loss, trainer
-from hopscotch_common.training.batches import Layout, Sample
+from hopscotch_common.training.batches import Layout
 from hopscotch_common.training.distributed import Group
 from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
 
 SEARCHES = {"full": FULL, "race": Schedule(1, 3.0, 0.5), "untrained": UNTRAINED, "cosine": COSINE}
-
-
-def loaded(folder, move, **options):
-    return move(load_model(model_ref(str(folder)), device="cpu", **options))
-
-
-def stay(model):
-    return model
 
 
 cuda = pytest.param(
@@ -47,7 +37,7 @@ def on_both(request):
     move, other_device = request.param
 
     def run(work) -> tuple:
-        near = work(stay)
+        near = work(lambda model: model)
         with other_device():
             return near, work(move)
 
@@ -58,29 +48,21 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not isinstance(tensor, Far)
 
 
-def with_a_prefix(samples: list[Sample]) -> list[Sample]:
-    shared = list(range(40, 70))
-    return [Sample(shared + s.input_ids, [-100] * len(shared) + s.labels) for s in samples]
-
-
 @pytest.mark.parametrize(
     ("search", "measure", "prefix", "rank"),
     [
-        ("full", "ce", False, 0),
         ("full", "kl", True, 3),
         ("race", "ce", True, 0),
         ("race", "kl", False, 3),
-        ("untrained", "ce", True, 3),
-        ("untrained", "kl", False, 0),
-        ("cosine", "ce", False, 0),
+        ("untrained", "ce", False, 0),
         ("cosine", "kl", True, 3),
     ],
 )
 def test_a_search(on_both, tiny_folder, search, measure, prefix, rank):
-    samples = with_a_prefix(random_samples(6)) if prefix else random_samples(6)
+    samples = with_prefix(random_samples(6), 30) if prefix else random_samples(6)
 
     def work(move):
-        model = loaded(tiny_folder("llama"), move, replacement_rank=rank)
+        model = move(loaded(tiny_folder("llama"), replacement_rank=rank))
         options = TrainingOptions(1e-2, 3, loss=measure)
         trainer = CandidateTrainer(model, samples[:4], options, samples[4:])
         if rank:
@@ -95,12 +77,13 @@ def test_a_search(on_both, tiny_folder, search, measure, prefix, rank):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
+@pytest.mark.parametrize(
+    ("granularity", "rank", "checkpointing"),
+    [("layer", 3, False), ("channel", 0, True), ("channel", 3, True)],
+)
 def test_training_and_going_on(on_both, tiny_folder, granularity, rank, checkpointing):
     def work(move):
-        model = loaded(tiny_folder("llama"), move, scale_granularity=granularity, replacement_rank=rank)
+        model = move(loaded(tiny_folder("llama"), scale_granularity=granularity, replacement_rank=rank))
         options = TrainingOptions(
             1e-2, 3, gradient_checkpointing=checkpointing, loss="kl", map_learning_rate=1e-3
         )
@@ -139,45 +122,35 @@ def test_generation(on_both, tiny_folder):
 
 def test_what_is_left_on_the_cpu_is_found(tiny_folder, monkeypatch):
     """As where a `.to(device)` is forgotten."""
-    model = load_model(model_ref(str(tiny_folder("llama"))), device="cpu")
-    options = TrainingOptions(1e-2, 3)
+    model, options = loaded(tiny_folder("llama")), TrainingOptions(1e-2, 3)
     counted = loss._counted
     monkeypatch.setattr(loss, "_counted", lambda *given: [tensor.cpu() for tensor in counted(*given)])
     with two_devices(), pytest.raises(MixedDevices, match="aten"):
         CandidateTrainer(to_far(model), random_samples(3), options).train([], Candidate(1), 1, Group(), print)
 
 
-class FakeMemory:
+def pretend_gpus(monkeypatch, gpus: dict[torch.device, tuple[int, int]]) -> None:
     """torch.cuda's counters on GPUs of so many free bytes, where a step takes so many a token."""
-
-    def __init__(self, monkeypatch, gpus: dict[torch.device, tuple[int, int]]):
-        self.gpus = gpus
-        for name in ("mem_get_info", "memory_reserved", "memory_allocated", "max_memory_allocated"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-        monkeypatch.setattr(trainer, "gpus_of", lambda model: set(gpus))
-
-    def mem_get_info(self, device) -> tuple[int, int]:
-        return self.gpus[device][0], 10**9
-
-    def memory_reserved(self, device) -> int:
-        return 700
-
-    def memory_allocated(self, device) -> int:
-        return 300
-
-    def max_memory_allocated(self, device) -> int:
-        return 300 + self.gpus[device][1] * trainer.PROBE_TOKENS
+    counters = {
+        "mem_get_info": lambda device: (gpus[device][0], 10**9),
+        "memory_reserved": lambda device: 700,
+        "memory_allocated": lambda device: 300,
+        "max_memory_allocated": lambda device: 300 + gpus[device][1] * trainer.PROBE_TOKENS,
+        "reset_peak_memory_stats": lambda device: None,
+    }
+    for name, counter in counters.items():
+        monkeypatch.setattr(torch.cuda, name, counter)
+    monkeypatch.setattr(trainer, "gpus_of", lambda model: set(gpus))
 
 
 def test_a_gpus_token_budget(tiny_folder, monkeypatch):
     """What is free, with what the allocator holds, less a fifth, by what a token takes on the fullest GPU."""
-    model, samples = loaded(tiny_folder("llama", max_position_embeddings=2048), stay), random_samples(3)
+    model, samples = loaded(tiny_folder("llama", max_position_embeddings=2048)), random_samples(3)
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    FakeMemory(monkeypatch, {first: (10**6, 100), second: (4 * 10**5, 50)})
+    pretend_gpus(monkeypatch, {first: (10**6, 100), second: (4 * 10**5, 50)})
     assert trainer.token_budget(model, samples, Layout(), None) == int(0.8 * (4 * 10**5 + 400) / 50)
     assert trainer.token_budget(model, samples, Layout(), 33) == 33
-    FakeMemory(monkeypatch, {first: (100, 100)})
+    pretend_gpus(monkeypatch, {first: (100, 100)})
     assert trainer.token_budget(model, samples, Layout(), None) == max(map(len, samples))
 
     def full(*_):

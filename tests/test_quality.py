@@ -7,30 +7,25 @@ import random
 import re
 import sys
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from driving import write_lines
+from test_search import write_data
+from test_training import loaded, random_samples
+
+from hopscotch_common import scales
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.batches import load_samples
+from hopscotch_common.training.loss import evaluate
+from hopscotch_common.training.trainer import EpochBatches, EpochTraining, ScaleTrainer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import criteria  # noqa: E402
 import problems  # noqa: E402
 import quality  # noqa: E402
 import training  # noqa: E402
 from measuring import Results  # noqa: E402
-
-from hopscotch_common import scales  # noqa: E402
-from hopscotch_common.loading.loader import load_model  # noqa: E402
-from hopscotch_common.loading.models import model_ref  # noqa: E402
-from hopscotch_common.training import TrainingOptions  # noqa: E402
-from hopscotch_common.training.batches import IGNORE_INDEX, Sample, load_samples  # noqa: E402
-from hopscotch_common.training.loss import evaluate
-from hopscotch_common.training.trainer import (  # noqa: E402
-    EpochBatches,
-    EpochTraining,  # noqa: E402
-    ScaleTrainer,
-)
 
 
 @pytest.mark.parametrize(
@@ -70,14 +65,10 @@ def test_the_number_of_an_answer(text, number):
 
 def test_gsm8k_file(tmp_path):
     path = tmp_path / "gsm8k.jsonl"
-    records = [
-        {"question": f"q{i}", "answer": f"It is {i}*2 = <<{i}*2={2 * i}>>.\n#### 1,00{i}"} for i in range(3)
-    ]
-    path.write_text("\n".join(map(json.dumps, records)))
-    assert problems.gsm8k(path, 2) == [
-        problems.Problem("q0", Decimal(1000)),
-        problems.Problem("q1", Decimal(1001)),
-    ]
+    worked = "It is {0}*2 = <<{0}*2={0}>>.\n#### 1,00{0}"
+    write_lines(path, [{"question": f"q{i}", "answer": worked.format(i)} for i in range(3)])
+    expected = [problems.Problem(f"q{i}", Decimal(1000 + i)) for i in range(2)]
+    assert problems.gsm8k(path, 2) == expected
     path.write_text(json.dumps({"question": "q", "answer": "none"}))
     with pytest.raises(SystemExit, match="line 1"):
         problems.gsm8k(path)
@@ -137,17 +128,9 @@ def test_results_survive_an_interruption(tmp_path):
         Results(path, {"dtype": "bfloat16", "tasks": ("gsm8k",)})
 
 
-def random_samples(count: int, vocab_size: int) -> list[Sample]:
-    draw, samples = random.Random(0), []
-    for _ in range(count):
-        ids = [draw.randrange(3, vocab_size) for _ in range(draw.randint(6, 12))]
-        samples.append(Sample(ids, [IGNORE_INDEX] * 3 + ids[3:]))
-    return samples
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
-    return load_model(model_ref(str(tiny_folder("llama"))), "float32", "cpu")
+    return loaded(tiny_folder(), "float32")
 
 
 def test_query_key_coupling_is_the_norm_of_each_heads_product(tiny):
@@ -163,7 +146,7 @@ def test_query_key_coupling_is_the_norm_of_each_heads_product(tiny):
 
 
 def test_output_changes_are_the_kl_that_evaluation_finds(tiny):
-    samples = random_samples(6, tiny.config.vocab_size)
+    samples = random_samples(6)
     batches = EpochBatches(tiny, samples, TrainingOptions(1e-3, 4)).in_order()
     changes = criteria.output_changes(tiny, batches, [2], [0, 1])
     for block, change in changes.items():
@@ -181,12 +164,23 @@ def test_greedy_picks_follow_their_scores(tiny):
     assert criteria.greedily(tiny, 3, score) == {"blocks": [1, 3, 2], "candidates": 4 + 3 + 2}
 
 
-def write_data(folder, count: int) -> str:
-    """Processed data of random answers, in a file."""
-    lines = [json.dumps({"input_ids": s.input_ids, "labels": s.labels}) for s in random_samples(count, 259)]
-    path = folder / "data.jsonl"
-    path.write_text("\n".join(lines))
-    return str(path)
+def words_for(model, folder, count: int, *more) -> list[str]:
+    """A benchmark's arguments: a model, processed data of random answers, and where figures go."""
+    write_data(folder / "data.jsonl", random_samples(count))
+    words = [
+        "--model",
+        model,
+        "--data_path",
+        folder / "data.jsonl",
+        "--result",
+        folder / "result.json",
+        *more,
+    ]
+    return list(map(str, words))
+
+
+def figures_in(folder) -> list[dict]:
+    return json.loads((folder / "result.json").read_text())["figures"]
 
 
 def selection(folder, blocks: list[int]) -> str:
@@ -203,32 +197,28 @@ def selection(folder, blocks: list[int]) -> str:
 
 
 def test_quality_without_answers(tiny_folder, tmp_path, capsys):
-    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 12)]
-    words += ["--selection", selection(tmp_path, [2, 1]), "--tasks", "--counts", "0", "1"]
-    words += ["--variants", "unscaled", "channel-kl", "--num_epochs", "1", "--validation_split", "0.25"]
-    words += ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json")]
+    chosen = ["--selection", selection(tmp_path, [2, 1]), "--tasks", "--counts", 0, 1]
+    chosen += ["--variants", "unscaled", "channel-kl", "--num_epochs", 1, "--validation_split", 0.25]
+    words = words_for(tiny_folder(), tmp_path, 12, *chosen, "--work", tmp_path / "work")
     quality.main(words)
-    content = json.loads((tmp_path / "result.json").read_text())
-    done = [(len(figure["of"]["blocks"]), figure["of"]["variant"]) for figure in content["figures"]]
+    found = figures_in(tmp_path)
+    done = [(len(figure["of"]["blocks"]), figure["of"]["variant"]) for figure in found]
     assert done == [(0, "original"), (1, "unscaled"), (1, "channel-kl")]
-    report = json.loads((tmp_path / "work" / "channel-kl_1" / "report.json").read_text())
+    path = tmp_path / "work" / "channel-kl_1" / "report.json"
+    report, modified = json.loads(path.read_text()), path.stat().st_mtime_ns
     assert report["arguments"]["granularity"] == "channel" and report["arguments"]["loss"] == "kl"
     assert report["skipped_blocks"] == [2]
-    measured = content["figures"][-1]["held_out"]
+    measured = found[-1]["held_out"]
     for which, figures in report["epochs"][0]["held_out"].items():
         assert measured[which]["kl"] == figures["kl"]
         assert math.isclose(math.log(measured[which]["perplexity"]), figures["cross_entropy"])
-    modified = (tmp_path / "work" / "channel-kl_1" / "report.json").stat().st_mtime_ns
     quality.main(words)  # nothing is measured twice
-    assert (tmp_path / "work" / "channel-kl_1" / "report.json").stat().st_mtime_ns == modified
+    assert path.stat().st_mtime_ns == modified
     capsys.readouterr()
     quality.main([*words, "--table"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[:2] for line in lines[2:]] == [
-        ["| 0", "original"],
-        ["| 1", "unscaled"],
-        ["| 1", "channel, kl"],
-    ]
+    rows = [line.split(" | ")[:2] for line in lines[2:]]
+    assert rows == [["| 0", "original"], ["| 1", "unscaled"], ["| 1", "channel, kl"]]
     assert f"{measured['unscaled']['kl']:.4f}" in lines[3] and f"{measured['scaled']['kl']:.4f}" in lines[4]
 
 
@@ -239,15 +229,12 @@ def test_quality_without_answers(tiny_folder, tmp_path, capsys):
 def test_quality_with_answers(tiny_folder, tmp_path, block):
     wide = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)  # vLLM: heads of 32 at least
     test_file = tmp_path / "test.jsonl"
-    test_file.write_text(
-        "\n".join(json.dumps({"question": f"q{i}", "answer": f"#### {i}"}) for i in range(3))
-    )
-    words = ["--model", str(tiny_folder("llama", **wide)), "--data_path", write_data(tmp_path, 12)]
-    words += ["--selection", selection(tmp_path, [block]), "--test_file", str(test_file), "--puzzles", "2"]
-    words += ["--counts", "1", "--variants", "unscaled", "--max_tokens", "5"]
-    words += ["--work", str(tmp_path / "work"), "--result", str(tmp_path / "result.json")]
+    write_lines(test_file, [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(3)])
+    asked = ["--selection", selection(tmp_path, [block]), "--test_file", test_file, "--puzzles", 2]
+    asked += ["--counts", 1, "--variants", "unscaled", "--max_tokens", 5, "--work", tmp_path / "work"]
+    words = words_for(tiny_folder("llama", **wide), tmp_path, 12, *asked)
     quality.main(words)
-    (figure,) = json.loads((tmp_path / "result.json").read_text())["figures"]
+    (figure,) = figures_in(tmp_path)
     assert figure["served"] == ("folded" if block == 0 else "nemotron_nas")
     assert len(figure["gsm8k"]["right"]) == 3 and len(figure["puzzles"]["right"]) == 2
     quality.main([*words, "--counts", "0"])
@@ -259,21 +246,14 @@ def test_quality_with_answers(tiny_folder, tmp_path, block):
 
 
 def test_criteria(tiny_folder, tmp_path, capsys):
-    words = ["--model", str(tiny_folder("llama")), "--data_path", write_data(tmp_path, 24)]
-    words += ["--selection", selection(tmp_path, [2, 1]), "--counts", "1", "2", "--calibration", "4"]
-    words += ["--look", "4", "--skip", "4", "--answers", "8", "--held_out", "4"]
-    words += ["--result", str(tmp_path / "result.json")]
+    options = ["--selection", selection(tmp_path, [2, 1]), "--counts", 1, 2, "--calibration", 4]
+    options += ["--look", 4, "--skip", 4, "--answers", 8, "--held_out", 4]
+    words = words_for(tiny_folder(), tmp_path, 24, *options)
     criteria.main(words)
-    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    figures = figures_in(tmp_path)
     chosen = {f["of"]["choose"]: f for f in figures if "choose" in f["of"]}
-    assert set(chosen) == {
-        "search",
-        "cosine",
-        "weights",
-        "untrained",
-        "output",
-        *(f"random-{i}" for i in range(5)),
-    }
+    named = {"search", "cosine", "weights", "untrained", "output"}
+    assert set(chosen) == named | {f"random-{i}" for i in range(5)}
     assert chosen["search"]["blocks"] == [2, 1] and chosen["search"]["candidate_epochs"] == 5.0
     for name in ("cosine", "weights"):
         ranked = sorted(range(4), key=lambda block, name=name: chosen[name]["scores"][str(block)])
@@ -289,37 +269,27 @@ def test_criteria(tiny_folder, tmp_path, capsys):
 
 
 def test_training(tiny_folder, tmp_path, capsys):
-    folder, path = str(tiny_folder("llama")), write_data(tmp_path, 12)
     names = ["layer-ce", "channel-kl", "channel-kl-lr0.01", "channel-kl-decay", "channel-kl-rank4"]
-    words = ["--model", folder, "--data_path", path, "--blocks", "2", "--answers", "8", "--held_out", "4"]
-    words += ["--settings", *names, "--result", str(tmp_path / "result.json")]
+    options = ["--blocks", 2, "--answers", 8, "--held_out", 4, "--settings", *names]
+    words = words_for(tiny_folder(), tmp_path, 12, *options)
     training.main(words)
     lines = capsys.readouterr().out.splitlines()
-    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
-    found = {figure["of"]["setting"]: figure for figure in figures}
+    found = {figure["of"]["setting"]: figure for figure in figures_in(tmp_path)}
     assert list(found) == names
-    model = load_model(model_ref(folder), "float32", "cpu", scale_granularity="channel")
-    samples = load_samples(Path(path), model.config.vocab_size)
+    model = loaded(tiny_folder(), "float32", scale_granularity="channel")
+    samples = load_samples(tmp_path / "data.jsonl", model.config.vocab_size)
     plain = EpochTraining(model, [2], samples[:8], samples[8:], TrainingOptions(3e-3, 4, loss="kl"))
     assert found["channel-kl"]["unscaled"]["kl"] == pytest.approx(plain.baselines()["unscaled"].kl, rel=1e-4)
     plain.start()
-    for epoch in found["channel-kl"]["epochs"]:
-        number = found["channel-kl"]["epochs"].index(epoch)
+    for number, epoch in enumerate(found["channel-kl"]["epochs"]):
         assert epoch["held_out"]["kl"] == pytest.approx(plain.epoch(number).held_out.kl, rel=1e-4)
     last = {name: figure["epochs"][-1]["held_out"]["kl"] for name, figure in found.items()}
     assert len(set(last.values())) == len(names)
     assert found["layer-ce"]["original"]["kl"] == 0
     assert found["channel-kl-rank4"]["unscaled"] != found["channel-kl"]["unscaled"]
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| original",
-        "| unscaled",
-        "| channel-kl",
-        "| channel-kl-decay",
-        "| channel-kl-lr0.01",
-        "| channel-kl-rank4, as fitted",
-        "| channel-kl-rank4",
-        "| layer-ce",
-    ]
+    rows = ["channel-kl", "channel-kl-decay", "channel-kl-lr0.01"]
+    rows = ["original", "unscaled", *rows, "channel-kl-rank4, as fitted", "channel-kl-rank4", "layer-ce"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {row}" for row in rows]
     with pytest.raises(SystemExit):
         training.main([*words, "--settings", "channel-mse"])
 
@@ -333,7 +303,7 @@ def test_a_decay_falls_in_a_straight_line(tiny, monkeypatch):
         return step(trainer, *arguments)
 
     monkeypatch.setattr(ScaleTrainer, "step", noted)
-    samples = random_samples(6, tiny.config.vocab_size)
+    samples = random_samples(6)
     training.study(tiny, [2], samples[:4], samples[4:], training.Setting.named("layer-ce-decay"), 2, 2)
     assert rates == pytest.approx([3e-3 * (1 - n / 4) for n in range(4)])
 

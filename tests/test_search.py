@@ -1,27 +1,19 @@
-"""The search: against a plain loop, races against full searches, and the journal under kill -9."""
+"""The search: against a plain loop, races against full searches, and a journal that was cut anywhere."""
 
 import contextlib
 import dataclasses
 import json
 import math
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT
-from test_training import random_samples, reference_loss
-from torch.testing import assert_close
+from test_training import loaded, plain_training, random_samples
 from transformers import AutoModelForCausalLM
 
+import block_selection
 from hopscotch_common import scales
 from hopscotch_common.errors import InputError, TrainingError
-from hopscotch_common.loading.loader import load_model
-from hopscotch_common.loading.models import model_ref
 from hopscotch_common.log import Log
 from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule
@@ -58,7 +50,7 @@ def journal_at(path, settings=None):
 
 def iterate(folder, data: Epoch, skipped=(), rule=schedule.FULL, known=None, journal=None, loss="ce"):
     """One iteration of the search. journal: its file."""
-    model = load_model(model_ref(str(folder)), device="cpu")
+    model = loaded(folder)
     options = TrainingOptions(1e-2, data.batch_size, max_tokens_per_batch=60, seed=5, loss=loss)
     with journal_at(journal) as opened:
         search = Search(CandidateTrainer(model, data.samples, options), rule, opened)
@@ -69,50 +61,36 @@ def reference_losses(
     folder, samples, batch_size, seed, skipped, loss="ce", learning_rate=1e-2, blocks=range(4)
 ) -> dict[int | None, float]:
     """Every candidate's mean epoch loss, in a plain loop over the stock class; None: nothing more skipped."""
-    stock = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     results = {}
     for block in blocks:
-        if block in skipped:
-            continue
-        without = {*skipped, block} - {None}
-        values = torch.ones(4, 4, requires_grad=True)
-        optimizer = torch.optim.Adam([values], lr=learning_rate)
-        losses = []
-        for start in range(0, len(order), batch_size):
-            batch = [samples[i] for i in order[start : start + batch_size]]
-            total = sum(reference_loss(stock, sample, values, without, loss) for sample in batch)
-            mean = total / sum(sample.num_loss_counted_tokens for sample in batch)
-            optimizer.zero_grad()
-            mean.backward()
-            values.grad[list(without), 0] = 0
-            optimizer.step()
-            losses.append(mean.item())
-        results[block] = sum(losses) / len(losses)
+        if block not in skipped:
+            without, values = {*skipped, block} - {None}, torch.ones(4, 4)
+            losses = plain_training(folder, samples, batch_size, seed, values, without, loss, learning_rate)
+            results[block] = sum(losses) / len(losses)
     return results
 
 
-@pytest.mark.parametrize(("skipped", "loss"), [([], "ce"), ([2], "ce"), ([0, 3], "ce"), ([2], "kl")])
-def test_full_search_equals_a_plain_loop(tiny_folder, skipped, loss):
-    found = iterate(tiny_folder(), epoch(8, 3), skipped, loss=loss)
-    expected = reference_losses(tiny_folder(), random_samples(8), 3, 5, skipped, loss)
-    assert found.losses.keys() == expected.keys()
-    assert_close(list(found.losses.values()), list(expected.values()), rtol=1e-4, atol=1e-5)
-    assert found.block == min(expected, key=expected.get) and found.loss == found.losses[found.block]
-    assert found.candidate_epochs == len(expected)
-
-
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_a_search_without_training_equals_a_plain_loop(tiny_folder, loss, tmp_path):
+@pytest.mark.parametrize(
+    ("rule", "skipped", "loss"),
+    [
+        (schedule.FULL, [], "ce"),
+        (schedule.FULL, [2], "kl"),
+        (schedule.UNTRAINED, [2], "kl"),
+        (schedule.UNTRAINED, [0, 3], "ce"),
+    ],
+)
+def test_a_search_equals_a_plain_loop(tiny_folder, tmp_path, rule, skipped, loss):
     journal = tmp_path / "journal.jsonl"
-    found = iterate(tiny_folder(), epoch(8, 3), [2], schedule.UNTRAINED, journal=journal, loss=loss)
-    expected = reference_losses(tiny_folder(), random_samples(8), 3, 5, [2], loss, learning_rate=0)
+    found = iterate(tiny_folder(), epoch(8, 3), skipped, rule, journal=journal, loss=loss)
+    trains = rule is schedule.FULL
+    rate, cost = (1e-2, 1) if trains else (0, schedule.SCREENING_COST)
+    expected = reference_losses(tiny_folder(), random_samples(8), 3, 5, skipped, loss, rate)
     assert found.losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert found.block == min(expected, key=expected.get) and found.loss == found.losses[found.block]
-    assert found.candidate_epochs == pytest.approx(3 * schedule.SCREENING_COST) and found.state is None
+    assert found.candidate_epochs == pytest.approx(len(expected) * cost) and trains == bool(found.state)
     written = journal.read_bytes()
-    again = iterate(tiny_folder(), epoch(8, 3), [2], schedule.UNTRAINED, journal=journal, loss=loss)
-    assert again == found and journal.read_bytes() == written
+    assert iterate(tiny_folder(), epoch(8, 3), skipped, rule, journal=journal, loss=loss) == found
+    assert journal.read_bytes() == written
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])
@@ -144,23 +122,17 @@ def test_cosine_picks_what_turns_the_stream_least(tiny_folder, family):
     )
 
 
-def test_race_finds_the_same_block_with_the_same_loss_for_less(tiny_folder):
-    batches = epoch(24, 2)
-    full = iterate(tiny_folder(), batches)
-    raced = iterate(tiny_folder(), batches, rule=Schedule(first_look=2, confidence=2.0))
-    assert raced.block == full.block and raced.loss == full.loss
-    assert raced.candidate_epochs < full.candidate_epochs and raced.dropped
-    for block, losses in raced.batch_losses.items():  # the same trajectory, cut short
-        assert losses == full.batch_losses[block][: len(losses)]
-
-
 def test_known_losses_are_not_trained_again(tiny_folder):
-    batches = epoch(8, 3)
+    batches = epoch(12, 2)
     full = iterate(tiny_folder(), batches)
     known = {block: full.losses[block] for block in (0, 1)}
     resumed = iterate(tiny_folder(), batches, known=known)
     assert resumed.losses == full.losses and resumed.candidate_epochs == 2
     assert iterate(tiny_folder(), batches, known={0: 0.0}).block == 0
+    race = Schedule(first_look=1, confidence=math.inf, screening=0.5)
+    raced = iterate(tiny_folder(), batches, rule=race, known={full.block: full.loss})
+    assert raced.block == full.block and set(raced.untrained_losses) == set(full.losses) - {full.block}
+    assert raced.losses.items() <= full.losses.items() and len(raced.losses) == 2
 
 
 def overflowing(monkeypatch, blocks, backward: bool = False) -> None:
@@ -168,7 +140,7 @@ def overflowing(monkeypatch, blocks, backward: bool = False) -> None:
 
     backward: in the gradients alone, so that the loss is finite and what was trained is not.
     """
-    real = load_model
+    real = loaded
 
     def overflow(layer, inputs, output):
         if not layer.skip_attention:
@@ -185,7 +157,7 @@ def overflowing(monkeypatch, blocks, backward: bool = False) -> None:
             model.model.layers[block].register_forward_hook(overflow)
         return model
 
-    monkeypatch.setattr(sys.modules[__name__], "load_model", load)
+    monkeypatch.setattr(sys.modules[__name__], "loaded", load)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -233,7 +205,7 @@ def test_the_originals_own_kl_is_0_though_rounding_says_otherwise(tiny_folder, m
     """So that --max_loss_increase is the KL itself, and not a multiple of a rounding error."""
     measured = HeldOut(cross_entropy=1.0, kl=-2.7e-8, agreement=1.0)
     monkeypatch.setattr(CandidateTrainer, "held_out", lambda *_: measured)
-    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    model = loaded(tiny_folder())
     options = TrainingOptions(1e-2, 2, loss="kl")
     trainer = CandidateTrainer(model, random_samples(4), options, held_out=random_samples(2))
     assert Picks(Search(trainer, schedule.UNTRAINED), most_increase=0.1).increase(0.07) == 0.07
@@ -245,19 +217,9 @@ def test_it_is_an_error_only_when_all_diverge(tiny_folder, monkeypatch):
         iterate(tiny_folder(), epoch(4, 2))
 
 
-def test_a_race_with_known_losses(tiny_folder):
-    batches = epoch(12, 2)
-    full = iterate(tiny_folder(), batches)
-    race = Schedule(first_look=1, confidence=math.inf, screening=0.5)
-    known = {full.block: full.loss}
-    raced = iterate(tiny_folder(), batches, rule=race, known=known)
-    assert raced.block == full.block and set(raced.untrained_losses) == set(full.losses) - {full.block}
-    assert raced.losses.items() <= full.losses.items() and len(raced.losses) == 2
-
-
 def test_the_last_block_of_the_kind_that_the_cache_needs_is_no_candidate(tiny_folder):
     mixed = dict(use_sliding_window=True, sliding_window=5, max_window_layers=2)
-    model = load_model(model_ref(str(tiny_folder("qwen2", **mixed))), device="cpu")
+    model = loaded(tiny_folder("qwen2", **mixed))
     assert scales.skippable_blocks(model, [0]) == [2, 3]
     assert scales.skippable_blocks(model, [2, 3]) == [0, 1]
     assert scales.skippable_blocks(model, [0, 2]) == [3]
@@ -265,10 +227,13 @@ def test_the_last_block_of_the_kind_that_the_cache_needs_is_no_candidate(tiny_fo
 
 def test_a_race_keeps_to_its_bound(tiny_folder):
     batches = epoch(12, 2)
+    full = iterate(tiny_folder(), batches)
     race = Schedule(first_look=1, confidence=math.inf)
     raced = iterate(tiny_folder(), batches, rule=race)
     assert sorted(len(losses) for losses in raced.batch_losses.values()) == [1, 1, 2, 6]
     assert raced.candidate_epochs == 10 / 6 == race.longest(4, 6) / 6
+    for block, losses in raced.batch_losses.items():  # the same trajectory, cut short
+        assert losses == full.batch_losses[block][: len(losses)]
 
 
 def test_journal_refuses_other_settings_and_names_them(tmp_path):
@@ -293,19 +258,6 @@ def test_journal_gives_the_longest_training_it_has():
     assert journal.find([], 0, 3, 5) is None  # an epoch's end has no state to go on from
     assert journal.find([], 0, 3, 4).losses == [1.0, 2.0, 3.0, 4.0]
     assert journal.find([], 1, 0, 4) is None and journal.find([2], 0, 0, 4) is None
-
-
-def test_journal_survives_a_torn_line(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    with journal_at(path, {"seed": 1}) as journal:
-        journal.add([3], Candidate(0, [1.0, 2.0]))
-    with open(path, "a") as file:
-        file.write('{"skipped": [3], "blo')
-    with journal_at(path, {"seed": 1}) as journal:
-        assert journal.find([3], 0, 0, 2).losses == [1.0, 2.0] and journal.find([3], 1, 0, 2) is None
-        journal.add([3], Candidate(1, [4.0, 4.0]))
-    with journal_at(path, {"seed": 1}) as journal:
-        assert [journal.find([3], block, 0, 2).losses for block in (0, 1)] == [[1.0, 2.0], [4.0, 4.0]]
 
 
 def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
@@ -346,56 +298,22 @@ def write_data(path, samples) -> None:
             file.write(json.dumps({"input_ids": sample.input_ids, "labels": sample.labels}) + "\n")
 
 
-def selection_command(folder, path, output, *more) -> list[str]:
-    command = [sys.executable, "block_selection.py", "--model", str(folder), "--data_path", str(path)]
-    return [
-        *command,
-        "--device",
-        "cpu",
-        "--batch_size",
-        "2",
-        "--num_blocks",
-        "2",
-        "--output",
-        str(output),
-        *more,
-    ]
+@pytest.mark.parametrize("rule", [["full"], ["race", "--screening", "0.7"]])
+def test_whatever_is_left_of_the_journal_it_ends_alike(tiny_folder, tmp_path, capsys, rule):
+    """As after kill -9, also in the middle of a line."""
+    write_data(tmp_path / "data.jsonl", random_samples(12))
+    command = ["--model", tiny_folder(), "--data_path", tmp_path / "data.jsonl", "--device", "cpu"]
+    command += ["--batch_size", 2, "--num_blocks", 2, "--output", tmp_path / "report.json", "--search", *rule]
+    journal = tmp_path / "report.journal.jsonl"
 
+    def select() -> tuple:
+        assert block_selection.main(list(map(str, command))) == 0
+        iterations = json.loads((tmp_path / "report.json").read_text())["iterations"]
+        return capsys.readouterr().out, iterations, sorted(journal.read_bytes().splitlines())
 
-@pytest.mark.parametrize("schedule", ["full", "race"])
-def test_killed_at_any_moment_it_ends_alike(tiny_folder, tmp_path, schedule):
-    folder = tiny_folder(num_hidden_layers=6)
-    write_data(tmp_path / "data.jsonl", random_samples(16))
-    common = ["--search", schedule]
-    if schedule == "race":
-        common += ["--screening", "0.7"]
-    whole = selection_command(folder, tmp_path / "data.jsonl", tmp_path / "whole.json", *common)
-    expected = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert expected.count("Best block to remove") == 2
-
-    output = tmp_path / "killed.json"
-    command = selection_command(folder, tmp_path / "data.jsonl", output, *common)
-    journal = output.with_suffix(".journal.jsonl")
-    rng, kills, lines = random.Random(schedule), 0, 0
-    while kills < 5:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        target = lines + rng.randint(1, 2)  # kill when so many lines stand, and a moment later
-        while process.poll() is None and count_lines(journal) < target:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.05)
-        finished = process.poll() is not None
-        if not finished:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
-        if finished:  # too fast to be killed again: from the beginning
-            journal.unlink()
-        lines = count_lines(journal)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert again == expected
-    reports = [json.loads(path.read_text())["iterations"] for path in (output, tmp_path / "whole.json")]
-    assert reports[0] == reports[1]
-
-
-def count_lines(path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    expected = select()
+    assert expected[0].count("Best block to remove") == 2
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for left in range(0, len(lines), 3):
+        journal.write_bytes(b"".join(lines[:left]) + lines[left][: len(lines[left]) // 2])
+        assert select() == expected

@@ -60,18 +60,24 @@ def originals_for(loss: str, model) -> Originals | None:
     return Originals(model) if loss == "kl" else None
 
 
+def loss_of_logits(
+    logits: torch.Tensor, sample: Sample, original: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of [tokens, vocabulary], summed over the counted tokens: cross entropy, or KL(original || logits)."""
+    labels = torch.tensor(sample.labels)[1:]
+    if original is None:
+        return cross_entropy(logits[:-1], labels, ignore_index=-100, reduction="sum")
+    ours, theirs = (x[:-1][labels != -100].log_softmax(-1) for x in (logits, original.detach()))
+    return kl_div(ours, theirs, reduction="sum", log_target=True)
+
+
 def reference_loss(
     stock, sample: Sample, values: torch.Tensor, skipped: set[int], loss: str = "ce"
 ) -> torch.Tensor:
     """Of one sample, alone, from full logits: summed cross entropy, or KL(stock || logits)."""
-    ids, labels = torch.tensor([sample.input_ids]), torch.tensor(sample.labels)[1:]
-    logits = reference_logits(stock, ids, values, skipped)[0, :-1]
-    if loss == "ce":
-        return cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    with torch.no_grad():
-        original = stock(ids).logits[0, :-1]
-    ours, theirs = (x[labels != -100].log_softmax(-1) for x in (logits, original))
-    return kl_div(ours, theirs, reduction="sum", log_target=True)
+    ids = torch.tensor([sample.input_ids])
+    original = stock(ids).logits[0] if loss == "kl" else None
+    return loss_of_logits(reference_logits(stock, ids, values, skipped)[0], sample, original)
 
 
 def plain_training(

@@ -22,35 +22,36 @@ MAPS = {
 }
 
 
+@pytest.fixture(scope="module")
+def folders(tiny_folder, tmp_path_factory) -> dict:
+    """A checkpoint that skips, and one with maps."""
+    made, base = tmp_path_factory.mktemp("checkpoints"), model_ref(str(tiny_folder("llama")))
+    for kind, maps in (("skips", {}), ("maps", MAPS)):
+        values = 1 + 0.02 * torch.arange(16.0).view(4, 4)
+        if not maps:
+            values[SKIPPED, 0] = 0
+        checkpoints.save_checkpoint(made / kind, base, SKIPPED, values, {}, maps=maps)
+    return {kind: made / kind for kind in ("skips", "maps")}
+
+
 @pytest.fixture(params=["skips", "maps"])
-def checkpoint(request, tiny_folder, tmp_path):
-    values = 1 + 0.02 * torch.arange(16.0).view(4, 4)
-    maps = MAPS if request.param == "maps" else {}
-    if not maps:
-        values[SKIPPED, 0] = 0
-    base = model_ref(str(tiny_folder("llama")))
-    checkpoints.save_checkpoint(tmp_path / "checkpoint", base, SKIPPED, values, {}, maps=maps)
-    return tmp_path / "checkpoint"
+def checkpoint(request, folders):
+    return folders[request.param]
 
 
-def elsewhere(program: str, *arguments, processes: int = 1) -> str:
-    """Run a program where this project is not installed; stdout."""
+def elsewhere(program: str, folder, *arguments, processes: int = 1) -> list[str]:
+    """Run a program where this project is not installed; the lines that it prints."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(arguments[0]) + ".modules", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    path = arguments[0].parent / "program.py"
+    path = folder / "program.py"
     path.write_text(program)
-    found = subprocess.run(
-        [*launch, str(path), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=arguments[0].parent,
-    )
+    command = [*launch, str(path), *map(str, arguments)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert found.returncode == 0, found.stderr[-3000:]
-    return found.stdout
+    return found.stdout.splitlines()
 
 
 def loss_of(model) -> torch.Tensor:
@@ -72,66 +73,77 @@ def test_everything_that_trains_gets_a_gradient(checkpoint):
         assert_close(parameter.grad, plain[name])
 
 
-def test_saved_again_it_loads_where_this_project_is_not(checkpoint, tmp_path):
-    model = checkpoints.load_checkpoint(checkpoint)
-    model.save_pretrained(tmp_path / "again")
-    program = (
-        "import sys, json, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "assert 'hopscotch_common' not in sys.modules\n"
-        "model.save_pretrained(sys.argv[2])\n"
-        f"print(json.dumps(model(torch.tensor({IDS.tolist()})).logits.tolist()))\n"
-    )
+AGAIN = """
+import sys, json, torch
+from transformers import AutoModelForCausalLM
+for kind in ("skips", "maps"):
     for source, target in (("again", "third"), ("third", "fourth")):
-        logits = json.loads(elsewhere(program, tmp_path / source, tmp_path / target))
-        assert_close(torch.tensor(logits), model(IDS).logits)
-    assert_close(scales.snapshot(checkpoints.load_checkpoint(tmp_path / "again")), scales.snapshot(model))
+        model = AutoModelForCausalLM.from_pretrained(f"{kind}-{source}", trust_remote_code=True)
+        assert "hopscotch_common" not in sys.modules
+        model.save_pretrained(f"{kind}-{target}")
+        print(json.dumps(model(torch.tensor(eval(sys.argv[1]))).logits.tolist()))
+"""
+
+
+def test_saved_again_it_loads_where_this_project_is_not(folders, tmp_path):
+    expected = []
+    for kind, folder in folders.items():
+        model = checkpoints.load_checkpoint(folder)
+        model.save_pretrained(tmp_path / f"{kind}-again")
+        saved = checkpoints.load_checkpoint(tmp_path / f"{kind}-again")
+        assert_close(scales.snapshot(saved), scales.snapshot(model))
+        expected += 2 * [model(IDS).logits]
+    for line, logits in zip(elsewhere(AGAIN, tmp_path, IDS.tolist()), expected, strict=True):
+        assert_close(torch.tensor(json.loads(line)), logits)
 
 
 PARALLEL = """
-import sys, torch
+import itertools, sys, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 torch.distributed.init_process_group("gloo")
 rank = torch.distributed.get_rank()
-ids = torch.tensor(eval(sys.argv[2]))
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-if sys.argv[3] == "ddp":
-    wrapped = DistributedDataParallel(model)
-else:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh("cpu", (2,))
-    model = model.float()
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    wrapped = fully_shard(model, mesh=mesh)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-for _ in range(3):
-    loss = wrapped(input_ids=ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-total = loss.detach().clone()
-torch.distributed.all_reduce(total)
-if rank == 0:
-    print("mean", total.item() / 2)
+ids = torch.tensor(eval(sys.argv[1]))[rank : rank + 1]
+for folder, how in itertools.product(sys.argv[2:], ("ddp", "fsdp")):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    if how == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        model = model.float()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = wrapped(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    if rank == 0:
+        print(total.item() / 2)
 torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_several_processes_train_it_on(checkpoint, how):
-    output = elsewhere(PARALLEL, checkpoint, str(IDS.tolist()), how, processes=2)
-    model = checkpoints.load_checkpoint(checkpoint)
-    model.requires_grad_(True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        loss = loss_of(model)  # rows of equal length: the mean of the processes' means
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert float(output.split()[-1]) == pytest.approx(loss.item(), rel=1e-4)
+def test_several_processes_train_it_on(folders, tmp_path):
+    found = elsewhere(PARALLEL, tmp_path, IDS.tolist(), *folders.values(), processes=2)
+    expected = []
+    for folder in folders.values():
+        model = checkpoints.load_checkpoint(folder)
+        model.requires_grad_(True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            loss = loss_of(model)  # rows of equal length: the mean of the processes' means
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        expected += 2 * [loss.item()]  # by either way to share it
+    assert list(map(float, found)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_trainer_trains_and_saves_it(checkpoint, tmp_path):
