@@ -93,26 +93,24 @@ def test_the_unpacked_model_is_the_original(tmp_path, family, changes):
 
 def test_the_tokenizer_is_that_of_the_file(tmp_path):
     """Digits split off as smollm does it, a text begun as the file says; its neighbours change nothing."""
-    path = write_model(tiny(), tmp_path / "model.gguf", tokenizer_pre="smollm", add_bos_token=True)
     (tmp_path / "tokenizer.json").write_text("{}")
-    tokenizer = load_tokenizer(model_ref(str(path)))
-    assert parts(tokenizer, "\n\n12  3") == ["ĊĊ", "1", "2", "ĠĠ", "3"]  # as in SmolLM2's own tokenizer.json
-    assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id
-    plain = load_tokenizer(model_ref(str(write_model(tiny(), tmp_path / "plain.gguf"))))
-    assert parts(plain, "\n\n12  3") == ["Ċ", "Ċ", "12", "Ġ", "Ġ3"]
-    assert plain("the").input_ids[0] != plain.bos_token_id
-
-
-def parts(tokenizer, text: str) -> list[str]:
-    """What merges can't cross."""
-    return [part for part, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    for extra, expected, begun in (
+        # as in SmolLM2's own tokenizer.json
+        (dict(tokenizer_pre="smollm", add_bos_token=True), ["ĊĊ", "1", "2", "ĠĠ", "3"], True),
+        ({}, ["Ċ", "Ċ", "12", "Ġ", "Ġ3"], False),
+    ):
+        path = write_model(tiny(), tmp_path / f"{begun}.gguf", **extra)
+        tokenizer = load_tokenizer(model_ref(str(path)))
+        parts = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(
+            "\n\n12  3"
+        )  # no merges cross these
+        assert [part for part, _ in parts] == expected
+        assert (tokenizer("the").input_ids[0] == tokenizer.bos_token_id) == begun
 
 
 @pytest.mark.parametrize("family, kind", [("llama", "Q4_0"), ("qwen2", "Q8_0"), ("llama", "F16")])
 def test_quantised_weights_are_what_the_blocks_say(tmp_path, monkeypatch, family, kind):
-    monkeypatch.setattr(
-        gguf_files, "DECODED_AT_ONCE", 1000
-    )  # a part of a matrix, and not the same in the last
+    monkeypatch.setattr(gguf_files, "DECODED_AT_ONCE", 1000)  # a part of a matrix, another in the last
     path = write_model(tiny(family), tmp_path / "q.gguf", kind)
     folder = exactly(path).folder()
     weights = load_file(folder / "model.safetensors")
@@ -140,18 +138,14 @@ def test_a_large_file_becomes_several(tmp_path, monkeypatch):
     """With an index, and in memory never more than those that are not complete."""
     monkeypatch.setattr(gguf_files, "SHARD_BYTES", 20_000)
     path = write_model(tiny(), tmp_path / "large.gguf", "F32")
-    whole = exactly(path).folder()
-    assert len(list(whole.glob("model-*-of-*.safetensors"))) > 2
-    unpacked = AutoModelForCausalLM.from_pretrained(whole)
-    assert all(map(torch.equal, unpacked.parameters(), tiny().parameters()))
-
-
-def test_dtype_float32_asks_for_exact_weights(tmp_path):
-    path = write_model(tiny(), tmp_path / "m.gguf")
     parser = unscaled_ckpt.build_parser()
     common = ["--model", str(path), "--blocks_to_skip", "1"]
     assert parser.parse_args([*common, "--dtype", "float32"]).model == exactly(path)
     assert parser.parse_args(common).model == model_ref(str(path)) != exactly(path)
+    whole = exactly(path).folder()
+    assert len(list(whole.glob("model-*-of-*.safetensors"))) > 2
+    unpacked = AutoModelForCausalLM.from_pretrained(whole)
+    assert all(map(torch.equal, unpacked.parameters(), tiny().parameters()))
 
 
 def rope_divisors(rope) -> torch.Tensor:
@@ -200,15 +194,19 @@ def test_all_five_steps(tmp_path, monkeypatch):
     write_model(tiny(), tmp_path / "tiny.gguf")
     questions = "".join(json.dumps({"question": f"What is {i} + {i}?"}) + "\n" for i in range(4))
     (tmp_path / "prompts.jsonl").write_text(questions)
-    model = ["--model", "tiny.gguf"]
-    data = ["--data_path", "data/tiny-processed-data/data.jsonl", "--device", "cpu"]
-    answering = ["--input_file", "prompts.jsonl", "--max_tokens", "12", "--backend", "transformers"]
-    assert generate_model_gt_data.main([*model, *answering, "--device", "cpu", "--keep_truncated"]) == 0
-    assert process_gt_data.main([*model, "--num_cpu_procs", "1"]) == 0
-    assert block_selection.main([*model, *data]) == 0
-    blocks = ["--blocks_to_skip", "tiny_block_selection.json"]
-    assert param_scale.main([*model, *data, *blocks, "--num_epochs", "1", "--export", "folded"]) == 0
-    assert unscaled_ckpt.main([*model, *blocks]) == 0
+    data = "--data_path data/tiny-processed-data/data.jsonl --device cpu"
+    blocks = "--blocks_to_skip tiny_block_selection.json"
+    for script, arguments in (
+        (
+            generate_model_gt_data,
+            "--input_file prompts.jsonl --max_tokens 12 --backend transformers --device cpu --keep_truncated",
+        ),
+        (process_gt_data, "--num_cpu_procs 1"),
+        (block_selection, data),
+        (param_scale, f"{data} {blocks} --num_epochs 1 --export folded"),
+        (unscaled_ckpt, blocks),
+    ):
+        assert script.main(["--model", "tiny.gguf", *arguments.split()]) == 0
     for checkpoint in ("scaled_tiny_ckpts/tiny_scaled_epoch_0", "unscaled_tiny_ckpts/tiny_unscaled"):
         config = json.loads((tmp_path / checkpoint / "config.json").read_text())
         assert config["model_type"] == "hopscotch_llama" and len(config["skipped_attention_blocks"]) == 1
