@@ -36,22 +36,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("granite", "llama", "mistral", "qwen2", "qwen3")
 PRELOADED = (
-    "torch._dynamo",
-    "torch.distributed",
-    "torch.optim",
-    "accelerate",
-    "datasets",
-    "instructlab.training.data_process",
-    "instructlab.training.sampler",
-    "tqdm",
-    "transformers.generation",
-    "transformers.models.auto",
-    "transformers.models.granite.modeling_granite",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.mistral.modeling_mistral",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.qwen3.modeling_qwen3",
+    *("torch._dynamo", "torch.distributed", "torch.optim", "accelerate", "datasets", "tqdm"),
+    *("instructlab.training.data_process", "instructlab.training.sampler"),
+    *("transformers.generation", "transformers.models.auto"),
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
 )
 FILE_CALLS = ("replace", "rename", "fsync", "link", "unlink", "remove", "mkdir", "rmdir")
 FIGURES = Path(os.environ["HOPSCOTCH_FIGURES"]).absolute() if "HOPSCOTCH_FIGURES" in os.environ else None
@@ -209,17 +199,10 @@ def launch(folder: Path, command: Sequence, processes: int) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = []
-    for rank in range(processes):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        ranks.append(start(folder, *command, env=environment))
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    world = sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    numbers = map(str, range(processes))
+    ranks = [start(folder, *command, env=world | {"RANK": n, "LOCAL_RANK": n}) for n in numbers]
     ends = [running.wait() for running in ranks]
     assert [end.code for end in ends] == [0] * processes, ends[0].err
     assert not any(end.out for end in ends[1:])
@@ -253,20 +236,11 @@ class Commands:
 
     def __init__(self, model: Path, inputs: Path):
         self.inputs = inputs
-        numbers = random.Random(0)
-        samples, prompts, answers = [], [], []
-        for i in range(12):
-            ids = [numbers.randrange(3, 250) for _ in range(numbers.randrange(5, 20))]
-            samples.append({"input_ids": ids, "labels": [-100, *ids[1:]]})
-            question = f"What is {i} plus {i * i}?"
-            prompts.append({"question": question})
-            answer = [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": f"{i + i * i}."},
-            ]
-            answers.append({"messages": answer})
-        for name, records in (("data", samples), ("prompts", prompts), ("answers", answers)):
-            write_lines(inputs / f"{name}.jsonl", records)
+        questions = [f"What is {i} plus {i * i}?" for i in range(12)]
+        answers = (conversation(question, f"{i + i * i}.") for i, question in enumerate(questions))
+        write_lines(inputs / "data.jsonl", samples(12))
+        write_lines(inputs / "prompts.jsonl", ({"question": question} for question in questions))
+        write_lines(inputs / "answers.jsonl", answers)
         on_cpu = ("--device", "cpu")
         data = ("--data_path", inputs / "data.jsonl", "--batch_size", 4)
         model = ("--model", model)
@@ -308,6 +282,18 @@ class Commands:
             assert not leftovers(folder)
             self.made[name] = Undisturbed(state_of(folder), outcome.out, time.monotonic() - started)
         return self.made[name]
+
+
+def samples(count: int) -> list[dict]:
+    """Tokenized answers of 5 to 19 random tokens, all but the first counted in the loss."""
+    numbers = random.Random(0)
+    ids = [[numbers.randrange(3, 250) for _ in range(numbers.randrange(5, 20))] for _ in range(count)]
+    return [{"input_ids": tokens, "labels": [-100, *tokens[1:]]} for tokens in ids]
+
+
+def conversation(question: str, answer: str) -> dict:
+    """A question and its answer, as step 2 reads them."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:

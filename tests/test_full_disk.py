@@ -26,7 +26,8 @@ from driving import (
     torn,
 )
 
-NAMES = ("generate", "process", "full", "race", "resume", "scale_export", "unscaled", "export")
+SHORT = ("generate", "process", "full", "resume", "scale_export", "unscaled", "export")
+NAMES = (*SHORT, "race")  # which writes as "full" does
 FULL = "[Nn]o space left|disk space|full|[Tt]oo large"
 UNWRITABLE = "[Rr]ead-only|cannot write|no permission"
 DISK_BYTES = 16 << 20
@@ -80,18 +81,24 @@ def faults_after_failure(outcome: Outcome, place: Path, complete: dict) -> list[
     return found if outcome.code == 0 else outcome.faults_as_error([1], FULL) + found
 
 
+def faults_and_rerun(commands: Commands, name: str, place: Path, outcome: Outcome, when: str) -> list[str]:
+    """`faults_after_failure`, and what one more run with space does not mend."""
+    whole = commands.undisturbed(name)
+    faults = faults_after_failure(outcome, place, whole.state)
+    succeed(place, *commands[name])
+    faults += [f"{file} differs after the rerun" for file in differences(state_of(place), whole.state)]
+    return [f"{when}: {fault}" for fault in faults]
+
+
 def fill_at_calls(commands: Commands, name: str, disk: Path, calls: Iterable[int]) -> None:
     """For each call, from an empty disk: a run that meets a full disk, and one more with space."""
-    whole, tried, broken = commands.undisturbed(name), 0, []
+    tried, broken = 0, []
     for call in calls:
         outcome = run_on_full_disk(disk, commands[name], call)
         if outcome is None:
             break
         tried += 1
-        faults = faults_after_failure(outcome, disk, whole.state)
-        succeed(disk, *commands[name])
-        faults += [f"{file} differs after the rerun" for file in differences(state_of(disk), whole.state)]
-        broken += [f"full from file call {call}: {fault}" for fault in faults]
+        broken += faults_and_rerun(commands, name, disk, outcome, f"full from file call {call}")
         empty(disk)
     assert not broken, f"{tried} disks\n" + "\n".join(broken)
     record(f"`{name}` on a disk that runs full", f"{tried} moments")
@@ -102,7 +109,7 @@ def empty(folder: Path) -> None:
     subprocess.run(["find", str(folder), "-mindepth", "1", "-delete"], check=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHORT)
 def test_a_disk_runs_full(commands, disk, name):
     fill_at_calls(commands, name, disk, calls=(3, 9))
 
@@ -139,21 +146,18 @@ def test_files_may_not_grow_to_many_sizes(commands, tmp_path, name):
 
 def limit_files(commands: Commands, name: str, folder: Path, limits: list[int]) -> None:
     """The same with a limit on the size of each file, which needs no disk of its own."""
-    whole, broken, failed = commands.undisturbed(name), [], 0
+    broken, failed = [], 0
     for limit in limits:
         place = folder / str(limit)
         place.mkdir()
         outcome = run(place, *commands[name], file_limit=limit)
         failed += outcome.code != 0
-        faults = faults_after_failure(outcome, place, whole.state)
-        succeed(place, *commands[name])
-        faults += [f"{file} differs after the rerun" for file in differences(state_of(place), whole.state)]
-        broken += [f"files of at most {limit} bytes: {fault}" for fault in faults]
+        broken += faults_and_rerun(commands, name, place, outcome, f"files of at most {limit} bytes")
     assert failed and not broken, f"{failed} failed\n" + "\n".join(broken)
     record(f"`{name}` with a limit on the size of files", f"{failed} failures of {len(limits)} limits")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHORT)
 def test_a_read_only_disk_is_told_before_the_work(commands, disk, name):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     outcome = run(disk, *commands[name])

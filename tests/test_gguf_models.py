@@ -114,9 +114,7 @@ def parts(tokenizer, text: str) -> list[str]:
 
 @pytest.mark.parametrize("family, kind", [("llama", "Q4_0"), ("qwen2", "Q8_0"), ("llama", "F16")])
 def test_quantised_weights_are_what_the_blocks_say(tmp_path, monkeypatch, family, kind):
-    monkeypatch.setattr(
-        gguf_files, "DECODED_AT_ONCE", 1000
-    )  # a part of a matrix, and not the same in the last
+    monkeypatch.setattr(gguf_files, "DECODED_AT_ONCE", 1000)  # a part of a matrix, another in the last
     path = write_model(tiny(family), tmp_path / "q.gguf", kind)
     folder = exactly(path).folder()
     weights = load_file(folder / "model.safetensors")
@@ -144,18 +142,14 @@ def test_a_large_file_becomes_several(tmp_path, monkeypatch):
     """With an index, and in memory never more than those that are not complete."""
     monkeypatch.setattr(gguf_files, "SHARD_BYTES", 20_000)
     path = write_model(tiny(), tmp_path / "large.gguf", "F32")
-    whole = exactly(path).folder()
-    assert len(list(whole.glob("model-*-of-*.safetensors"))) > 2
-    unpacked = AutoModelForCausalLM.from_pretrained(whole)
-    assert all(map(torch.equal, unpacked.parameters(), tiny().parameters()))
-
-
-def test_dtype_float32_asks_for_exact_weights(tmp_path):
-    path = write_model(tiny(), tmp_path / "m.gguf")
     parser = unscaled_ckpt.build_parser()
     common = ["--model", str(path), "--blocks_to_skip", "1"]
     assert parser.parse_args([*common, "--dtype", "float32"]).model == exactly(path)
     assert parser.parse_args(common).model == model_ref(str(path)) != exactly(path)
+    whole = exactly(path).folder()
+    assert len(list(whole.glob("model-*-of-*.safetensors"))) > 2
+    unpacked = AutoModelForCausalLM.from_pretrained(whole)
+    assert all(map(torch.equal, unpacked.parameters(), tiny().parameters()))
 
 
 def rope_divisors(rope) -> torch.Tensor:
@@ -204,15 +198,19 @@ def test_all_five_steps(tmp_path, monkeypatch):
     write_model(tiny(), tmp_path / "tiny.gguf")
     questions = "".join(json.dumps({"question": f"What is {i} + {i}?"}) + "\n" for i in range(4))
     (tmp_path / "prompts.jsonl").write_text(questions)
-    model = ["--model", "tiny.gguf"]
-    data = ["--data_path", "data/tiny-processed-data/data.jsonl", "--device", "cpu"]
-    answering = ["--input_file", "prompts.jsonl", "--max_tokens", "12", "--backend", "transformers"]
-    assert generate_model_gt_data.main([*model, *answering, "--device", "cpu", "--keep_truncated"]) == 0
-    assert process_gt_data.main([*model, "--num_cpu_procs", "1"]) == 0
-    assert block_selection.main([*model, *data]) == 0
-    blocks = ["--blocks_to_skip", "tiny_block_selection.json"]
-    assert param_scale.main([*model, *data, *blocks, "--num_epochs", "1", "--export", "folded"]) == 0
-    assert unscaled_ckpt.main([*model, *blocks]) == 0
+    data = "--data_path data/tiny-processed-data/data.jsonl --device cpu"
+    blocks = "--blocks_to_skip tiny_block_selection.json"
+    for script, arguments in (
+        (
+            generate_model_gt_data,
+            "--input_file prompts.jsonl --max_tokens 12 --backend transformers --device cpu --keep_truncated",
+        ),
+        (process_gt_data, "--num_cpu_procs 1"),
+        (block_selection, data),
+        (param_scale, f"{data} {blocks} --num_epochs 1 --export folded"),
+        (unscaled_ckpt, blocks),
+    ):
+        assert script.main(["--model", "tiny.gguf", *arguments.split()]) == 0
     for checkpoint in ("scaled_tiny_ckpts/tiny_scaled_epoch_0", "unscaled_tiny_ckpts/tiny_unscaled"):
         config = json.loads((tmp_path / checkpoint / "config.json").read_text())
         assert config["model_type"] == "hopscotch_llama" and len(config["skipped_attention_blocks"]) == 1

@@ -1,14 +1,23 @@
 """Long searches, many records, long answers and long journals stay within stated memory and time."""
 
 import json
-import random
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from driving import Outcome, Running, record, resident_bytes, start, succeed, write_lines
+from driving import (
+    Outcome,
+    Running,
+    conversation,
+    record,
+    resident_bytes,
+    samples,
+    start,
+    succeed,
+    write_lines,
+)
 
 import block_selection
 
@@ -23,16 +32,6 @@ def follow(running: Running, see: Callable[[int], None]) -> Outcome:
     outcome = running.wait()
     assert outcome.code == 0, outcome.err
     return outcome
-
-
-def samples(count: int, length: int = 16) -> list[dict]:
-    numbers = random.Random(0)
-    ids = [[numbers.randrange(3, 250) for _ in range(length)] for _ in range(count)]
-    return [{"input_ids": tokens, "labels": [-100, *tokens[1:]]} for tokens in ids]
-
-
-def conversation(question: str, answer: str) -> dict:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def check_flat_memory(model: Path, folder: Path, candidates: int, growth: int) -> None:
@@ -67,11 +66,8 @@ def test_memory_stays_flat_over_200_candidates(tiny_folder, tmp_path):
     check_flat_memory(tiny_folder(num_hidden_layers=200), tmp_path, 200, 48 * MIB)
 
 
-def process_and_load(model: Path, folder: Path, records: int, bytes_each: int, seconds_each: float) -> None:
-    """Step 2 on many short records, then a search that loads them, within memory and time.
-
-    bytes_each, seconds_each: a record's share, of each of the two, beside START_BYTES and START_SECONDS.
-    """
+def process_and_load(model: Path, folder: Path, records: int) -> None:
+    """Step 2 on many short records, then a search that loads them, within memory and time."""
     write_lines(folder / "in.jsonl", (conversation(f"{n}?", f"It is {n}.") for n in range(records)))
     peak = [0]
     started = time.monotonic()
@@ -96,55 +92,45 @@ def process_and_load(model: Path, folder: Path, records: int, bytes_each: int, s
         f"loading: {loading_seconds:.0f} s, {loading_bytes / MIB:.0f} MiB"
     )
     for size in (processing, loading_bytes):
-        assert size < START_BYTES + records * bytes_each, figure
+        assert size < START_BYTES + records * BYTES_EACH, figure
     for taken in (seconds, loading_seconds):
-        assert taken < START_SECONDS + records * seconds_each, figure
+        assert taken < START_SECONDS + records * SECONDS_EACH, figure
     record(f"{records:,} short records", figure)
 
 
-START_BYTES = 900 * MIB  # torch, transformers and datasets, loaded
-START_SECONDS = 20
+START_BYTES, BYTES_EACH = 900 * MIB, 6000  # torch, transformers and datasets, loaded; a record's share
+START_SECONDS, SECONDS_EACH = 20, 2e-3
 
 
 def test_twenty_thousand_records(tiny_folder, tmp_path):
-    process_and_load(tiny_folder(), tmp_path, 20_000, bytes_each=6000, seconds_each=2e-3)
+    process_and_load(tiny_folder(), tmp_path, 20_000)
 
 
 @pytest.mark.slow
 def test_a_million_records(tiny_folder, tmp_path):
-    process_and_load(tiny_folder(), tmp_path, 1_000_000, bytes_each=6000, seconds_each=2e-3)
+    process_and_load(tiny_folder(), tmp_path, 1_000_000)
 
 
 LONG = 30_000  # tokens, one a byte
 
 
-@pytest.fixture
-def long_answer(tiny_folder, tmp_path) -> tuple:
-    """The command line of step 2 for a conversation with an answer of LONG tokens, and a short one."""
+def test_a_long_answer_goes_through_training(tiny_folder, tmp_path):
+    """It is dropped by default, and counted."""
     model = tiny_folder(
         hidden_size=8, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=2,
         max_position_embeddings=32_768,
     )  # fmt: skip
     answers = [conversation("Count.", "ab" * (LONG // 2)), conversation("Briefly?", "Yes, and that is all.")]
     write_lines(tmp_path / "answers.jsonl", answers)
-    return (
-        "process_gt_data.py", "--model", model, "--input_file", "answers.jsonl", "--output_dir", "out",
-        "--num_cpu_procs", 1,
-    )  # fmt: skip
-
-
-def test_a_long_answer_is_dropped_by_default_and_counted(long_answer, tmp_path):
-    outcome = succeed(tmp_path, *long_answer)
-    assert "1 of 2 samples kept (1 too long, 0 too short)" in outcome.out
+    process = ("process_gt_data.py", "--model", model, "--input_file", "answers.jsonl",
+               "--output_dir", "out", "--num_cpu_procs", 1)  # fmt: skip
+    assert "1 of 2 samples kept (1 too long, 0 too short)" in succeed(tmp_path, *process).out
     report = json.loads((tmp_path / "out/data_report.json").read_text())
     assert report["dropped_too_long"] == 1 and report["longest"] < 100
-
-
-def test_a_long_answer_goes_through_training(long_answer, tmp_path):
-    succeed(tmp_path, *long_answer, "--max_seq_len", 32_000)
+    succeed(tmp_path, *process, "--max_seq_len", 32_000)
     report = json.loads((tmp_path / "out/data_report.json").read_text())
     assert report["kept"] == 2 and LONG < report["longest"] < 32_000
-    command = ("param_scale.py", *long_answer[1:3], "--data_path", "out/data.jsonl", "--device", "cpu",
+    command = ("param_scale.py", "--model", model, "--data_path", "out/data.jsonl", "--device", "cpu",
                "--blocks_to_skip", 0, "--num_epochs", 1, "--output_dir", "scaled")  # fmt: skip
     peak, started = [0], time.monotonic()
     running = start(tmp_path, *command, "--max_tokens_per_batch", 32_000)

@@ -46,19 +46,23 @@ def made(tiny_folder, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def scaled(made):
+    """The report of the training, to be changed."""
+    return json.loads((made / "scaled/report.json").read_text())
+
+
 def synthetic_search(**changes) -> dict:
     """A report of a race over six layers: 3 and 4 run the whole epoch, 1 falls after 5 batches, 5 and
     0 are never trained, 2 was skipped before."""
+    dropped = {"1": (5, 0.55, 0.4), "5": (0, 0.9, 0.7), "0": (0, 40.0, 0.7)}
+    names = ("after_batches", "mean_loss", "leader_mean_loss")
     iteration = {
         "skipped_before": [2],
         "block": 4,
         "loss": 0.5,
         "losses": {"3": 0.6, "4": 0.5},
-        "dropped": {
-            "1": {"after_batches": 5, "mean_loss": 0.55, "leader_mean_loss": 0.4},
-            "5": {"after_batches": 0, "mean_loss": 0.9, "leader_mean_loss": 0.7},
-            "0": {"after_batches": 0, "mean_loss": 40.0, "leader_mean_loss": 0.7},
-        },
+        "dropped": {block: dict(zip(names, values, strict=True)) for block, values in dropped.items()},
         "untrained_losses": {"0": 40.0, "1": 0.8, "3": 0.75, "4": 0.7, "5": 0.9},
         "batch_losses": {},
         "candidate_epochs": 3.5,
@@ -134,7 +138,8 @@ def points(axes, label: str) -> dict[float, float]:
 
 
 def test_the_picture_of_a_search_shows_every_candidate():
-    (axes,) = plots.search_figure(parse(SearchRun, synthetic_search())).axes
+    report = synthetic_search()
+    (axes,) = plots.search_figure(parse(SearchRun, report)).axes
     assert points(axes, "picked (whole epoch)") == {4: 0.5}
     assert points(axes, "whole epoch") == {3: 0.6}
     assert points(axes, "dropped after so many batches: mean loss until then") == {1: 0.55}
@@ -161,9 +166,8 @@ def test_a_diverged_candidate_is_drawn_at_the_edge(said):
 
 def chain(losses: dict[int, float]) -> SearchRun:
     iteration = synthetic_search()["iterations"][0]
-    blocks = [block for block in range(40)]
     iterations = [
-        iteration | {"skipped_before": blocks[: count - 1], "block": blocks[count - 1], "loss": loss}
+        iteration | {"skipped_before": list(range(count - 1)), "block": count - 1, "loss": loss}
         for count, loss in losses.items()
     ]
     return parse(SearchRun, synthetic_search(iterations=iterations, num_layers=40))
@@ -179,36 +183,28 @@ def test_the_picture_over_blocks_names_the_bend():
     assert [text.get_text() for text in straight.axes[0].texts] == ["0", "1"]
 
 
-def test_the_picture_of_epochs_shows_what_the_report_holds(made):
-    report = json.loads((made / "scaled/report.json").read_text())
+def test_the_pictures_of_epochs_show_what_the_report_holds(made, scaled, tmp_path):
+    """A panel for each measure; what is far above is told at the edge, the loss stands in its own panel."""
+    epochs = scaled["epochs"]
     panels = plots.epochs_figure(read_report(made / "scaled")).axes
-    assert points(panels[0], "training") == {epoch["epoch"]: epoch["loss"] for epoch in report["epochs"]}
+    assert points(panels[0], "training") == {epoch["epoch"]: epoch["loss"] for epoch in epochs}
     for axes, measure in zip(panels, ("cross_entropy", "kl", "agreement"), strict=True):
-        held_out = {epoch["epoch"]: epoch["held_out"]["scaled"][measure] for epoch in report["epochs"]}
+        held_out = {epoch["epoch"]: epoch["held_out"]["scaled"][measure] for epoch in epochs}
         assert points(axes, "held out, with scales") == held_out
         for name, label in (("original", "original model"), ("unscaled", "skips without scales")):
-            expected = report["epochs"][0]["held_out"][name][measure]
+            expected = epochs[0]["held_out"][name][measure]
             assert set(points(axes, f"held out, {label}").values()) == {expected}
 
-
-def test_a_held_out_figure_of_several_measures_gets_a_panel_each(made, tmp_path):
-    report = json.loads((made / "scaled/report.json").read_text())
-    report["arguments"]["loss"] = "kl"
-    for epoch in report["epochs"]:
-        epoch["held_out"] = {
-            "original": {"cross_entropy": 0.4, "kl": 0.0, "agreement": 1.0},
-            "unscaled": {"cross_entropy": 90.0, "kl": 0.5, "agreement": 0.7},
-            "scaled": {"cross_entropy": 0.5, "kl": 0.1 - 0.01 * epoch["epoch"], "agreement": 0.9},
-        }
-    (tmp_path / "report.json").write_text(json.dumps(report))
+    scaled["arguments"]["loss"] = "kl"
+    for epoch in epochs:
+        epoch["held_out"]["unscaled"]["cross_entropy"] = 90.0
+        epoch["held_out"]["original"]["cross_entropy"] = epoch["held_out"]["scaled"]["cross_entropy"] = 0.5
+    (tmp_path / "report.json").write_text(json.dumps(scaled))
     entropy, kl, agreement = plots.epochs_figure(read_report(tmp_path)).axes
-    assert points(kl, "held out, with scales") == pytest.approx({0: 0.1, 1: 0.09})
     assert points(kl, "training") and not points(entropy, "training") and not points(agreement, "training")
     assert "90.0000 ↑" in [text.get_text() for text in entropy.texts] and entropy.get_ylim()[1] < 1
-    assert [axes.get_ylabel().split("\n")[0] for axes in (kl, agreement)] == [
-        "KL divergence",
-        "agreement with the original",
-    ]
+    assert kl.get_ylabel().startswith("KL divergence\n")
+    assert agreement.get_ylabel().split("\n")[0] == "agreement with the original"
 
 
 def test_the_map_shows_the_scales_of_the_best_epoch(made):
@@ -274,10 +270,9 @@ def test_nothing_is_drawn_outside_a_picture(made):
     """Titles, labels and numbers at the edges fit, those of a long name too."""
     wide = synthetic_search(model="m" * 200)
     twice = parse(SearchRun, wide | {"iterations": 2 * wide["iterations"]})
-    runs = [twice, chain(LLAMA), read_report(made / "scaled")]
-    for run in runs:
+    for run in (twice, chain(LLAMA), read_report(made / "scaled")):
         for name, figure in plots.pictures(run).items():
-            plots.render(figure, ".png")
+            figure.draw_without_rendering()
             inside = figure.get_tightbbox()
             width, height = figure.get_size_inches()
             assert inside.x0 >= 0 and inside.y0 >= 0, name
@@ -348,35 +343,37 @@ def test_the_command_writes_one_page_of_all_runs(made, tmp_path, monkeypatch, ca
     assert lines[-1] == "report.html" and [path.name for path in tmp_path.iterdir()] == ["report.html"]
     html = Path("report.html").read_text()
     text = check_page(html)
-    picked = [
-        json.loads((made / name).read_text())["iterations"][0] for name in ("first.json", "second.json")
-    ]
-    for number, iteration in enumerate(picked, 1):
+    for number, run in enumerate(runs[:2], 1):
+        iteration = json.loads(Path(run).read_text())["iterations"][0]
         assert f"pick {number}: block {iteration['block']}, loss {iteration['loss']:.4f}" in text
-    assert "instructlab-training" in text and "learning_rate" in text and str(made / "scaled") in text
+    assert "instructlab-training" in text and "learning_rate" in text and runs[2] in text
     assert html.count("<svg") == 4 and html.count("<h2>") == 2  # the two searches are one
     assert "#1a1a1a" not in html.split("</style>", 1)[1]  # the ink follows the theme
 
 
-def test_one_run_prints_its_short_table(made, tmp_path, capsys):
-    assert report_command.main([str(made / "scaled"), "--html", str(tmp_path / "a.html")]) == 0
+def test_one_run_prints_its_short_table_and_makes_its_pictures(made, scaled, tmp_path, capsys):
+    arguments = ["--html", str(tmp_path / "a.html"), "--pictures", str(tmp_path / "p"), "--format", "pdf"]
+    assert report_command.main([str(made / "scaled"), *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    report = json.loads((made / "scaled/report.json").read_text())
-    best = report["epochs"][report["best_epoch"]]
-    blocks = ", ".join(map(str, report["skipped_blocks"]))
-    width = len("held-out cross entropy, original")
-    assert lines[0] == f"{'attention blocks skipped':<{width}}  {blocks}"
-    assert [line.split() for line in lines[1:3]] == [["granularity", "layer"], ["loss", "ce"]]
-    del lines[1:3]
-    for measure in ("cross entropy", "kl", "agreement"):
-        for name in ("original", "unscaled", "scaled"):
-            figure = best["held_out"][name][measure.replace(" ", "_")]
-            assert lines.pop(1) == f"{f'held-out {measure}, {name}':<{width}}  {figure:.4f}"
+    held_out = scaled["epochs"][scaled["best_epoch"]]["held_out"]
     # of the tiny model: q and o are 32 x 32, k and v 16 x 32, and the norm before them 32
     removed, total = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 32), 300 * 32 * 2 + 32 + 4 * (3072 + 3 * 32 * 48 + 64)
-    assert lines[1] == f"{'parameters saved':<{width}}  {removed:,} of {total:,} ({removed / total:.1%})"
-    assert lines[2] == f"{'KV cache saved':<{width}}  2 of 4 blocks (50.0%)"
+    rows = {
+        "attention blocks skipped": ", ".join(map(str, scaled["skipped_blocks"])),
+        "granularity": "layer",
+        "loss": "ce",
+    }
+    for measure in ("agreement", "kl", "cross entropy"):
+        for name in ("scaled", "unscaled", "original"):
+            rows[f"held-out {measure}, {name}"] = f"{held_out[name][measure.replace(' ', '_')]:.4f}"
+    rows["parameters saved"] = f"{removed:,} of {total:,} ({removed / total:.1%})"
+    rows["KV cache saved"] = "2 of 4 blocks (50.0%)"
+    width = max(map(len, rows))
+    expected = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    assert sorted(lines[: len(rows)]) == sorted(expected) and lines[0] == expected[0]
     assert lines[-1] == str(tmp_path / "a.html")
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["1_epochs.pdf", "1_scales.pdf"]
+    assert all(path.read_bytes().startswith(b"%PDF") for path in (tmp_path / "p").iterdir())
 
 
 def test_a_search_tells_held_out_figures_and_why_it_stopped():
@@ -400,14 +397,13 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
     )
 
 
-def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, tmp_path):
+def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, scaled, tmp_path):
     """Of the training where there is one, whatever the order; the figures as the files have them."""
-    report = json.loads((made / "scaled/report.json").read_text())
     runs = [read_report(made / name) for name in ("scaled", "first.json")]
     counts = json.loads((runs[0].checkpoint / "hopscotch.json").read_text())["weights"]
-    held_out = report["epochs"][report["best_epoch"]]["held_out"]
+    held_out = scaled["epochs"][scaled["best_epoch"]]["held_out"]
     lost, gained = decision(runs)
-    assert lost.startswith(f"on held-out answers after epoch {report['best_epoch']}: ")
+    assert lost.startswith(f"on held-out answers after epoch {scaled['best_epoch']}: ")
     for measure, value in held_out["scaled"].items():
         original = held_out["original"][measure]
         expected = f"{value:.4f} (original {original:.4f}, {value - original:+.4f})"
@@ -415,19 +411,21 @@ def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, tmp_path):
     left = counts["parameters"] - counts["parameters_removed"]
     assert f"parameters left: {left:,} of {counts['parameters']:,}" in gained
     assert gained.endswith("KV cache blocks left: 2 of 4 (50.0%)")
-    assert gained.startswith(f"attention blocks skipped: {', '.join(map(str, report['skipped_blocks']))};")
+    assert gained.startswith(f"attention blocks skipped: {', '.join(map(str, scaled['skipped_blocks']))};")
     text = check_page(page.build_page(runs))
-    assert (
-        text.index(f"Lost: {lost}") < text.index(f"Gained: {gained}") < text.index("attention blocks picked")
-    )
+    places = [
+        text.index(f"Lost: {lost}"),
+        text.index(f"Gained: {gained}"),
+        text.index("attention blocks picked"),
+    ]
+    assert places == sorted(places)
     (tmp_path / "data.json").write_text('{"arguments": {}, "kept": 1}')
     assert decision([read_report(tmp_path / "data.json")]) is None
     assert decision([parse(SearchRun, synthetic_search())])[0].startswith("not measured: no answers")
 
 
-def test_names_are_text_wherever_they_stand(made, tmp_path):
+def test_names_are_text_wherever_they_stand(scaled, tmp_path):
     report = synthetic_search(model=ODD_NAME, arguments={ODD_NAME: ODD_NAME, "list": [ODD_NAME]})
-    scaled = json.loads((made / "scaled/report.json").read_text())
     report["versions"] = {ODD_NAME: ODD_NAME}
     scaled |= {"model": ODD_NAME, "exports": {ODD_NAME: {"folder": ODD_NAME, ODD_NAME: ODD_NAME}}}
     paths = [tmp_path / "<i>$a$.json", tmp_path / "scaled.json"]
@@ -442,92 +440,66 @@ def test_names_are_text_wherever_they_stand(made, tmp_path):
     assert "$x^2$ <scr" in drawn  # as characters, not as a formula of them
 
 
-def test_a_run_without_held_out_figures_and_without_its_checkpoint(made, tmp_path):
-    report = json.loads((made / "scaled/report.json").read_text())
-    for epoch in report["epochs"]:
+def test_a_run_without_held_out_figures_and_without_its_checkpoint(scaled, tmp_path):
+    for epoch in scaled["epochs"]:
         epoch["held_out"] = {"original": None, "unscaled": None, "scaled": None}
-    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "report.json").write_text(json.dumps(scaled))
     run = read_report(tmp_path)
     assert run.scales is None and list(plots.pictures(run)) == ["epochs"]
-    assert [name for name, _ in summary(run).rows] == [
-        "attention blocks skipped",
-        "granularity",
-        "loss",
-        "checkpoint",
-    ]
+    names = [name for name, _ in summary(run).rows]
+    assert names == ["attention blocks skipped", "granularity", "loss", "checkpoint"]
     assert "checkpoint is not there" in check_page(page.build_page([run]))
 
 
-def test_reports_of_the_first_two_steps(tmp_path):
-    arguments = {"arguments": {"model": "some/<folder>/name"}}
-    answers = {"prompts": 16, "answers": 12, "truncated": 4, "generated_tokens": 1351, "backend": "vllm"}
-    data = {"samples": 12, "kept": 11, "tokens": 123456, "loss_counted_tokens": 1362}
-    for name, content in (("answers", answers), ("data", data)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(arguments | content))
-    runs = [read_report(tmp_path / f"{name}.json") for name in ("answers", "data")]
-    assert [run.model for run in runs] == ["name", "name"] and [run.what for run in runs] == [
-        "answers",
-        "data",
-    ]
-    assert ("generated tokens", "1351") in summary(runs[0]).rows
-    assert ("tokens", "123,456") in summary(runs[1]).rows
+ANSWERS = {"prompts": 16, "answers": 12, "truncated": 4, "generated_tokens": 1351, "backend": "vllm"}
+DATA = {"samples": 12, "kept": 11, "tokens": 123456, "loss_counted_tokens": 1362}
 
 
-def test_pictures_as_files(made, tmp_path, capsys):
-    folder = tmp_path / "pictures"
-    arguments = ["--html", str(tmp_path / "a.html"), "--pictures", str(folder), "--format", "pdf"]
-    assert report_command.main([str(made / "scaled"), *arguments]) == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["1_epochs.pdf", "1_scales.pdf"]
-    assert all(path.read_bytes().startswith(b"%PDF") for path in folder.iterdir())
+@pytest.mark.parametrize(
+    ("what", "content", "row"),
+    [("answers", ANSWERS, ("generated tokens", "1351")), ("data", DATA, ("tokens", "123,456"))],
+)
+def test_reports_of_the_first_two_steps(tmp_path, what, content, row):
+    (tmp_path / "a.json").write_text(json.dumps(content | {"arguments": {"model": "some/<folder>/name"}}))
+    run = read_report(tmp_path / "a.json")
+    assert (run.model, run.what) == ("name", what) and row in summary(run).rows
 
 
 def test_only_searches_that_belong_together_are_joined():
     first = synthetic_search(skipped_blocks=[2, 4])
     after = synthetic_search(skipped_blocks=[2, 4, 0])
     after["iterations"][0] |= {"skipped_before": [4, 2], "block": 0}
-    joined = join_searches([parse(SearchRun, first), parse(SearchRun, after)])
-    assert [[i.count for i in run.iterations] for run in joined] == [[2, 3]] and joined[0].skipped_blocks == (
-        2,
-        4,
-        0,
-    )
+    (joined,) = join_searches([parse(SearchRun, first), parse(SearchRun, after)])
+    assert [i.count for i in joined.iterations] == [2, 3] and joined.skipped_blocks == (2, 4, 0)
     kl, untrained = {"arguments": {"loss": "kl"}}, {"arguments": {"search": "untrained"}}
     for change in ({"model": "other"}, {"num_layers": 7}, {"data": {"sha256": "another"}}, kl, untrained):
         assert len(join_searches([parse(SearchRun, first), parse(SearchRun, after | change)])) == 2
     assert len(join_searches([parse(SearchRun, first), parse(SearchRun, first)])) == 2
 
 
-@pytest.mark.parametrize("search", ["untrained", "cosine"])
-def test_a_search_that_trains_nothing_says_so(made, tiny_folder, tmp_path, search):
+@pytest.mark.parametrize(("search", "values"), [("untrained", "losses"), ("cosine", "distances")])
+def test_a_search_that_trains_nothing_says_so(made, tiny_folder, tmp_path, search, values):
     words = ["--model", str(tiny_folder()), "--data_path", str(made / "data.jsonl"), "--device", "cpu"]
-    words += ["--search", search, "--output", str(tmp_path / "report.json")]
-    assert block_selection.main(words) == 0
-    run = read_report(tmp_path / "report.json")
-    content = json.loads((tmp_path / "report.json").read_text())["iterations"][0]
-    (row,) = picks(run).rows
-    assert dict(zip(picks(run).header, row, strict=True))["candidates trained"] == "0 of 4"
-    assert dict(zip(picks(run).header, row, strict=True))["whole epoch"] == "0"
+    path = tmp_path / "report.json"
+    assert block_selection.main([*words, "--search", search, "--output", str(path)]) == 0
+    run, iteration = read_report(path), json.loads(path.read_text())["iterations"][0]
+    row = dict(zip(picks(run).header, *picks(run).rows, strict=True))
+    assert (row["candidates trained"], row["whole epoch"]) == ("0 of 4", "0")
     ((name, figure),) = plots.pictures(run).items()
-    (axes,) = figure.axes
-    shown = {}
-    for line in axes.lines:
-        shown |= dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
-    values = content["distances"] if search == "cosine" else content["losses"]
-    values = {int(block): value for block, value in values.items()}
+    shown = {x: y for line in figure.axes[0].lines for x, y in zip(*line.get_data(), strict=True)}
     edge = max(shown.values())  # where what lies far above is marked
-    assert shown == pytest.approx({block: min(value, edge) for block, value in values.items()})
-    assert min(shown, key=shown.get) == content["block"]
+    assert shown == pytest.approx(
+        {int(block): min(value, edge) for block, value in iteration[values].items()}
+    )
+    assert min(shown, key=shown.get) == iteration["block"]
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts and not any("epoch" in text for text in texts)
     assert name == ("distances" if search == "cosine" else "candidates")
 
 
-def test_text_tables_are_aligned():
+def test_text_tables_are_aligned_and_their_text_is_printable():
     table = Table("t", (("a", "1"), ("long", "22")), ("name", "n"))
     assert table.text() == ["name  n", "a     1", "long  22"]
-
-
-def test_plain_text_is_one_printable_line_of_bounded_length():
     assert plain_text("a\tb\x00\u202e\U0001f600") == "a\\tb\\x00\\u202e\U0001f600"
     assert len(plain_text("x" * 500, 41)) <= 41 and plain_text("abcdefgh", 5).startswith("a")
 
@@ -544,20 +516,16 @@ def test_a_run_is_described_by_a_plain_mapping(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("report", "message"),
     [
-        ("{", "a.json: not JSON"),
-        ("[" * 100_000, "a.json: nested too deeply"),
-        ("[1]", "a.json: a JSON object is needed, not list"),
-        ("{}", "not a report that can be shown; make it again"),
-        ('{"iterations": []}', "a.json: model: Field required"),
-        ('{"best_epoch": 3, "model": "m", "skipped_blocks": [], "epochs": []}', "best_epoch is 3, which"),
-        ('{"best_epoch": 0, "model": "m", "epochs": [{"epoch": 0}]}', "skipped_blocks: Field required"),
+        ({"iterations": []}, "a.json: model: Field required"),
+        ({"best_epoch": 0, "model": "m", "epochs": [{"epoch": 0}]}, "skipped_blocks: Field required"),
     ],
 )
-def test_what_is_no_report_is_one_line(text, message, tmp_path, monkeypatch, capsys):
+def test_what_is_no_report_is_one_line(report, message, tmp_path, monkeypatch, capsys):
+    """More of them are among the bad inputs."""
     monkeypatch.chdir(tmp_path)
-    Path("a.json").write_text(text)
+    Path("a.json").write_text(json.dumps(report))
     check_refused(report_command, ["a.json"], message, capsys)
     assert not Path("report.html").exists()
 
@@ -565,18 +533,13 @@ def test_what_is_no_report_is_one_line(text, message, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("changes", "of_pick", "message"),
     [
-        ({"model": 3}, {}, "model: Input should be a valid string"),
         ({"num_layers": True}, {}, "num_layers: Input should be a valid integer"),
         ({"num_layers": 10**400}, {}, "num_layers: Input should be less than"),
         ({"iterations": []}, {}, "iterations: Tuple should have at least 1 item"),
-        ({"iterations": "ab"}, {}, "iterations: Input should be a valid array"),
         ({"iterations": [7]}, {}, r"iterations\[0\]: Input should be an object"),
-        ({"stopped_before": {"block": 5}}, {}, "stopped_before.skipped_before: Field required"),
         ({}, {"loss": float("nan")}, "NaN is not a JSON number"),
-        ({}, {"loss": "0.5"}, r"iterations\[0\].loss: Input should be a valid number"),
         ({}, {"loss": 10**400}, "loss: Input should be a finite number"),
         ({}, {"block": 6}, "a.json: 6 is no block of this model, which has 6"),
-        ({}, {"block": -1}, "block: Input should be greater than or equal to 0"),
         ({}, {"losses": {"x": 1.0}}, "losses.x.*: Input should be a valid integer"),
         ({}, {"dropped": {"1": {"mean_loss": 1.0}}}, "dropped.1.after_batches: Field required"),
     ],
@@ -588,27 +551,20 @@ def test_a_malformed_search_is_one_line(changes, of_pick, message, tmp_path, cap
     check_refused(report_command, [str(tmp_path / "a.json")], message, capsys)
 
 
-def test_bad_files_beside_a_report_are_one_line(made, tmp_path, monkeypatch, capsys):
+def test_bad_scales_beside_a_report_are_one_line(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made / "scaled", "scaled")
-    checkpoint = read_report(Path("scaled")).checkpoint
-    scales, run = checkpoint / "scales.safetensors", checkpoint / "hopscotch.json"
-    good = scales.read_bytes()
-    tensors = weights.read_tensors(scales)
+    scales = read_report(Path("scaled")).checkpoint / "scales.safetensors"
+    good, tensors, one = scales.read_bytes(), weights.read_tensors(scales), "model.layers.2.s_scale_mlp"
     scales.write_bytes(good[:100])
     check_refused(report_command, ["scaled"], "scales.safetensors: cannot be read", capsys)
-    weights.save_tensors({key: value for key, value in tensors.items() if ".0." in key}, scales)
-    check_refused(report_command, ["scaled"], "skipped_blocks: . is no block", capsys)
-    missing = {key: value for key, value in tensors.items() if key != "model.layers.2.s_scale_mlp"}
-    weights.save_tensors(missing, scales)
-    check_refused(report_command, ["scaled"], "not the scales of every layer", capsys)
-    weights.save_tensors(tensors | {"model.layers.2.s_scale_mlp": torch.tensor([torch.nan])}, scales)
-    check_refused(report_command, ["scaled"], "a scale is not a finite number", capsys)
-    scales.write_bytes(good)
-    run.write_text('{"weights": {"parameters": 1}}')
-    check_refused(
-        report_command, ["scaled"], "hopscotch.json: weights.parameters_removed: Field required", capsys
-    )
+    for content, message in (
+        ({key: value for key, value in tensors.items() if ".0." in key}, "skipped_blocks: . is no block"),
+        ({key: value for key, value in tensors.items() if key != one}, "not the scales of every layer"),
+        (tensors | {one: torch.tensor([torch.nan])}, "a scale is not a finite number"),
+    ):
+        weights.save_tensors(content, scales)
+        check_refused(report_command, ["scaled"], message, capsys)
 
 
 def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
@@ -617,7 +573,6 @@ def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
     Path("folder.html").mkdir()
     for arguments, message in (
         ([], "the following arguments are required: RUN"),
-        (["missing.json"], "missing.json: no such file"),
         ([str(tmp_path)], "report.json: no such file; give the output folder of param_scale.py"),
         ([run, "--html", "folder.html"], "--html folder.html: is a folder"),
         ([run, "--html", run], "give a file name that ends in .html"),
