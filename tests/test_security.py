@@ -2,16 +2,17 @@
 
 import json
 import os
-import pickle
 import shlex
 import shutil
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 
 import matplotlib.font_manager  # noqa: F401  makes its cache now, and not among what a test watches
 import pytest
-from bad_inputs.cases import points_to
+import torch
+from bad_inputs.cases import COPY_AND_LOAD, points_to
 from bad_inputs.makers import (
     Spoil,
     all_of,
@@ -32,6 +33,8 @@ from bad_inputs.models import ALL, KEY, WITH_WEIGHTS
 from bad_inputs.running import Outcome, check_refused, check_untouched, run, snapshot
 from bad_inputs.workplace import CHECKPOINT, GOOD
 from conftest import ROOT
+from safetensors.torch import load
+from transformers import AutoConfig, AutoTokenizer, dynamic_module_utils
 
 pytest_plugins = ["bad_inputs.fixtures"]
 
@@ -59,34 +62,22 @@ class Payload:
 
 def malicious_weights(work: Path, old: bool = False, name: str = "pytorch_model.bin") -> Path:
     """The model's weights as a pickle that holds a Payload, too; the file that it would make."""
-    import torch
-    from safetensors.torch import load
-
     marker = work / "it-ran"
     found = load((work / "model/model.safetensors").read_bytes())
     (work / "model/model.safetensors").unlink()
     content = {"payload": Payload(marker)} | found
     torch.save(content, work / "model" / name, _use_new_zipfile_serialization=not old)
+    if name == "weights.pkl":
+        weight_map = json.dumps({"metadata": {}, "weight_map": {KEY: name}})
+        (work / "model/model.safetensors.index.json").write_text(weight_map)
     return marker
 
 
 def test_the_payload_is_armed(work):
     """Without `weights_only` it runs, so the tests below can fail."""
-    import torch
-
     marker = malicious_weights(work)
     torch.load(work / "model/pytorch_model.bin", weights_only=False)
     assert marker.exists()
-    marker.unlink()
-    pickle.loads(pickle.dumps(Payload(marker)))
-    assert marker.exists()
-
-
-def indexed(name: str) -> Spoil:
-    """An index that says that all weights are in this file."""
-    return write(
-        "model/model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": {KEY: name}})
-    )
 
 
 PICKLES = {
@@ -97,43 +88,34 @@ PICKLES = {
 }
 
 
-@pytest.mark.parametrize("kind", PICKLES)
-@pytest.mark.parametrize("command", WITH_WEIGHTS)
-def test_a_malicious_pickle_is_refused_and_does_not_run(command, kind, work, capsys):
+@pytest.mark.parametrize(
+    "command, arguments, kind",
+    [
+        *((command, GOOD[command], kind) for command in WITH_WEIGHTS for kind in PICKLES),
+        # as the original system wrote checkpoints: a stock config, and the scales among the weights
+        ("export", ["model", *GOOD["export"][1:]], "zip"),
+        ("checkpoints", ["verify", "model"], "zip"),
+    ],
+)
+def test_a_malicious_pickle_is_refused_and_does_not_run(command, arguments, kind, work, capsys):
     marker = malicious_weights(work, **PICKLES[kind])
-    if kind == "named by the index":
-        indexed("weights.pkl")(work)
-    before = snapshot(work)
-    outcome = run(command, GOOD[command], capsys)
-    assert not marker.exists()
-    check_refused(outcome, points_to("model", PICKLES[kind].get("name", "pytorch_model.bin")))
-    check_untouched(before, snapshot(work))
-
-
-@pytest.mark.parametrize("command", ["export", "checkpoints"])
-def test_a_malicious_pickle_in_a_checkpoint_does_not_run(command, work, capsys):
-    """As the original system wrote checkpoints: a stock config, and the scales among the weights."""
-    marker = malicious_weights(work)
-    arguments = ["verify", "model"] if command == "checkpoints" else ["model", *GOOD["export"][1:]]
     before = snapshot(work)
     outcome = run(command, arguments, capsys)
     assert not marker.exists()
-    check_refused(outcome, points_to("model"))
+    name = PICKLES[kind].get("name", "pytorch_model.bin") if command in WITH_WEIGHTS else ""
+    check_refused(outcome, points_to("model", name))
     check_untouched(before, snapshot(work))
 
 
 # Code beside weights -----------------------------------------------------------------------------
 
+MODEL, TOKENIZER = "model/config.json", "model/tokenizer_config.json"
 REMOTE_CODE = {
-    "tokenizer": ("model/tokenizer_config.json", ["AutoTokenizer"], {}),
-    "tokenizer of an unknown class": (
-        "model/tokenizer_config.json",
-        ["AutoTokenizer"],
-        {"tokenizer_class": "EvilTokenizer"},
-    ),
-    "model": ("model/config.json", ["AutoConfig", "AutoModelForCausalLM", "AutoModel"], {}),
+    "tokenizer": (TOKENIZER, ["AutoTokenizer"], {}),
+    "tokenizer of an unknown class": (TOKENIZER, ["AutoTokenizer"], {"tokenizer_class": "EvilTokenizer"}),
+    "model": (MODEL, ["AutoConfig", "AutoModelForCausalLM", "AutoModel"], {}),
     "model of an unknown type": (
-        "model/config.json",
+        MODEL,
         ["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"],
         {"model_type": "evil"},
     ),
@@ -142,8 +124,6 @@ REMOTE_CODE = {
 
 def plant_remote_code(work: Path, kind: str, monkeypatch) -> Path:
     """Code in the model's folder, and whatever would make transformers run it; the file that it makes."""
-    from transformers import dynamic_module_utils
-
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(work / "modules"))
     monkeypatch.syspath_prepend(work)
     marker = work / "it-ran"
@@ -155,8 +135,6 @@ def plant_remote_code(work: Path, kind: str, monkeypatch) -> Path:
 @pytest.mark.parametrize("kind", REMOTE_CODE)
 def test_the_remote_code_is_armed(kind, work, monkeypatch):
     """With `trust_remote_code` it runs, so the tests below can fail."""
-    from transformers import AutoConfig, AutoTokenizer
-
     marker = plant_remote_code(work, kind, monkeypatch)
     loader = AutoTokenizer if kind.startswith("tokenizer") else AutoConfig
     with pytest.raises(AttributeError):  # its class is good for nothing else
@@ -191,15 +169,7 @@ def test_code_in_a_checkpoint_does_not_run_in_an_export(file, work, monkeypatch,
 # Names -------------------------------------------------------------------------------------------
 
 NAMES = ["\x1b[31mred\x1b[0m\x9b31m\x07", "$(touch pwned) `touch pwned` $\\frac$"]
-ONE_BY_ONE = [
-    "\x1b[31mred",
-    "two\nlines",
-    "\x9b31mc1",
-    "$(touch pwned)",
-    "`touch pwned`",
-    "$\\frac$",
-    "\rover",
-]
+ONE_BY_ONE = ["\x1b[31mred", "\x9b31mc1", "$(touch pwned)", "`touch pwned`", "$\\frac$", "\rover"]
 DATA = ("--data_path", "data.jsonl", "--device", "cpu", "--batch_size", "3")
 WITH_DEFAULTS = {  # the outputs carry the model's name
     "generate_model_gt_data": (
@@ -240,17 +210,11 @@ def test_a_models_name_stays_where_it_belongs(command, name, work, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"skipped_blocks": ["\x1b]0;title\x07"]},
-        {"best_epoch": "\x1b[2J"},
-    ],
-    ids=ascii,
+    "changes", [{"skipped_blocks": ["\x1b]0;title\x07"]}, {"best_epoch": "\x1b[2J"}], ids=ascii
 )
 def test_the_table_shows_no_escapes(changes, work, capsys):
     edit("scaled/report.json", **changes)(work)
-    outcome = run("report", ["scaled"], capsys)
-    check_refused(outcome, points_to("scaled/report.json"))
+    check_refused(run("report", ["scaled"], capsys), points_to("scaled/report.json"))
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -285,7 +249,7 @@ def test_escapes_in_the_name_of_a_tensor_do_not_reach_the_terminal(command, work
 
 
 @pytest.mark.parametrize("target", ["../outside/model.safetensors", "/etc/passwd", "model/../../outside/x"])
-@pytest.mark.parametrize("command", [*WITH_WEIGHTS, "export"])
+@pytest.mark.parametrize("command", [*COPY_AND_LOAD, "export"])
 def test_an_index_leads_nowhere_else(command, target, work, capsys):
     """Whoever hands on a model does not choose which files of this machine go into a checkpoint."""
     folder = "model" if command != "export" else CHECKPOINT
@@ -316,7 +280,7 @@ def run_pipeline(model: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "model",
-    ["$(touch pwned)", "`touch pwned`", "x; touch pwned", "x\ntouch pwned", "'; touch pwned; '", "*", "-x"],
+    ["x'; touch pwned; '$(touch pwned) `touch pwned`; touch pwned\ntouch pwned", "*", "-x"],
     ids=ascii,
 )
 def test_the_pipeline_hands_a_models_name_to_no_shell(model, work):
@@ -332,11 +296,8 @@ def test_the_pipeline_hands_a_models_name_to_no_shell(model, work):
 def test_the_whole_pipeline_runs_on_a_folder_with_such_a_name(name, work, tiny_folder):
     # vLLM, where it is installed, needs heads of at least 32
     shutil.copytree(tiny_folder(hidden_size=64, num_attention_heads=2, num_key_value_heads=1), work / name)
-    eos = {
-        "eos_token_id": list(range(4, 260, 4)),
-        "pad_token_id": 0,
-    }  # so that a random model comes to an end
-    write(f"{name}/generation_config.json", json.dumps(eos))(work)
+    eos = list(range(4, 260, 4))  # so that a random model comes to an end
+    write(f"{name}/generation_config.json", json.dumps({"eos_token_id": eos, "pad_token_id": 0}))(work)
     (work / "prompts.jsonl").rename(work / "gsm8k.jsonl")
     sizes = {"NUM_BLOCKS": "1", "NUM_EPOCHS": "1", "BATCH_SIZE": "3", "MAX_TOKENS": "64"}
     result = run_pipeline(f"./{name}", EXPORT="folded", **sizes)
@@ -355,11 +316,7 @@ def test_the_whole_pipeline_runs_on_a_folder_with_such_a_name(name, work, tiny_f
 CODE, CONFIG = f"{CHECKPOINT}/modeling_hopscotch.py", f"{CHECKPOINT}/config.json"
 SCALES, BASE = f"{CHECKPOINT}/scales.safetensors", f"{CHECKPOINT}/base-00001-of-00001.safetensors"
 INDEX = f"{CHECKPOINT}/model.safetensors.index.json"
-
-
-def one_scale(value: float) -> Spoil:
-    key = "model.layers.2.b_scale_mlp"
-    return tensors(SCALES, lambda found: found | {key: found[key] * 0 + value})
+SCALE = "model.layers.2.b_scale_mlp"
 
 
 def code_elsewhere(work: Path) -> None:
@@ -379,8 +336,10 @@ def code_of_a_repository(work: Path) -> None:
 
 
 UNTRUE: dict[str, tuple[str, Spoil]] = {
-    "code with a line more": ("modeling_hopscotch.py", append(CODE, "\n")),
-    "code with a byte less": ("modeling_hopscotch.py", cut(CODE, 0.9999)),
+    "code with a line more": (
+        "modeling_hopscotch.py",
+        append(CODE, "\nopen('it-ran', 'w')\n"),
+    ),  # nor does it run
     "no code": ("modeling_hopscotch.py", remove(CODE)),
     "code behind a link": ("modeling_hopscotch.py", link(CODE, "../../elsewhere.py")),
     "code by another name": ("(auto_map|modeling_other)", code_elsewhere),
@@ -392,20 +351,19 @@ UNTRUE: dict[str, tuple[str, Spoil]] = {
     ),
     "code besides": (r"evil\.py", write(f"{CHECKPOINT}/evil.py", "")),
     "config is not JSON": ("config.json", write(CONFIG, "{")),
-    "a scale is NaN": ("b_scale_mlp of layer 2|model.layers.2.b_scale_mlp", one_scale(float("nan"))),
-    "a scale is infinite": ("b_scale_mlp of layer 2|model.layers.2.b_scale_mlp", one_scale(float("inf"))),
+    "a scale is NaN": (
+        f"b_scale_mlp of layer 2|{SCALE}",
+        tensors(SCALES, lambda found: found | {SCALE: found[SCALE] * nan}),
+    ),
     "no scales": ("scales.safetensors", remove(SCALES)),
-    "a scale missing": ("b_scale_mlp", tensors(SCALES, without("model.layers.2.b_scale_mlp"))),
+    "a scale missing": ("b_scale_mlp", tensors(SCALES, without(SCALE))),
     "scales cut short": ("scales.safetensors", cut(SCALES, 0.5)),
     "a shard cut short": ("base-00001-of-00001.safetensors", cut(BASE, 0.7)),
     "a shard missing": ("base-00001-of-00001.safetensors", remove(BASE)),
     "a tensor missing": (KEY, tensors(BASE, without(KEY))),
     "a tensor of another shape": (KEY, tensors(BASE, lambda found: found | {KEY: found[KEY][:-1].clone()})),
     "a tensor that no index names": (KEY, index(without(KEY), INDEX)),
-    "an index that names too much": (
-        "odd",
-        index(lambda found: found | {"odd": "scales.safetensors"}, INDEX),
-    ),
+    "an index that names too much": ("odd", index(lambda all: all | {"odd": "scales.safetensors"}, INDEX)),
     "an index out of the folder": (r"\.\./", index(lambda found: found | {KEY: "../x.safetensors"}, INDEX)),
     "an index to the wrong shard": (KEY, index(lambda found: found | {KEY: "scales.safetensors"}, INDEX)),
     "an index that is not JSON": ("index.json", write(INDEX, "[")),
@@ -433,12 +391,6 @@ def test_verify_confirms(spoil, work, capsys):
         outcome = run("checkpoints", ["verify", folder], capsys)
         assert outcome.code == 0 and folder in outcome.out and outcome.err == "", outcome
         check_untouched(before, snapshot(work))
-
-
-def test_verify_runs_none_of_the_code_that_it_reads(work, capsys):
-    write(CODE, f"from pathlib import Path\nPath({str(work / 'it-ran')!r}).touch()\n")(work)
-    check_refused(run("checkpoints", ["verify", CHECKPOINT], capsys), "modeling_hopscotch.py")
-    assert not (work / "it-ran").exists()
 
 
 @pytest.mark.parametrize(
