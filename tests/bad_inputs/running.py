@@ -103,13 +103,14 @@ def _libraries_log_to_stderr() -> Iterator[None]:
     """Libraries keep the stderr of the moment at which they were imported; a user sees it, so must we."""
     loggers = [logger for logger in logging.root.manager.loggerDict.values() if hasattr(logger, "handlers")]
     handlers = [h for logger in loggers for h in logger.handlers if type(h) is logging.StreamHandler]
-    earlier = [handler.setStream(sys.stderr) for handler in handlers]
+    earlier = [handler.stream for handler in handlers]
     try:
+        for handler in handlers:  # not by setStream, which flushes what an earlier test may have closed
+            handler.stream = sys.stderr
         yield
     finally:
         for handler, stream in zip(handlers, earlier, strict=True):
-            if stream is not None:
-                handler.setStream(stream)
+            handler.stream = stream
 
 
 @contextlib.contextmanager
