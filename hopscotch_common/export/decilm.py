@@ -11,6 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
+import transformers
 
 from hopscotch_common import scales
 from hopscotch_common.errors import InputError, logger
@@ -99,6 +100,7 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
         "attention_bias": bias,
         "qkv_bias": bias or config.model_type.endswith("qwen2"),
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "transformers_version": transformers.__version__,  # else it warns of the tokenizer
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5, as are the next two
         "rope_theta": rope["rope_theta"],
