@@ -132,7 +132,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("qwen05").mkdir()
     Path("qwen05", "config.json").write_text("{}")
-    Path("qwen.gguf").write_text("GGUF")
+    for name in ("qwen", "qwen15"):
+        Path(f"{name}.gguf").write_text("GGUF")
     return tmp_path
 
 
