@@ -156,6 +156,11 @@ def train(
         runs = checkpoints.resumable_epochs(arguments.output_dir, arguments.model.name, settings)
         if runs:
             state = checkpoints.load_training_state(epoch_folder(arguments, runs[-1]["epoch"]))
+    elif processes.rank == 0:
+        saved = checkpoints.saved_epochs(arguments.output_dir, arguments.model.name)
+        if later := [epoch for epoch in saved if epoch >= arguments.num_epochs]:
+            folder = epoch_folder(arguments, later[0])
+            logger.warning("%s and later epochs there are of an earlier training, and stay", folder)
     runs, state = processes.gather((runs, state))[0]  # only rank 0's disk is sure to hold the epochs
     model = cli.load_model(arguments)
     options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=MAP_LEARNING_RATE)

@@ -107,6 +107,13 @@ def test_the_tokenizer_is_that_of_the_file(tmp_path):
     assert plain("the").input_ids[0] != plain.bos_token_id
 
 
+def test_a_checkpoint_stops_where_the_files_template_ends_a_turn(tmp_path):
+    """Phi-3's files name the end of a text only; what ends a turn stands in the template alone."""
+    template = "{% for m in messages %}{{ m.content }}<|im_start|>{% endfor %}"
+    folder = model_ref(str(write_model(tiny(), tmp_path / "model.gguf", template=template))).folder()
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 3]
+
+
 def parts(tokenizer, text: str) -> list[str]:
     """What merges can't cross."""
     return [part for part, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]

@@ -1,5 +1,6 @@
 """A checkpoint, and what is made of it, reads and writes text as its base model does."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILY_SIZES, MORE_FAMILIES, ROOT, stock_config
+from test_labels import ENDS, SHAPES, tokenizer_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -187,3 +189,65 @@ def test_a_hub_id_has_its_own_rule(tmp_path):
     (tmp_path / "checkpoint" / "config.json").write_text('{"model_type": "hopscotch_llama"}')
     tokenization.copy_tokenizer(base, tmp_path / "checkpoint", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B")
     assert says(tmp_path / "checkpoint")[0] == by_id
+
+
+def test_further_chat_templates_travel_along(tiny_folder, tmp_path):
+    """Hermes has one for tools; transformers keeps it in a folder."""
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(base)
+    first, second = tmp_path / "e0", tmp_path / "e1"
+    save = functools.partial(checkpoints.save_checkpoint, skipped=[1], values=torch.ones(4, 4), run={})
+    save(first, model_ref(str(base)))
+    (first / ".ipynb_checkpoints").mkdir()  # what a notebook leaves
+    save(second, model_ref(str(base)), share_with=first)
+    verify(second)
+    assert AutoTokenizer.from_pretrained(second).chat_template == tokenizer.chat_template
+    (second / "additional_chat_templates" / "code.py").write_text("")
+    with pytest.raises(InputError, match="additional_chat_templates: is no part of a checkpoint"):
+        verify(second)
+
+
+def test_mistrals_own_tokenizer_is_left_out(tiny_folder, tmp_path):
+    """Where mistral_common is installed, transformers prefers it for these, and it has no chat template."""
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    base = shutil.copytree(tiny_folder("mistral"), tmp_path / "base")
+    shutil.copyfile(next(data.glob("tekken_*.json")), base / "tekken.json")
+    found = tokenization.load_tokenizer(model_ref(str(base)))
+    assert found.encode(TEXT) == AutoTokenizer.from_pretrained(tiny_folder("mistral")).encode(TEXT)
+    values = torch.ones(4, 4)
+    checkpoints.save_checkpoint(tmp_path / "checkpoint", model_ref(str(base)), [1], values, {})
+    verify(tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint" / "tekken.json").exists()
+    export_checkpoint(tmp_path / "checkpoint", "folded", tmp_path / "folded")
+    assert AutoTokenizer.from_pretrained(tmp_path / "folded").encode(TEXT) == found.encode(TEXT)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_token_that_ends_a_turn(shape):
+    template, ends, *_ = SHAPES[shape]
+    tokenizer = tokenizer_of(template, False)
+    assert tokenizer.decode([tokenization.end_of_turn(tokenizer)]) == ENDS.get(shape, ends)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<|user|>?"
+    assert tokenization.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|user|>")
+    for none in (
+        "{{ messages[1].content }} and no more",
+        "{{ messages[0].content }}",
+        "{{ nothing.at.all }}",
+    ):
+        tokenizer.chat_template = none
+        assert tokenization.end_of_turn(tokenizer) is None
+
+
+def test_what_ends_an_answer(tiny_folder, tmp_path):
+    """As transformers' generate() ends it, and where the chat template ends a turn."""
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<pad>"
+    edit(base / "generation_config.json", eos_token_id=[7, 8])
+    assert tokenization.stop_token_ids(base, tokenizer) == {0, 2, 7, 8}
+    (base / "generation_config.json").unlink()
+    edit(base / "config.json", eos_token_id=9)
+    assert AutoModelForCausalLM.from_pretrained(base).generation_config.eos_token_id == 9
+    assert tokenization.stop_token_ids(base, tokenizer) == {0, 2, 9}

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from hopscotch_common import scales
 from hopscotch_common.checkpoints import card
@@ -61,6 +62,7 @@ RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, card.CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
 LAYER_KEY = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)\.(\w+)\.")
+OTHER_TOKENIZER = "tekken.json"  # Mistral's own; who finds it does not read tokenizer.json
 COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 
 
@@ -98,7 +100,9 @@ def save_checkpoint(
             for path in share_with.iterdir():
                 if path.match(SHARED_FILES):
                     link_or_copy(path, target / path.name)
-                elif path.name not in OWN_FILES:
+                elif path.name == CHAT_TEMPLATE_DIR:
+                    shutil.copytree(path, target / path.name)
+                elif path.is_file() and path.name not in OWN_FILES:
                     shutil.copyfile(path, target / path.name)
         save_tensors(scales.as_state_dict(values) | (maps or {}), target / SCALES_FILE)
         if training_state is not None:
@@ -171,7 +175,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for pattern in COMPANION_FILES:
         for path in source.glob(pattern):
             own = path.name in ("config.json", RUN_FILE) or path.name.endswith(".index.json")
-            if not own:
+            if not own and path.name != OTHER_TOKENIZER:
                 shutil.copyfile(path, target / path.name)
 
 

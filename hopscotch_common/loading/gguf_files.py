@@ -26,9 +26,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hopscotch_common import files
 from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.loading import loader, weights
+from hopscotch_common.loading import loader, tokenization, weights
 
-LAYOUT = 3  # raised when `unpack` writes something else, so that folders from before are not used
+LAYOUT = 4  # raised when `unpack` writes something else, so that folders from before are not used
 REMEDY = "give another GGUF file"
 # How a byte-level BPE tokenizer splits text before it merges, where transformers has no regular expression
 # for it and takes GPT-2's: right for some, while others split off each digit first (llama.cpp's names).
@@ -172,8 +172,8 @@ def unpack(gguf: Path, reader: GGUFReader, model, tokenizer, target: Path, dtype
     weights.save_in_shards(target, plan, checked())
     config = model.config
     config.dtype, config.architectures = dtype, [type(model).__name__]
-    turn = value_of(reader, "tokenizer.ggml.eot_token_id")
-    stops = [token for token in dict.fromkeys((config.eos_token_id, turn)) if token is not None]
+    turns = (value_of(reader, "tokenizer.ggml.eot_token_id"), tokenization.end_of_turn(tokenizer))
+    stops = [token for token in dict.fromkeys((config.eos_token_id, *turns)) if token is not None]
     generation = GenerationConfig(  # an answer ends at the end of the text and at that of a turn
         bos_token_id=config.bos_token_id,
         eos_token_id=stops[0] if len(stops) == 1 else stops or None,

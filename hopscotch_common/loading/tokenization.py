@@ -48,12 +48,32 @@ def load_tokenizer(ref: ModelRef):
 
 
 def stop_token_ids(folder: Path, tokenizer) -> set[int]:
-    """Tokens that end an answer: the tokenizer's end of sequence and the generation config's."""
-    stop = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    """Tokens that end an answer: the tokenizer's end of sequence, the generation config's (without one, as
+    transformers does it, the config's), and the one by which the chat template ends a turn."""
+    stop = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     if (folder / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        stop.update([configured] if isinstance(configured, int) else configured or [])
-    return stop
+    else:
+        configured = read_json(folder / "config.json").get("eos_token_id")
+    stop.update(configured if isinstance(configured, list) else [configured])
+    return stop - {None}
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template writes behind an answer; None where it writes none.
+
+    Files of models often name the end of a text alone, and a model that ends its turn otherwise would go on.
+    """
+    answer = "Ω"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # whatever a template raises at such a conversation
+        return None
+    _, found, behind = text.rpartition(answer)
+    ids = tokenizer.encode(behind, add_special_tokens=False) if found else []
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((token for token in ids if token in special), None)
 
 
 def read_tokenizer(folder: Path, source: str | None = None):
@@ -71,7 +91,8 @@ def read_tokenizer(folder: Path, source: str | None = None):
         config = CONFIG_MAPPING[stock_kind]()
         config.tokenizer_class = values.get("tokenizer_class")
     config._name_or_path = source or str(folder)  # transformers has rules for some ids
-    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    # Mistral's own tokenizer, which transformers prefers where that is installed, has no chat template
+    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
 
 
 def probe(tokenizer) -> dict:
