@@ -118,16 +118,55 @@ def test_where_nothing_ends_a_turn_the_answer_counts_alone():
 def test_an_answer_of_step_1_is_trained_on_token_for_token(text):
     tokenizer = tokenizer_of(CHATML, False)
     said = [*tokenizer.encode(text), *tokenizer.encode("<|im_end|>")]
-    odd = [*tokenizer.encode("a"), *tokenizer.encode("b"), said[-1]]  # no text would be read as these tokens
-    for answer in (said, odd):
+    letters = [token for letter in text for token in tokenizer.encode(letter)]  # marks spelled out, too
+    odd = [*letters, said[-1]]  # the text would be read as other tokens
+    for answer, reason in ((said, "stop"), (said, None), (odd, "stop"), (letters, "length")):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
-        (sample,) = samples_of(
-            ("here", {"messages": messages, "answer_token_ids": answer}), tokenizer, {said[-1]}
-        )
+        record = {"messages": messages, "answer_token_ids": answer, "finish_reason": reason}
+        (sample,) = samples_of(("here", record), tokenizer, set())
         prompt = tokenizer.encode("<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n")
         assert sample == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
     with pytest.raises(InputError, match="no list of token ids"):
         samples_of(("here", {"messages": messages, "answer_token_ids": ["4"]}), tokenizer, set())
+
+
+def test_token_ids_that_do_not_read_as_the_answer_beside_them_are_refused():
+    tokenizer = tokenizer_of(CHATML, False)
+    ids, stop = tokenizer.encode("It is 4."), tokenizer.encode("<|im_end|>")
+    message = "^here: 'answer_token_ids' do not .* another model.* edited; .*leave that field out"
+
+    def counted(record: dict) -> list[int]:
+        (sample,) = samples_of(("here", record), tokenizer, set(stop))
+        return [label for label in sample["labels"] if label != -100]
+
+    def check(content: str, answer: list[int], reason: str, refused: bool) -> None:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+        record = {"messages": messages, "answer_token_ids": answer, "finish_reason": reason}
+        if not refused:
+            assert counted(record) == answer
+            return
+        with pytest.raises(InputError, match=message):
+            samples_of(("here", record), tokenizer, set())
+        del record["answer_token_ids"]  # as the message says
+        assert tokenizer.decode(counted(record)) == f"{content}<|im_end|>"
+
+    check("It is 4.", ids + stop, "stop", refused=False)
+    check("It is 4. #### 4", ids + stop, "stop", refused=True)
+    check("It is 4", ids + stop, "stop", refused=True)
+    check("It is 4.", ids, "length", refused=False)
+    check("It is 4", ids, "length", refused=True)
+    check("It is 4.", [300 - token for token in ids] + stop, "stop", refused=True)  # another model's
+    check("It is 4.", [10**6] * 5, "stop", refused=True)
+
+
+def test_of_an_answer_in_channels_the_final_one_must_stand_beside_the_ids():
+    tokenizer = tokenizer_of(CHATML, False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
+    said = "<|channel|>analysis<|message|>Easy.<|end|><|channel|>final<|message|>It is 4.<|im_end|>"
+    answer = tokenizer.encode(said)
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "It is 4."}]
+    (sample,) = samples_of(("here", {"messages": messages, "answer_token_ids": answer}), tokenizer, set())
+    assert tokenizer.decode([label for label in sample["labels"] if label != -100]) == said
 
 
 def test_instructlab_training_makes_the_same_of_plain_conversations(tiny_folder, tmp_path):

@@ -2,7 +2,7 @@
 
 import os
 
-from hopscotch_common.answers.prompts import render
+from hopscotch_common.answers.prompts import answer_text, render
 from hopscotch_common.answers.records import messages_of
 from hopscotch_common.errors import InputError
 
@@ -18,10 +18,12 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
     conversation that ends with an answer, and for what the chat template refuses or leaves out.
     """
     where, record = placed
-    messages = [split_reasoning(m, tokenizer) for m in messages_of(record, where)]
+    said = messages_of(record, where)
+    messages = [split_reasoning(message, tokenizer) for message in said]
     if messages[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message is not the assistant's, there is no answer to train on")
     if ANSWER_IDS in record:
+        _check_ids(record, said[-1]["content"], tokenizer, where)
         return [_said(record[ANSWER_IDS], messages, tokenizer, where)]
 
     def encode(text: str):
@@ -46,10 +48,25 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
     return [*samples, _sample(encode(whole), spans)]
 
 
-def _said(answer, messages: list[dict], tokenizer, where: str) -> dict:
-    """The sample of an answer of step 1: what the model read, and the tokens that it said."""
-    if not (isinstance(answer, list) and answer and all(type(t) is int and t >= 0 for t in answer)):
+def _check_ids(record: dict, text: str, tokenizer, where: str) -> None:
+    """Raise InputError unless the ids of an answer of step 1 are what step 1 decoded to the text beside them.
+
+    Whether it decoded the last one, too, tells `finish_reason`. The tokens that ended answers then are not
+    asked for: a model's generation_config.json may have changed since.
+    """
+    ids = record[ANSWER_IDS]
+    if not (isinstance(ids, list) and ids and all(type(t) is int and 0 <= t < 2**31 for t in ids)):
         raise InputError(f"{where}: {ANSWER_IDS!r} is no list of token ids; make it again with step 1")
+    decoded = [ids] if record.get("finish_reason") == "length" else [ids[:-1], ids]
+    if not any(answer_text(tokenizer, part) == text for part in decoded):
+        raise InputError(
+            f"{where}: {ANSWER_IDS!r} do not read as the answer beside them: they are of another model, or "
+            "the answer was edited; give the model that said it, or leave that field out to train on the text"
+        )
+
+
+def _said(answer: list[int], messages: list[dict], tokenizer, where: str) -> dict:
+    """The sample of an answer of step 1: what the model read, and the tokens that it said."""
     text = render(tokenizer, messages[:-1], where, add_generation_prompt=True)
     prompt = tokenizer.encode(text, add_special_tokens=False)
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
