@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from conftest import ROOT, byte_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hopscotch_common.answers.labels import samples_of
@@ -157,6 +157,40 @@ def test_token_ids_that_do_not_read_as_the_answer_beside_them_are_refused():
     check("It is 4", ids, "length", refused=True)
     check("It is 4.", [300 - token for token in ids] + stop, "stop", refused=True)  # another model's
     check("It is 4.", [10**6] * 5, "stop", refused=True)
+
+
+def test_the_prompt_is_the_one_that_the_model_read():
+    """Which a template with a date, or one that has changed, would not make again."""
+    dated = "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML
+    tokenizer = tokenizer_of(dated, False)
+    turns = [("user", " 1 + 1? "), ("assistant", "<think>\nHm\n</think>\n\nadd(1, 1)"), ("tool", "2 é")]
+    text = "<|im_start|>system\n04 Jul 2001<|im_end|>\n"
+    text += "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    prompt = tokenizer.encode(text + "<|im_start|>assistant\n")
+    answer = tokenizer.encode("It is 2.<|im_end|>")
+    messages = [{"role": role, "content": content} for role, content in [*turns, ("assistant", "It is 2.")]]
+    record = {"messages": messages, "prompt_token_ids": prompt, "answer_token_ids": answer}
+    (sample,) = samples_of(("here", record), tokenizer, set())
+    assert sample == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+    messages[0]["content"] = "1 + 2?"
+    with pytest.raises(InputError, match="^here: 'prompt_token_ids' do not hold the user message: .*leave"):
+        samples_of(("here", record), tokenizer, set())
+    with pytest.raises(InputError, match="^here: 'prompt_token_ids' is no list"):
+        samples_of(("here", record | {"prompt_token_ids": ["1"]}), tokenizer, set())
+
+
+def test_of_a_prompt_that_the_tokenizer_normalizes_its_tokens_are_taken():
+    tokenizer = tokenizer_of(CHATML, False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Lowercase()]
+    )
+    prompt = tokenizer.encode("<|im_start|>user\nCAFE\u0301?<|im_end|>\n<|im_start|>assistant\n")
+    assert "café?" in tokenizer.decode(prompt)
+    messages = [{"role": "user", "content": "CAFE\u0301?"}, {"role": "assistant", "content": "4"}]
+    record = {"messages": messages, "prompt_token_ids": prompt, "answer_token_ids": tokenizer.encode("4")}
+    (sample,) = samples_of(("here", record), tokenizer, set())
+    assert sample["input_ids"] == prompt + tokenizer.encode("4")
 
 
 def test_of_an_answer_in_channels_the_final_one_must_stand_beside_the_ids():

@@ -13,6 +13,8 @@ EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
 REMEDY = "remove it to start anew, or name another --output_file"
+LATER_SETTINGS = ("chat_template", "stop_tokens")  # which answers of earlier versions do not name
+ANSWER_IDS, PROMPT_IDS = "answer_token_ids", "prompt_token_ids"  # fields of step 1's answers
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class PartialAnswers:
         """Read what an earlier run left. InputError when it had other settings or prompts."""
         self.prompts = prompts
         self.records: dict[int, dict] = {}
-        self._log = Log(path, settings, "the answers of an earlier run", REMEDY)
+        self._log = Log(path, settings, "the answers of an earlier run", REMEDY, later=LATER_SETTINGS)
         try:
             for number, record in self._log.records:
                 self._take(record, f"{path}, line {number}")

@@ -91,6 +91,11 @@ def fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
+def template_fingerprint(tokenizer) -> str:
+    """SHA-256 of the chat template's text."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
 def check_data(data_path: Path, ref: ModelRef) -> None:
     """Raise InputError for data of step 2 whose report tells of another tokenizer than the model's.
 
