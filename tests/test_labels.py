@@ -11,9 +11,10 @@ import sys
 import pytest
 from conftest import ROOT, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hopscotch_common.answers.labels import samples_of
+from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.errors import InputError
 
 MARKS = ["<s>", "</s>", "<end_of_turn>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]"]
@@ -105,6 +106,76 @@ def test_earlier_turns_with_reasoning_count_as_they_were_said():
         "<think>\ntwo and two\n</think>\n\n4<|im_end|>",
     ]
     assert "one and one" not in tokenizer.decode(samples[1]["input_ids"])
+
+
+ASKED = {"role": "user", "content": "17 * 3?"}
+CALL = {"type": "function", "function": {"name": "calc", "arguments": {"e": "17*3"}}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+TOLD, ANSWERED = {"role": "tool", "content": "51"}, {"role": "assistant", "content": "It is 51."}
+REASONED = {**ANSWERED, "reasoning_content": "10 * 3 + 7 * 3"}
+CALLING = EACH.format(
+    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n",
+    "<|im_start|>assistant\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "left_out"),
+    [
+        (CHATML, [ASKED, REASONED], "reasoning_content"),
+        (CHATML, [ASKED, CALLED, TOLD, ANSWERED], "tool_calls"),
+        (CHATML, [ASKED, CALLED], "tool_calls"),
+        (CHATML, [ASKED, REASONED, ASKED, ANSWERED], "reasoning_content"),
+        (CHATML, [ASKED, {**ANSWERED, "reasoning_content": "\n", "tool_calls": []}], None),
+        (THINKING, [ASKED, REASONED], None),
+        (THINKING, [ASKED, REASONED, ASKED, ANSWERED], None),  # once as it was said, and then left out
+        (THINKING, [ASKED, CALLED, TOLD, ANSWERED], "tool_calls"),
+        (CALLING, [ASKED, CALLED, TOLD, ANSWERED], None),
+        (CALLING, [ASKED, {**CALLED, "reasoning_content": "Hm."}, TOLD, ANSWERED], "reasoning_content"),
+    ],
+)
+def test_what_the_template_has_no_place_for_is_refused(template, messages, left_out):
+    tokenizer = tokenizer_of(template, False)
+    if left_out is None:
+        assert samples_of(("here", {"messages": messages}), tokenizer, set())
+        return
+    message = f"^here: the model's chat template leaves out '{left_out}' of the assistant message; .* give"
+    with pytest.raises(InputError, match=message):
+        samples_of(("here", {"messages": messages}), tokenizer, set())
+
+
+def test_so_it_is_in_prompts():
+    config = LlamaConfig(vocab_size=300)
+    asked = Prompt([ASKED, {**CALLED, "reasoning_content": "Hm."}, TOLD], "here")
+    for template in (CHATML, THINKING):
+        with pytest.raises(InputError, match="^here: the model's chat template leaves out 'tool_calls'"):
+            tokenize([asked], tokenizer_of(template, False), config)
+    tokenizer = tokenizer_of(CALLING, False)  # earlier reasoning, some leave out on purpose
+    text = (
+        "<|im_start|>user\n17 * 3?<|im_end|>\n<|im_start|>assistant\n"
+        '<call>calc {"e": "17*3"}</call><|im_end|>'
+        "\n<|im_start|>tool\n51<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenize([asked], tokenizer, config) == [tokenizer.encode(text)]
+    record = {"messages": [*asked.messages, ANSWERED], "answer_token_ids": tokenizer.encode("It is 51.")}
+    (sample,) = samples_of(("here", record), tokenizer, set())
+    assert sample["input_ids"] == tokenizer.encode(text + "It is 51.")
+    with pytest.raises(InputError, match="leaves out 'tool_calls'"):
+        samples_of(("here", record), tokenizer_of(CHATML, False), set())
+
+
+def test_a_plain_conversation_is_rendered_no_more_often_than_it_takes(monkeypatch):
+    tokenizer = tokenizer_of(CHATML, False)
+    rendered, apply = [], tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(1) or apply(*a, **k)
+    )
+    samples_of(("here", {"messages": [ASKED, ANSWERED]}), tokenizer, set())
+    assert len(rendered) == 2  # with the answer, and without it
+    record = {"messages": [ASKED, ANSWERED], "answer_token_ids": tokenizer.encode("It is 51.")}
+    samples_of(("here", record), tokenizer, set())
+    assert len(rendered) == 3
 
 
 def test_where_nothing_ends_a_turn_the_answer_counts_alone():

@@ -2,7 +2,7 @@
 
 import os
 
-from hopscotch_common.answers.prompts import ANSWER_IDS, PROMPT_IDS, answer_text, render
+from hopscotch_common.answers.prompts import ANSWER_IDS, PROMPT_IDS, answer_text, prompt_ids, render
 from hopscotch_common.answers.records import messages_of
 from hopscotch_common.errors import InputError
 
@@ -59,8 +59,7 @@ def _said(record: dict, messages: list[dict], tokenizer, where: str) -> dict:
         prompt = _ids(record, PROMPT_IDS, where)
         _check_prompt(prompt, asked, tokenizer, where)
     else:
-        text = render(tokenizer, asked, where, add_generation_prompt=True)
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = prompt_ids(tokenizer, asked, where)
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
 

@@ -14,6 +14,7 @@ LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
 REMEDY = "remove it to start anew, or name another --output_file"
 LATER_SETTINGS = ("chat_template", "stop_tokens")  # which answers of earlier versions do not name
+BESIDE = ("reasoning_content", "tool_calls")  # the parts of a message besides its content
 ANSWER_IDS, PROMPT_IDS = "answer_token_ids", "prompt_token_ids"  # fields of step 1's answers
 
 
@@ -43,18 +44,10 @@ def render(tokenizer, messages: list[dict], where: str, **options) -> str:
     """The messages in the tokenizer's chat template, as text.
 
     A developer's message is a system message where the template knows no developer. Raises InputError for
-    whatever the template raises, and where it leaves out or rewrites what was asked or the last answer. Of
-    earlier answers, some leave out the reasoning.
+    whatever the template raises, and where it leaves out or rewrites what was asked or the last answer, its
+    reasoning and tool calls included. Of earlier answers, some leave out the reasoning.
     """
-    if "developer" not in tokenizer.chat_template:
-        system = {"role": "system"}
-        messages = [m | system if m["role"] == "developer" else m for m in messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is code of the model's: it may raise anything
-        raise InputError(
-            f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
-        ) from error
+    text = _in_template(tokenizer, messages, where, **options)
     for message in messages:
         earlier_answer = message["role"] == "assistant" and message is not messages[-1]
         if not earlier_answer and message["content"].strip() not in text:
@@ -62,7 +55,55 @@ def render(tokenizer, messages: list[dict], where: str, **options) -> str:
                 f"{where}: the model's chat template leaves out or rewrites part of the {message['role']} "
                 "message; leave it out, or give another model"
             )
+    if not options.get("add_generation_prompt"):
+        for part in BESIDE:
+            _check_kept(tokenizer, messages, len(messages) - 1, part, text, where)
     return text
+
+
+def _in_template(tokenizer, messages: list[dict], where: str, **options) -> str:
+    """`render`, whatever the template leaves out."""
+    if "developer" not in tokenizer.chat_template:
+        system = {"role": "system"}
+        messages = [m | system if m["role"] == "developer" else m for m in messages]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is code of the model's: it may raise anything
+        raise InputError(
+            f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
+        ) from error
+
+
+def _check_kept(
+    tokenizer, messages: list[dict], index: int, part: str, text: str, where: str, **options
+) -> None:
+    """Raise InputError where a message's part (of BESIDE) changes nothing in `text`, which is of them all."""
+    message = messages[index]
+    if not str(message.get(part) or "").strip():
+        return
+    without = {name: value for name, value in message.items() if name != part}
+    others = [*messages[:index], without, *messages[index + 1 :]]
+    try:
+        left_out = _in_template(tokenizer, others, where, **options) == text
+    except InputError:
+        return  # the template asks for that part
+    if left_out:
+        raise InputError(
+            f"{where}: the model's chat template leaves out {part!r} of the {message['role']} message; write "
+            "it into the content as the model would, leave the record out, or give another model"
+        )
+
+
+def prompt_ids(tokenizer, messages: list[dict], where: str) -> list[int]:
+    """What the model reads before it answers: `render` with the generation prompt, as token ids.
+
+    Raises InputError for tool calls that the template leaves out, too. The reasoning before them, some
+    templates leave out on purpose.
+    """
+    text = render(tokenizer, messages, where, add_generation_prompt=True)
+    for index in range(len(messages)):
+        _check_kept(tokenizer, messages, index, "tool_calls", text, where, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
@@ -116,8 +157,7 @@ def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
     """
     token_ids, context = [], context_length(config)
     for prompt in prompts:
-        text = render(tokenizer, prompt.messages, prompt.where, add_generation_prompt=True)
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = prompt_ids(tokenizer, prompt.messages, prompt.where)
         check_vocabulary(ids, config.vocab_size)
         if len(ids) >= context:
             raise InputError(
