@@ -165,6 +165,66 @@ def test_so_it_is_in_prompts():
         samples_of(("here", record), tokenizer_of(CHATML, False), set())
 
 
+CONCATENATING = CALLING.replace("c.function.arguments | tojson", "'' + c.function.arguments")
+PRINTING = CALLING.replace("c.function.arguments | tojson", "c.function.arguments")
+ASKING = CALLING.replace("{{ m.content }}", "{% if 'tool_calls' in m %}<calls>{% endif %}{{ m.content }}")
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("template", "text", "written"),
+    [
+        (CALLING, '{"e": "17*3"}', '{"e": "17*3"}'),
+        (CALLING, '{"e":"é", "deep": {"l": [1, null]}}', '{"e": "é", "deep": {"l": [1, null]}}'),
+        (CALLING, " ", "{}"),
+        (CONCATENATING, '{"e":"17*3"}', '{"e":"17*3"}'),
+        (PRINTING, '{"e":"17*3"}', '{"e":"17*3"}'),
+    ],
+)
+def test_arguments_of_tool_calls_may_be_texts_of_json(template, text, written, nested):
+    if not nested:
+        template = template.replace("c.function", "c")
+    function = {"name": "calc", "arguments": text}
+    call = {"id": "1", "type": "function", "function": function} if nested else function
+    record = {"messages": [ASKED, {**CALLED, "tool_calls": [call]}, TOLD, ANSWERED]}
+    tokenizer, before = tokenizer_of(template, False), json.dumps(record)
+    (sample,) = samples_of(("here", record), tokenizer, set(tokenizer.encode("<|im_end|>")))
+    assert tokenizer.decode([label for label in sample["labels"] if label != -100]) == (
+        f"<call>calc {written}</call><|im_end|>It is 51.<|im_end|>"
+    )
+    assert json.dumps(record) == before
+    (ids,) = tokenize([Prompt(record["messages"][:3], "here")], tokenizer, LlamaConfig(vocab_size=300))
+    assert sample["input_ids"][: len(ids)] == ids
+
+
+@pytest.mark.parametrize("calls", [[], None])
+def test_no_tool_calls_are_as_if_they_were_not_named(calls):
+    tokenizer = tokenizer_of(ASKING, False)
+    plain = samples_of(("here", {"messages": [ASKED, ANSWERED]}), tokenizer, set())
+    record = {"messages": [ASKED, {**ANSWERED, "tool_calls": calls}]}
+    assert samples_of(("here", record), tokenizer, set()) == plain
+    assert "<calls>" not in tokenizer.decode(plain[0]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        (
+            [{"function": {"name": "f", "arguments": "{e: 1}"}}],
+            "the arguments of a tool call: not JSON .*mend",
+        ),
+        ([{"function": {"name": "f", "arguments": "[1]"}}], "must be a JSON object, not list; mend"),
+        ([{"name": "f", "arguments": '{"e": NaN}'}], "NaN is not a JSON number"),
+        ("f()", "'tool_calls' must be a list of objects; mend"),
+        (["f()"], "'tool_calls' must be a list of objects; mend"),
+    ],
+)
+def test_tool_calls_that_cannot_be_read_are_refused(calls, message):
+    record = {"messages": [ASKED, {**CALLED, "tool_calls": calls}]}
+    with pytest.raises(InputError, match=f"^here: .*{message}"):
+        samples_of(("here", record), tokenizer_of(CALLING, False), set())
+
+
 def test_a_plain_conversation_is_rendered_no_more_often_than_it_takes(monkeypatch):
     tokenizer = tokenizer_of(CHATML, False)
     rendered, apply = [], tokenizer.apply_chat_template

@@ -1,11 +1,13 @@
 """The prompts of step 1: where they come from, their token ids, and the answers kept while they come."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.files import parse_json
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.log import Log
 
@@ -66,12 +68,57 @@ def _in_template(tokenizer, messages: list[dict], where: str, **options) -> str:
     if "developer" not in tokenizer.chat_template:
         system = {"role": "system"}
         messages = [m | system if m["role"] == "developer" else m for m in messages]
+    # some templates only ask whether there is such a field
+    messages = [m if m.get("tool_calls", True) else _without(m, "tool_calls") for m in messages]
+    parsed = [_with_objects(message, where) for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(parsed, tokenize=False, **options)
     except Exception as error:  # a template is code of the model's: it may raise anything
+        if parsed != messages:
+            with contextlib.suppress(Exception):
+                return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         raise InputError(
             f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
         ) from error
+
+
+class _Arguments(dict):
+    """Of a tool call. A template that would write them as Python does, and not as JSON, fails at them."""
+
+    def __str__(self):
+        raise TypeError("the arguments of a tool call are an object, no text")
+
+    __repr__ = __str__
+
+
+def _with_objects(message: dict, where: str) -> dict:
+    """A copy of a message in which the arguments of tool calls are objects, if they were JSON texts.
+
+    OpenAI's format has texts, but a template that writes JSON itself would put these into quotes.
+    """
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise InputError(f"{where}: 'tool_calls' must be a list of objects; mend it")
+    return message | {"tool_calls": [_with_object(call, where) for call in calls]}
+
+
+def _with_object(call: dict, where: str) -> dict:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_object(call["function"], where)}
+    text = call.get("arguments")
+    if not isinstance(text, str):
+        return call
+    place = f"{where}: the arguments of a tool call"
+    arguments = parse_json(text.strip() or "{}", place, "mend them, or leave it out")
+    if not isinstance(arguments, dict):
+        raise InputError(f"{place} must be a JSON object, not {type(arguments).__name__}; mend them")
+    return call | {"arguments": _Arguments(arguments)}
+
+
+def _without(message: dict, part: str) -> dict:
+    return {name: value for name, value in message.items() if name != part}
 
 
 def _check_kept(
@@ -81,8 +128,7 @@ def _check_kept(
     message = messages[index]
     if not str(message.get(part) or "").strip():
         return
-    without = {name: value for name, value in message.items() if name != part}
-    others = [*messages[:index], without, *messages[index + 1 :]]
+    others = [*messages[:index], _without(message, part), *messages[index + 1 :]]
     try:
         left_out = _in_template(tokenizer, others, where, **options) == text
     except InputError:
