@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,8 +23,10 @@ from tqdm import tqdm
 from hopscotch_common import cli, files
 from hopscotch_common.answers import BACKENDS, EngineOptions
 from hopscotch_common.answers.prompts import (
+    ANSWER_IDS,
     HUB_PROMPTS,
     LOCAL_PROMPTS,
+    PROMPT_IDS,
     PartialAnswers,
     PromptSource,
     answer_text,
@@ -54,7 +56,11 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
 
 
 def answer_missing(
-    partial: PartialAnswers, tokenizer, stop_ids: set[int], generate: Callable[..., Iterable]
+    partial: PartialAnswers,
+    prompt_ids: Sequence[list[int]],
+    tokenizer,
+    stop_ids: set[int],
+    generate: Callable[..., Iterable],
 ) -> None:
     """Keep each answer of an engine as it comes. generate: gives the answers, and takes `on_tokens`.
 
@@ -71,7 +77,9 @@ def answer_missing(
                 "messages": [*partial.prompts[index].messages, {"role": "assistant", "content": text}],
                 "finish_reason": answer.finish_reason,
                 "num_generated_tokens": len(answer.token_ids),
-                "answer_token_ids": list(answer.token_ids),  # the text alone may be read as other tokens
+                # a template may print the date, or change; and a text may be read as other tokens
+                PROMPT_IDS: list(prompt_ids[index]),
+                ANSWER_IDS: list(answer.token_ids),
             }
             partial.add(record)
             bar.set_description_str(f"{len(partial.records)}/{total} answers", refresh=False)
@@ -160,22 +168,24 @@ def main(argv: list[str] | None = None) -> int:
     prompts = find_prompts(source, args.model)[: args.num_samples]
 
     from hopscotch_common.answers import engines
-    from hopscotch_common.loading import weights
+    from hopscotch_common.loading import tokenization, weights
     from hopscotch_common.loading.loader import read_config
-    from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 
     config = read_config(args.model, checkpoint=True)
     backend = engines.resolve_backend(options, config)
     if backend == "vllm":
         engines.tensor_parallel_size(args.tensor_parallel_size, config)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = tokenization.load_tokenizer(args.model)
     prompt_ids = tokenize(prompts, tokenizer, config)
     weights.check_weights(args.model.folder(), config, args.attn_implementation)
+    stop_ids = tokenization.stop_token_ids(args.model.folder(weights=False), tokenizer)
     settings = {
         "model": args.model.source,
         "weights": weights.fingerprint(args.model.folder()),
         "dtype": args.dtype,
         "max_tokens": args.max_tokens,
+        "chat_template": tokenization.template_fingerprint(tokenizer),
+        "stop_tokens": sorted(stop_ids),
     }
     partial = PartialAnswers(partial_file, settings, prompts)
     try:
@@ -191,8 +201,7 @@ def main(argv: list[str] | None = None) -> int:
             generate = functools.partial(
                 engines.generate, args.model, [prompt_ids[i] for i in missing], args.max_tokens, options
             )
-            stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
-            answer_missing(partial, tokenizer, stop_ids, generate)
+            answer_missing(partial, prompt_ids, tokenizer, stop_ids, generate)
         kept, figures = select_answers(partial.records, args.keep_truncated)
         if not kept:
             raise InputError(

@@ -28,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from hopscotch_common import cli, files
+from hopscotch_common.answers import DATA_FILE, DATA_REPORT
 from hopscotch_common.answers.labels import samples_of
 from hopscotch_common.answers.prompts import check_vocabulary
 from hopscotch_common.answers.records import read_records
@@ -139,20 +140,20 @@ def main(argv: list[str] | None = None) -> int:
     files.check_input(
         input_file, "make it with generate_model_gt_data.py --model …, or name another with --input_file"
     )
-    data_file, report_file = output_dir / "data.jsonl", output_dir / "data_report.json"
+    data_file, report_file = output_dir / DATA_FILE, output_dir / DATA_REPORT
     for path in (data_file, report_file):
         files.check_output(path, "--output_dir", [input_file])
 
+    from hopscotch_common.loading import tokenization
     from hopscotch_common.loading.loader import read_config
-    from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 
     config = read_config(args.model)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = tokenization.load_tokenizer(args.model)
     if not tokenizer.is_fast:
         raise InputError(
             f"{args.model.source}: its tokenizer does not say which text a token is of; give another"
         )
-    stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
+    stop_ids = tokenization.stop_token_ids(args.model.folder(weights=False), tokenizer)
     records = list(read_records(input_file))
     processes = processes_worth(args.num_cpu_procs, len(records))
     with _removed_after_errors(output_dir), files.locked(data_file):
@@ -165,7 +166,10 @@ def main(argv: list[str] | None = None) -> int:
                     f"--max_seq_len {args.max_seq_len} tokens or more, "
                     f"{figures['dropped_too_short']} fewer than {MIN_SEQ_LEN}"
                 )
-        files.write_json(report_file, describe_run(vars(args)) | {"input_file": str(input_file)} | figures)
+        # a mapping, so that the report's tables do not show it among the figures
+        made_with = {"model": args.model.source, "sha256": tokenization.fingerprint(tokenizer)}
+        origin = {"input_file": str(input_file), "tokenizer": made_with}
+        files.write_json(report_file, describe_run(vars(args)) | origin | figures)
     logger.info("longest sample: %d tokens", figures["longest"])
     cli.result(
         f"{data_file}: {figures['kept']} of {figures['samples']} samples kept "

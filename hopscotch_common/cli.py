@@ -244,9 +244,11 @@ def load_model(arguments: argparse.Namespace):
 
 
 def load_samples(arguments: argparse.Namespace, config) -> list:
-    """The samples of `--data_path` that `add_training_arguments` leave, checked against a model's config."""
+    """The samples of `--data_path` that `add_training_arguments` leave, checked against the model."""
+    from hopscotch_common.loading import tokenization
     from hopscotch_common.training import batches
 
+    tokenization.check_data(arguments.data_path, arguments.model)
     longest, limits = models.context_length(config), (arguments.max_tokens_per_batch, arguments.max_samples)
     return batches.load_samples(arguments.data_path, config.vocab_size, longest, *limits)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -30,13 +31,14 @@ class Log:
     record, and cut only where a killed writer left half a line.
     """
 
-    def __init__(self, path: Path, settings: dict, kind: str, remedy: str):
+    def __init__(self, path: Path, settings: dict, kind: str, remedy: str, later: Collection[str] = ()):
         """kind: what it holds, for example "a search journal". remedy: what helps where it does not fit.
+        later: settings that logs of earlier versions do not name, and need not.
 
         Raises InputError for a file that is none of this kind, is torn elsewhere than at its end, or
         has other settings, and where another run holds it.
         """
-        self.path, self.settings, self.kind, self.remedy = path, settings, kind, remedy
+        self.path, self.settings, self.kind, self.remedy, self.later = path, settings, kind, remedy, later
         self.records: list[tuple[int, dict]] = []  # line number, record
         self._file: IO | None = None
         self._resources = contextlib.ExitStack()
@@ -63,7 +65,10 @@ class Log:
         header = _parse_header(lines[0])
         if header is None or header.get("kind") != self.kind:
             raise foreign
-        check_settings(header["settings"], self.settings, str(self.path), self.remedy)
+        written = header["settings"]
+        unnamed = set(self.later) - set(written)
+        wanted = {name: value for name, value in self.settings.items() if name not in unnamed}
+        check_settings(written, wanted, str(self.path), self.remedy)
         for number, line in enumerate(lines[1:], 2):
             self.records.append((number, parse_record(line, f"{self.path}, line {number}")))
         return whole

@@ -1,6 +1,7 @@
 """Step 1: answers equal those of one prompt at a time, nothing is lost, bad input is one line."""
 
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import generate_model_gt_data
+import process_gt_data
 from hopscotch_common import checkpoints
 from hopscotch_common.answers import EngineOptions, engines
 from hopscotch_common.answers.prompts import answer_text
@@ -260,7 +262,7 @@ def expected_records(folder: str) -> list[dict]:
         text = tokenizer.decode(tokens[:-1] if stopped else tokens)
         record = {"messages": [*messages, {"role": "assistant", "content": text}]}
         record |= {"finish_reason": "stop" if stopped else "length", "num_generated_tokens": len(tokens)}
-        records.append(record | {"answer_token_ids": tokens})
+        records.append(record | {"prompt_token_ids": prompt, "answer_token_ids": tokens})
     return records
 
 
@@ -320,6 +322,40 @@ def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch):
     assert asked == [len(QUESTIONS), len(QUESTIONS) - 3]
     assert Path("a.jsonl").read_bytes().startswith(kept)
     assert read_lines("a_final.jsonl") == expected_records(work[1])
+
+
+def test_answers_under_another_template_or_to_other_stop_tokens_are_refused(work, tmp_path, capsys):
+    """But those of an earlier version, which tell of neither, are taken, and hold no tokens of prompts."""
+    folder = shutil.copytree(work[1], tmp_path / "own")
+    template, stops = folder / "chat_template.jinja", folder / "generation_config.json"
+    few = [*work, "--model", str(folder), "--keep_truncated", "--num_samples"]
+    assert generate_model_gt_data.main([*few, "1"]) == 0
+    before = template.read_text()
+    sha256 = hashlib.sha256(before.encode()).hexdigest()
+    header, answer = read_lines("a.jsonl")
+    assert header["settings"]["chat_template"] == sha256 and header["settings"]["stop_tokens"] == [2, 14, 160]
+
+    template.write_text(before.replace("{% for", "Today is {{ strftime_now('%A') }}.{% for", 1))
+    message = f"a.jsonl: was made with chat_template = {sha256}, now it is .*remove it"
+    check_refused(generate_model_gt_data, [*few, "2"], message, capsys)
+    template.write_text(before)
+    stops.write_text('{"eos_token_id": [2, 14]}')
+    message = r"stop_tokens = \[2, 14, 160\], now it is \[2, 14\]; .*remove it"
+    check_refused(generate_model_gt_data, [*few, "2"], message, capsys)
+
+    del header["settings"]["chat_template"], header["settings"]["stop_tokens"], answer["prompt_token_ids"]
+    write_lines(Path("a.jsonl"), [header, answer])
+    assert generate_model_gt_data.main([*few, "2"]) == 0
+    earlier, later = read_lines("a_final.jsonl")
+    assert {**earlier, "index": 0} == answer and "prompt_token_ids" in later
+    step_2 = ["--model", str(folder), "--input_file", "a_final.jsonl", "--output_dir", "out"]
+    assert process_gt_data.main(step_2) == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for sample, record in zip(read_lines("out/data.jsonl"), (earlier, later), strict=True):
+        prompt = tokenizer.apply_chat_template(record["messages"][:1], add_generation_prompt=True)[
+            "input_ids"
+        ]
+        assert sample["input_ids"] == prompt + record["answer_token_ids"]
 
 
 def test_empty_answers_are_dropped_and_counted():

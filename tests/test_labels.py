@@ -10,10 +10,11 @@ import sys
 
 import pytest
 from conftest import ROOT, byte_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hopscotch_common.answers.labels import samples_of
+from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.errors import InputError
 
 MARKS = ["<s>", "</s>", "<end_of_turn>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]"]
@@ -107,6 +108,136 @@ def test_earlier_turns_with_reasoning_count_as_they_were_said():
     assert "one and one" not in tokenizer.decode(samples[1]["input_ids"])
 
 
+ASKED = {"role": "user", "content": "17 * 3?"}
+CALL = {"type": "function", "function": {"name": "calc", "arguments": {"e": "17*3"}}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+TOLD, ANSWERED = {"role": "tool", "content": "51"}, {"role": "assistant", "content": "It is 51."}
+REASONED = {**ANSWERED, "reasoning_content": "10 * 3 + 7 * 3"}
+CALLING = EACH.format(
+    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n",
+    "<|im_start|>assistant\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "left_out"),
+    [
+        (CHATML, [ASKED, REASONED], "reasoning_content"),
+        (CHATML, [ASKED, CALLED, TOLD, ANSWERED], "tool_calls"),
+        (CHATML, [ASKED, CALLED], "tool_calls"),
+        (CHATML, [ASKED, REASONED, ASKED, ANSWERED], "reasoning_content"),
+        (CHATML, [ASKED, {**ANSWERED, "reasoning_content": "\n", "tool_calls": []}], None),
+        (THINKING, [ASKED, REASONED], None),
+        (THINKING, [ASKED, REASONED, ASKED, ANSWERED], None),  # once as it was said, and then left out
+        (THINKING, [ASKED, CALLED, TOLD, ANSWERED], "tool_calls"),
+        (CALLING, [ASKED, CALLED, TOLD, ANSWERED], None),
+        (CALLING, [ASKED, {**CALLED, "reasoning_content": "Hm."}, TOLD, ANSWERED], "reasoning_content"),
+    ],
+)
+def test_what_the_template_has_no_place_for_is_refused(template, messages, left_out):
+    tokenizer = tokenizer_of(template, False)
+    if left_out is None:
+        assert samples_of(("here", {"messages": messages}), tokenizer, set())
+        return
+    message = f"^here: the model's chat template leaves out '{left_out}' of the assistant message; .* give"
+    with pytest.raises(InputError, match=message):
+        samples_of(("here", {"messages": messages}), tokenizer, set())
+
+
+def test_so_it_is_in_prompts():
+    config = LlamaConfig(vocab_size=300)
+    asked = Prompt([ASKED, {**CALLED, "reasoning_content": "Hm."}, TOLD], "here")
+    for template in (CHATML, THINKING):
+        with pytest.raises(InputError, match="^here: the model's chat template leaves out 'tool_calls'"):
+            tokenize([asked], tokenizer_of(template, False), config)
+    tokenizer = tokenizer_of(CALLING, False)  # earlier reasoning, some leave out on purpose
+    text = (
+        "<|im_start|>user\n17 * 3?<|im_end|>\n<|im_start|>assistant\n"
+        '<call>calc {"e": "17*3"}</call><|im_end|>'
+        "\n<|im_start|>tool\n51<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenize([asked], tokenizer, config) == [tokenizer.encode(text)]
+    record = {"messages": [*asked.messages, ANSWERED], "answer_token_ids": tokenizer.encode("It is 51.")}
+    (sample,) = samples_of(("here", record), tokenizer, set())
+    assert sample["input_ids"] == tokenizer.encode(text + "It is 51.")
+    with pytest.raises(InputError, match="leaves out 'tool_calls'"):
+        samples_of(("here", record), tokenizer_of(CHATML, False), set())
+
+
+CONCATENATING = CALLING.replace("c.function.arguments | tojson", "'' + c.function.arguments")
+PRINTING = CALLING.replace("c.function.arguments | tojson", "c.function.arguments")
+ASKING = CALLING.replace("{{ m.content }}", "{% if 'tool_calls' in m %}<calls>{% endif %}{{ m.content }}")
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(
+    ("template", "text", "written"),
+    [
+        (CALLING, '{"e": "17*3"}', '{"e": "17*3"}'),
+        (CALLING, '{"e":"é", "deep": {"l": [1, null]}}', '{"e": "é", "deep": {"l": [1, null]}}'),
+        (CALLING, " ", "{}"),
+        (CONCATENATING, '{"e":"17*3"}', '{"e":"17*3"}'),
+        (PRINTING, '{"e":"17*3"}', '{"e":"17*3"}'),
+    ],
+)
+def test_arguments_of_tool_calls_may_be_texts_of_json(template, text, written, nested):
+    if not nested:
+        template = template.replace("c.function", "c")
+    function = {"name": "calc", "arguments": text}
+    call = {"id": "1", "type": "function", "function": function} if nested else function
+    record = {"messages": [ASKED, {**CALLED, "tool_calls": [call]}, TOLD, ANSWERED]}
+    tokenizer, before = tokenizer_of(template, False), json.dumps(record)
+    (sample,) = samples_of(("here", record), tokenizer, set(tokenizer.encode("<|im_end|>")))
+    assert tokenizer.decode([label for label in sample["labels"] if label != -100]) == (
+        f"<call>calc {written}</call><|im_end|>It is 51.<|im_end|>"
+    )
+    assert json.dumps(record) == before
+    (ids,) = tokenize([Prompt(record["messages"][:3], "here")], tokenizer, LlamaConfig(vocab_size=300))
+    assert sample["input_ids"][: len(ids)] == ids
+
+
+@pytest.mark.parametrize("calls", [[], None])
+def test_no_tool_calls_are_as_if_they_were_not_named(calls):
+    tokenizer = tokenizer_of(ASKING, False)
+    plain = samples_of(("here", {"messages": [ASKED, ANSWERED]}), tokenizer, set())
+    record = {"messages": [ASKED, {**ANSWERED, "tool_calls": calls}]}
+    assert samples_of(("here", record), tokenizer, set()) == plain
+    assert "<calls>" not in tokenizer.decode(plain[0]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        (
+            [{"function": {"name": "f", "arguments": "{e: 1}"}}],
+            "the arguments of a tool call: not JSON .*mend",
+        ),
+        ([{"function": {"name": "f", "arguments": "[1]"}}], "must be a JSON object, not list; mend"),
+        ([{"name": "f", "arguments": '{"e": NaN}'}], "NaN is not a JSON number"),
+        ("f()", "'tool_calls' must be a list of objects; mend"),
+        (["f()"], "'tool_calls' must be a list of objects; mend"),
+    ],
+)
+def test_tool_calls_that_cannot_be_read_are_refused(calls, message):
+    record = {"messages": [ASKED, {**CALLED, "tool_calls": calls}]}
+    with pytest.raises(InputError, match=f"^here: .*{message}"):
+        samples_of(("here", record), tokenizer_of(CALLING, False), set())
+
+
+def test_a_plain_conversation_is_rendered_no_more_often_than_it_takes(monkeypatch):
+    tokenizer = tokenizer_of(CHATML, False)
+    rendered, apply = [], tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *a, **k: rendered.append(1) or apply(*a, **k)
+    )
+    samples_of(("here", {"messages": [ASKED, ANSWERED]}), tokenizer, set())
+    assert len(rendered) == 2  # with the answer, and without it
+    record = {"messages": [ASKED, ANSWERED], "answer_token_ids": tokenizer.encode("It is 51.")}
+    samples_of(("here", record), tokenizer, set())
+    assert len(rendered) == 3
+
+
 def test_where_nothing_ends_a_turn_the_answer_counts_alone():
     tokenizer = tokenizer_of(ENDLESS, False)
     record = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
@@ -118,16 +249,89 @@ def test_where_nothing_ends_a_turn_the_answer_counts_alone():
 def test_an_answer_of_step_1_is_trained_on_token_for_token(text):
     tokenizer = tokenizer_of(CHATML, False)
     said = [*tokenizer.encode(text), *tokenizer.encode("<|im_end|>")]
-    odd = [*tokenizer.encode("a"), *tokenizer.encode("b"), said[-1]]  # no text would be read as these tokens
-    for answer in (said, odd):
+    letters = [token for letter in text for token in tokenizer.encode(letter)]  # marks spelled out, too
+    odd = [*letters, said[-1]]  # the text would be read as other tokens
+    for answer, reason in ((said, "stop"), (said, None), (odd, "stop"), (letters, "length")):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]
-        (sample,) = samples_of(
-            ("here", {"messages": messages, "answer_token_ids": answer}), tokenizer, {said[-1]}
-        )
+        record = {"messages": messages, "answer_token_ids": answer, "finish_reason": reason}
+        (sample,) = samples_of(("here", record), tokenizer, set())
         prompt = tokenizer.encode("<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n")
         assert sample == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
     with pytest.raises(InputError, match="no list of token ids"):
         samples_of(("here", {"messages": messages, "answer_token_ids": ["4"]}), tokenizer, set())
+
+
+def test_token_ids_that_do_not_read_as_the_answer_beside_them_are_refused():
+    tokenizer = tokenizer_of(CHATML, False)
+    ids, stop = tokenizer.encode("It is 4."), tokenizer.encode("<|im_end|>")
+    message = "^here: 'answer_token_ids' do not .* another model.* edited; .*leave that field out"
+
+    def counted(record: dict) -> list[int]:
+        (sample,) = samples_of(("here", record), tokenizer, set(stop))
+        return [label for label in sample["labels"] if label != -100]
+
+    def check(content: str, answer: list[int], reason: str, refused: bool) -> None:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+        record = {"messages": messages, "answer_token_ids": answer, "finish_reason": reason}
+        if not refused:
+            assert counted(record) == answer
+            return
+        with pytest.raises(InputError, match=message):
+            samples_of(("here", record), tokenizer, set())
+        del record["answer_token_ids"]  # as the message says
+        assert tokenizer.decode(counted(record)) == f"{content}<|im_end|>"
+
+    check("It is 4.", ids + stop, "stop", refused=False)
+    check("It is 4. #### 4", ids + stop, "stop", refused=True)
+    check("It is 4", ids + stop, "stop", refused=True)
+    check("It is 4.", ids, "length", refused=False)
+    check("It is 4", ids, "length", refused=True)
+    check("It is 4.", [300 - token for token in ids] + stop, "stop", refused=True)  # another model's
+    check("It is 4.", [10**6] * 5, "stop", refused=True)
+
+
+def test_the_prompt_is_the_one_that_the_model_read():
+    """Which a template with a date, or one that has changed, would not make again."""
+    dated = "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML
+    tokenizer = tokenizer_of(dated, False)
+    turns = [("user", " 1 + 1? "), ("assistant", "<think>\nHm\n</think>\n\nadd(1, 1)"), ("tool", "2 é")]
+    text = "<|im_start|>system\n04 Jul 2001<|im_end|>\n"
+    text += "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+    prompt = tokenizer.encode(text + "<|im_start|>assistant\n")
+    answer = tokenizer.encode("It is 2.<|im_end|>")
+    messages = [{"role": role, "content": content} for role, content in [*turns, ("assistant", "It is 2.")]]
+    record = {"messages": messages, "prompt_token_ids": prompt, "answer_token_ids": answer}
+    (sample,) = samples_of(("here", record), tokenizer, set())
+    assert sample == {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+    messages[0]["content"] = "1 + 2?"
+    with pytest.raises(InputError, match="^here: 'prompt_token_ids' do not hold the user message: .*leave"):
+        samples_of(("here", record), tokenizer, set())
+    with pytest.raises(InputError, match="^here: 'prompt_token_ids' is no list"):
+        samples_of(("here", record | {"prompt_token_ids": ["1"]}), tokenizer, set())
+
+
+def test_of_a_prompt_that_the_tokenizer_normalizes_its_tokens_are_taken():
+    tokenizer = tokenizer_of(CHATML, False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Lowercase()]
+    )
+    prompt = tokenizer.encode("<|im_start|>user\nCAFE\u0301?<|im_end|>\n<|im_start|>assistant\n")
+    assert "café?" in tokenizer.decode(prompt)
+    messages = [{"role": "user", "content": "CAFE\u0301?"}, {"role": "assistant", "content": "4"}]
+    record = {"messages": messages, "prompt_token_ids": prompt, "answer_token_ids": tokenizer.encode("4")}
+    (sample,) = samples_of(("here", record), tokenizer, set())
+    assert sample["input_ids"] == prompt + tokenizer.encode("4")
+
+
+def test_of_an_answer_in_channels_the_final_one_must_stand_beside_the_ids():
+    tokenizer = tokenizer_of(CHATML, False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
+    said = "<|channel|>analysis<|message|>Easy.<|end|><|channel|>final<|message|>It is 4.<|im_end|>"
+    answer = tokenizer.encode(said)
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "It is 4."}]
+    (sample,) = samples_of(("here", {"messages": messages, "answer_token_ids": answer}), tokenizer, set())
+    assert tokenizer.decode([label for label in sample["labels"] if label != -100]) == said
 
 
 def test_instructlab_training_makes_the_same_of_plain_conversations(tiny_folder, tmp_path):

@@ -1,15 +1,23 @@
 """Step 2: labels cover exactly the answer and its end-of-turn token; drops are counted."""
 
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import CHAT_TEMPLATE, byte_tokenizer, check_refused
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+import block_selection
+import param_scale
 import process_gt_data
+import unscaled_ckpt
 from hopscotch_common.answers import labels
+from hopscotch_common.loading import tokenization
+from hopscotch_common.loading.models import model_ref
 
 CONVERSATIONS = [
     [("user", "What is 3 + 4?"), ("assistant", "3 + 4 = 7.")],
@@ -73,6 +81,43 @@ def test_labels_cover_exactly_the_answers_and_their_end_of_turn(work, capfd):
     report = json.loads(Path("out/data_report.json").read_text())
     assert (report["tokens"], report["loss_counted_tokens"]) == (tokens, total)
     assert sorted(os.listdir("out")) == ["data.jsonl", "data_report.json"]
+
+
+def another_tokenizer(folder: Path) -> Path:
+    """A copy of a model whose tokenizer has the same tokens under other ids."""
+    copy = shutil.copytree(folder, Path("another"))
+    content = json.loads((copy / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]  # 4 special tokens, then the letters
+    content["model"]["vocab"] = {token: i if i < 4 else 263 - i for token, i in vocab.items()}
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    return copy
+
+
+def test_data_of_another_tokenizer_is_refused(work, capsys):
+    assert process_gt_data.main(work) == 0
+    report = Path("out/data_report.json")
+    content = json.loads(report.read_text())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(tokenization.PROBE)
+    ids = [4 + letters.index(letter) for word, _ in split for letter in word]
+    sha256 = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    assert content["tokenizer"] == {"model": work[1], "sha256": sha256}
+
+    another = another_tokenizer(Path(work[1]))
+    data = ["--model", str(another), "--data_path", "out/data.jsonl"]
+    message = f"^[^:]*: error: out/data.jsonl: made with another tokenizer .*{work[1]}.*process_gt_data.py"
+    check_refused(block_selection, data, message, capsys)
+    check_refused(param_scale, [*data, "--blocks_to_skip", "1"], message, capsys)
+    check_refused(unscaled_ckpt, [*data, "--blocks_to_skip", "1", "--replacement_rank", "2"], message, capsys)
+    theirs, ours = model_ref(str(another)), model_ref(work[1])
+    tokenization.check_data(Path("out/data.jsonl"), ours)
+    shutil.copyfile("out/data.jsonl", "out/search.jsonl")  # as `head` makes it: of whom, no report tells
+    tokenization.check_data(Path("out/search.jsonl"), theirs)
+    del content["tokenizer"]  # as earlier versions wrote it
+    report.write_text(json.dumps(content))
+    tokenization.check_data(Path("out/data.jsonl"), theirs)
+    report.unlink()
+    tokenization.check_data(Path("out/data.jsonl"), theirs)
 
 
 def test_long_and_short_samples_are_dropped_and_counted(work, capsys):

@@ -1,8 +1,9 @@
-"""Step 1: prompts, the engines that answer them, and what they are told."""
+"""Step 1: prompts, the engines that answer them, and what they are told. Step 2: what is trained on."""
 
 from dataclasses import dataclass
 
 BACKENDS = ("auto", "vllm", "transformers")
+DATA_FILE, DATA_REPORT = "data.jsonl", "data_report.json"  # what step 2 writes into its folder
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 import os
 
-from hopscotch_common.answers.prompts import render
+from hopscotch_common.answers.prompts import ANSWER_IDS, PROMPT_IDS, answer_text, prompt_ids, render
 from hopscotch_common.answers.records import messages_of
 from hopscotch_common.errors import InputError
 
 IGNORED = -100  # the label of what does not count
-ANSWER_IDS = "answer_token_ids"  # a field of step 1's answers
 
 
 def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[dict]:
@@ -18,11 +17,12 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
     conversation that ends with an answer, and for what the chat template refuses or leaves out.
     """
     where, record = placed
-    messages = [split_reasoning(m, tokenizer) for m in messages_of(record, where)]
+    messages = messages_of(record, where)
     if messages[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message is not the assistant's, there is no answer to train on")
     if ANSWER_IDS in record:
-        return [_said(record[ANSWER_IDS], messages, tokenizer, where)]
+        return [_said(record, messages, tokenizer, where)]
+    messages = [split_reasoning(message, tokenizer) for message in messages]
 
     def encode(text: str):
         return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -46,13 +46,60 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
     return [*samples, _sample(encode(whole), spans)]
 
 
-def _said(answer, messages: list[dict], tokenizer, where: str) -> dict:
-    """The sample of an answer of step 1: what the model read, and the tokens that it said."""
-    if not (isinstance(answer, list) and answer and all(type(t) is int and t >= 0 for t in answer)):
-        raise InputError(f"{where}: {ANSWER_IDS!r} is no list of token ids; make it again with step 1")
-    text = render(tokenizer, messages[:-1], where, add_generation_prompt=True)
-    prompt = tokenizer.encode(text, add_special_tokens=False)
+def _said(record: dict, messages: list[dict], tokenizer, where: str) -> dict:
+    """The sample of an answer of step 1: the tokens that the model read, and those that it said.
+
+    Of an answer of an earlier version, which does not hold the first, what the chat template makes of the
+    messages. Raises InputError for tokens that are not of the messages beside them.
+    """
+    *asked, said = messages
+    answer = _ids(record, ANSWER_IDS, where)
+    _check_answer(answer, record.get("finish_reason"), said["content"], tokenizer, where)
+    if PROMPT_IDS in record:
+        prompt = _ids(record, PROMPT_IDS, where)
+        _check_prompt(prompt, asked, tokenizer, where)
+    else:
+        prompt = prompt_ids(tokenizer, asked, where)
     return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+
+
+def _ids(record: dict, field: str, where: str) -> list[int]:
+    ids = record[field]
+    if not (isinstance(ids, list) and ids and all(type(t) is int and 0 <= t < 2**31 for t in ids)):
+        raise InputError(f"{where}: {field!r} is no list of token ids; make it again with step 1")
+    return ids
+
+
+def _check_answer(ids: list[int], reason: str | None, text: str, tokenizer, where: str) -> None:
+    """Raise InputError unless the ids of an answer of step 1 are what step 1 decoded to the text beside them.
+
+    Whether it decoded the last one, too, tells the reason why the answer ended. The tokens that ended answers
+    then are not asked for: a model's generation_config.json may have changed since.
+    """
+    decoded = [ids] if reason == "length" else [ids[:-1], ids]
+    if not any(answer_text(tokenizer, part) == text for part in decoded):
+        raise InputError(
+            f"{where}: {ANSWER_IDS!r} do not read as the answer beside them: they are of another model, or "
+            "the answer was edited; give the model that said it, or leave that field out to train on the text"
+        )
+
+
+def _check_prompt(ids: list[int], messages: list[dict], tokenizer, where: str) -> None:
+    """Raise InputError unless each of the messages stands in what the ids read, as `render` saw to it then.
+
+    Of earlier answers a template may leave parts out.
+    """
+    text = tokenizer.decode(ids)
+    for message in messages:
+        content = message["content"].strip()
+        if message["role"] == "assistant" or content in text:
+            continue
+        as_read = tokenizer.decode(tokenizer.encode(content, add_special_tokens=False))  # normalized
+        if as_read.strip() not in text:
+            raise InputError(
+                f"{where}: {PROMPT_IDS!r} do not hold the {message['role']} message: the prompt was edited; "
+                "make it again with step 1, or leave that field out to put what it is now before the answer"
+            )
 
 
 def _end_of_turn(encoded, content: str, text: str, start: int, ends: tuple[set[int], ...]) -> int:

@@ -1,11 +1,13 @@
 """The prompts of step 1: where they come from, their token ids, and the answers kept while they come."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.files import parse_json
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.log import Log
 
@@ -13,6 +15,9 @@ EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
 REMEDY = "remove it to start anew, or name another --output_file"
+LATER_SETTINGS = ("chat_template", "stop_tokens")  # which answers of earlier versions do not name
+BESIDE = ("reasoning_content", "tool_calls")  # the parts of a message besides its content
+ANSWER_IDS, PROMPT_IDS = "answer_token_ids", "prompt_token_ids"  # fields of step 1's answers
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,10 @@ def render(tokenizer, messages: list[dict], where: str, **options) -> str:
     """The messages in the tokenizer's chat template, as text.
 
     A developer's message is a system message where the template knows no developer. Raises InputError for
-    whatever the template raises, and where it leaves out or rewrites what was asked or the last answer. Of
-    earlier answers, some leave out the reasoning.
+    whatever the template raises, and where it leaves out or rewrites what was asked or the last answer, its
+    reasoning and tool calls included. Of earlier answers, some leave out the reasoning.
     """
-    if "developer" not in tokenizer.chat_template:
-        system = {"role": "system"}
-        messages = [m | system if m["role"] == "developer" else m for m in messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is code of the model's: it may raise anything
-        raise InputError(
-            f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
-        ) from error
+    text = _in_template(tokenizer, messages, where, **options)
     for message in messages:
         earlier_answer = message["role"] == "assistant" and message is not messages[-1]
         if not earlier_answer and message["content"].strip() not in text:
@@ -60,7 +57,99 @@ def render(tokenizer, messages: list[dict], where: str, **options) -> str:
                 f"{where}: the model's chat template leaves out or rewrites part of the {message['role']} "
                 "message; leave it out, or give another model"
             )
+    if not options.get("add_generation_prompt"):
+        for part in BESIDE:
+            _check_kept(tokenizer, messages, len(messages) - 1, part, text, where)
     return text
+
+
+def _in_template(tokenizer, messages: list[dict], where: str, **options) -> str:
+    """`render`, whatever the template leaves out."""
+    if "developer" not in tokenizer.chat_template:
+        system = {"role": "system"}
+        messages = [m | system if m["role"] == "developer" else m for m in messages]
+    # some templates only ask whether there is such a field
+    messages = [m if m.get("tool_calls", True) else _without(m, "tool_calls") for m in messages]
+    parsed = [_with_objects(message, where) for message in messages]
+    try:
+        return tokenizer.apply_chat_template(parsed, tokenize=False, **options)
+    except Exception as error:  # a template is code of the model's: it may raise anything
+        if parsed != messages:
+            with contextlib.suppress(Exception):
+                return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        raise InputError(
+            f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
+        ) from error
+
+
+class _Arguments(dict):
+    """Of a tool call. A template that would write them as Python does, and not as JSON, fails at them."""
+
+    def __str__(self):
+        raise TypeError("the arguments of a tool call are an object, no text")
+
+    __repr__ = __str__
+
+
+def _with_objects(message: dict, where: str) -> dict:
+    """A copy of a message in which the arguments of tool calls are objects, if they were JSON texts.
+
+    OpenAI's format has texts, but a template that writes JSON itself would put these into quotes.
+    """
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise InputError(f"{where}: 'tool_calls' must be a list of objects; mend it")
+    return message | {"tool_calls": [_with_object(call, where) for call in calls]}
+
+
+def _with_object(call: dict, where: str) -> dict:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_object(call["function"], where)}
+    text = call.get("arguments")
+    if not isinstance(text, str):
+        return call
+    place = f"{where}: the arguments of a tool call"
+    arguments = parse_json(text.strip() or "{}", place, "mend them, or leave it out")
+    if not isinstance(arguments, dict):
+        raise InputError(f"{place} must be a JSON object, not {type(arguments).__name__}; mend them")
+    return call | {"arguments": _Arguments(arguments)}
+
+
+def _without(message: dict, part: str) -> dict:
+    return {name: value for name, value in message.items() if name != part}
+
+
+def _check_kept(
+    tokenizer, messages: list[dict], index: int, part: str, text: str, where: str, **options
+) -> None:
+    """Raise InputError where a message's part (of BESIDE) changes nothing in `text`, which is of them all."""
+    message = messages[index]
+    if not str(message.get(part) or "").strip():
+        return
+    others = [*messages[:index], _without(message, part), *messages[index + 1 :]]
+    try:
+        left_out = _in_template(tokenizer, others, where, **options) == text
+    except InputError:
+        return  # the template asks for that part
+    if left_out:
+        raise InputError(
+            f"{where}: the model's chat template leaves out {part!r} of the {message['role']} message; write "
+            "it into the content as the model would, leave the record out, or give another model"
+        )
+
+
+def prompt_ids(tokenizer, messages: list[dict], where: str) -> list[int]:
+    """What the model reads before it answers: `render` with the generation prompt, as token ids.
+
+    Raises InputError for tool calls that the template leaves out, too. The reasoning before them, some
+    templates leave out on purpose.
+    """
+    text = render(tokenizer, messages, where, add_generation_prompt=True)
+    for index in range(len(messages)):
+        _check_kept(tokenizer, messages, index, "tool_calls", text, where, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
@@ -114,8 +203,7 @@ def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
     """
     token_ids, context = [], context_length(config)
     for prompt in prompts:
-        text = render(tokenizer, prompt.messages, prompt.where, add_generation_prompt=True)
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = prompt_ids(tokenizer, prompt.messages, prompt.where)
         check_vocabulary(ids, config.vocab_size)
         if len(ids) >= context:
             raise InputError(
@@ -154,7 +242,7 @@ class PartialAnswers:
         """Read what an earlier run left. InputError when it had other settings or prompts."""
         self.prompts = prompts
         self.records: dict[int, dict] = {}
-        self._log = Log(path, settings, "the answers of an earlier run", REMEDY)
+        self._log = Log(path, settings, "the answers of an earlier run", REMEDY, later=LATER_SETTINGS)
         try:
             for number, record in self._log.records:
                 self._take(record, f"{path}, line {number}")

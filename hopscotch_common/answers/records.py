@@ -24,7 +24,8 @@ REFUSED = {
     "unmask": "what is counted for the loss is always the answers",
     "tools": "no tools are given to the chat template",
 }
-OURS = ("answer_token_ids", "finish_reason", "num_generated_tokens", "index", "unmask", "tools")
+OURS = ("prompt_token_ids", "answer_token_ids", "finish_reason", "num_generated_tokens", "index")
+OURS += ("unmask", "tools")
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:

@@ -7,6 +7,7 @@ tokenizer effectively is, in a tokenizer.json, under the one class that takes th
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from hopscotch_common.answers import DATA_FILE, DATA_REPORT
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.models import ModelRef
@@ -99,6 +101,46 @@ def probe(tokenizer) -> dict:
     """What tells tokenizers apart: a text with the special tokens, and its ids."""
     text = PROBE + " ".join(tokenizer.all_special_tokens)
     return {"text": text, "ids": tokenizer.encode(text)}
+
+
+def fingerprint(tokenizer) -> str:
+    """SHA-256 of a text's ids: equal for tokenizers that read text alike.
+
+    Without special tokens, whose list differs between copies of one tokenizer: a GGUF's names fewer.
+    """
+    ids = tokenizer.encode(PROBE, add_special_tokens=False)
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def template_fingerprint(tokenizer) -> str:
+    """SHA-256 of the chat template's text."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def check_data(data_path: Path, ref: ModelRef) -> None:
+    """Raise InputError for data of step 2 whose report tells of another tokenizer than the model's.
+
+    Nothing is compared where no such report stands beside it: that of an earlier version names no tokenizer,
+    and a file of another name than step 2's may be anybody's.
+    """
+    report = data_path.with_name(DATA_REPORT)
+    if data_path.name != DATA_FILE or not report.is_file():
+        return
+    content = read_json(report, "remove it, or make the data again with process_gt_data.py")
+    made_with = content.get("tokenizer")
+    if not isinstance(made_with, dict) or "sha256" not in made_with:
+        return
+    try:
+        tokenizer = read_tokenizer(ref.folder(), ref.source)
+    except Exception as error:  # training needs none
+        reason = reason_of(error)
+        logger.warning("%s: its tokenizer cannot be compared with the data's (%s)", ref.source, reason)
+        return
+    if fingerprint(tokenizer) != made_with["sha256"]:
+        raise InputError(
+            f"{data_path}: made with another tokenizer than {ref.source}'s, by {DATA_REPORT} beside it "
+            f"with that of {made_with.get('model')}; make it with process_gt_data.py --model {ref.source}"
+        )
 
 
 def copy_tokenizer(

@@ -110,7 +110,7 @@ CASES = [
         (
             "ids of another model",
             PAIR + f', "answer_token_ids": {[900] * 20}}}',
-            "makes token 900, but the model's vocabulary has 300",
+            "line 3: 'answer_token_ids' do not read as the answer beside them: they are of another model",
         ),
         ("pretraining", _turn("pretraining", "x"), "line 3: role 'pretraining'"),
         ("a lone surrogate", f'{{"messages": [{SURROGATE}]}}', "answers.jsonl, line 3"),
