@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hopscotch_common import files
-from hopscotch_common.errors import HopscotchError, InputError, logger, printable
+from hopscotch_common.answers import DATA_FILE, DATA_REPORT
+from hopscotch_common.errors import HopscotchError, InputError, logger, printable, reason_of
 from hopscotch_common.loading import models
 from hopscotch_common.training import MEASURES, TrainingOptions
 
@@ -243,12 +244,39 @@ def load_model(arguments: argparse.Namespace):
     return load_model(arguments.model, *flags, arguments.replacement_rank)
 
 
+def check_data(data_path: Path, model: models.ModelRef) -> None:
+    """Raise InputError for data of step 2 whose report tells of another tokenizer than the model's.
+
+    Nothing is compared where no such report stands beside it: that of an earlier version names no tokenizer,
+    and a file of another name than step 2's may be anybody's.
+    """
+    from hopscotch_common.loading import tokenization
+
+    report = data_path.with_name(DATA_REPORT)
+    if data_path.name != DATA_FILE or not report.is_file():
+        return
+    content = files.read_json(report, "remove it, or make the data again with process_gt_data.py")
+    made_with = content.get("tokenizer")
+    if not isinstance(made_with, dict) or "sha256" not in made_with:
+        return
+    try:
+        tokenizer = tokenization.read_tokenizer(model.folder(), model.source)
+    except Exception as error:  # training needs none
+        reason = reason_of(error)
+        logger.warning("%s: its tokenizer cannot be compared with the data's (%s)", model.source, reason)
+        return
+    if tokenization.fingerprint(tokenizer) != made_with["sha256"]:
+        raise InputError(
+            f"{data_path}: made with another tokenizer than {model.source}'s, by {DATA_REPORT} beside it "
+            f"with that of {made_with.get('model')}; make it with process_gt_data.py --model {model.source}"
+        )
+
+
 def load_samples(arguments: argparse.Namespace, config) -> list:
     """The samples of `--data_path` that `add_training_arguments` leave, checked against the model."""
-    from hopscotch_common.loading import tokenization
     from hopscotch_common.training import batches
 
-    tokenization.check_data(arguments.data_path, arguments.model)
+    check_data(arguments.data_path, arguments.model)
     longest, limits = models.context_length(config), (arguments.max_tokens_per_batch, arguments.max_samples)
     return batches.load_samples(arguments.data_path, config.vocab_size, longest, *limits)
 

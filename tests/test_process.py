@@ -15,6 +15,7 @@ import block_selection
 import param_scale
 import process_gt_data
 import unscaled_ckpt
+from hopscotch_common import cli
 from hopscotch_common.answers import labels
 from hopscotch_common.loading import tokenization
 from hopscotch_common.loading.models import model_ref
@@ -110,14 +111,14 @@ def test_data_of_another_tokenizer_is_refused(work, capsys):
     check_refused(param_scale, [*data, "--blocks_to_skip", "1"], message, capsys)
     check_refused(unscaled_ckpt, [*data, "--blocks_to_skip", "1", "--replacement_rank", "2"], message, capsys)
     theirs, ours = model_ref(str(another)), model_ref(work[1])
-    tokenization.check_data(Path("out/data.jsonl"), ours)
+    cli.check_data(Path("out/data.jsonl"), ours)
     shutil.copyfile("out/data.jsonl", "out/search.jsonl")  # as `head` makes it: of whom, no report tells
-    tokenization.check_data(Path("out/search.jsonl"), theirs)
+    cli.check_data(Path("out/search.jsonl"), theirs)
     del content["tokenizer"]  # as earlier versions wrote it
     report.write_text(json.dumps(content))
-    tokenization.check_data(Path("out/data.jsonl"), theirs)
+    cli.check_data(Path("out/data.jsonl"), theirs)
     report.unlink()
-    tokenization.check_data(Path("out/data.jsonl"), theirs)
+    cli.check_data(Path("out/data.jsonl"), theirs)
 
 
 def test_long_and_short_samples_are_dropped_and_counted(work, capsys):

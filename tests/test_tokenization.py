@@ -197,6 +197,9 @@ def test_further_chat_templates_travel_along(tiny_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
     tokenizer.save_pretrained(base)
+    assert (
+        tokenization.load_tokenizer(model_ref(str(base))).chat_template == tokenizer.chat_template["default"]
+    )
     first, second = tmp_path / "e0", tmp_path / "e1"
     save = functools.partial(checkpoints.save_checkpoint, skipped=[1], values=torch.ones(4, 4), run={})
     save(first, model_ref(str(base)))

@@ -17,7 +17,6 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from hopscotch_common.answers import DATA_FILE, DATA_REPORT
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.models import ModelRef
@@ -41,6 +40,8 @@ def load_tokenizer(ref: ModelRef):
     except Exception as error:  # whatever the libraries raise at a file that is broken or missing
         reason = reason_of(error)
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason}); check its files") from error
+    if isinstance(tokenizer.chat_template, dict):  # with further ones, for tools
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
     if tokenizer.pad_token is None:
@@ -115,32 +116,6 @@ def fingerprint(tokenizer) -> str:
 def template_fingerprint(tokenizer) -> str:
     """SHA-256 of the chat template's text."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-
-
-def check_data(data_path: Path, ref: ModelRef) -> None:
-    """Raise InputError for data of step 2 whose report tells of another tokenizer than the model's.
-
-    Nothing is compared where no such report stands beside it: that of an earlier version names no tokenizer,
-    and a file of another name than step 2's may be anybody's.
-    """
-    report = data_path.with_name(DATA_REPORT)
-    if data_path.name != DATA_FILE or not report.is_file():
-        return
-    content = read_json(report, "remove it, or make the data again with process_gt_data.py")
-    made_with = content.get("tokenizer")
-    if not isinstance(made_with, dict) or "sha256" not in made_with:
-        return
-    try:
-        tokenizer = read_tokenizer(ref.folder(), ref.source)
-    except Exception as error:  # training needs none
-        reason = reason_of(error)
-        logger.warning("%s: its tokenizer cannot be compared with the data's (%s)", ref.source, reason)
-        return
-    if fingerprint(tokenizer) != made_with["sha256"]:
-        raise InputError(
-            f"{data_path}: made with another tokenizer than {ref.source}'s, by {DATA_REPORT} beside it "
-            f"with that of {made_with.get('model')}; make it with process_gt_data.py --model {ref.source}"
-        )
 
 
 def copy_tokenizer(
