@@ -26,9 +26,7 @@ from hopscotch_common import cli, files
 from hopscotch_common.errors import logger
 from hopscotch_common.loading.models import QUANTIZATIONS
 from hopscotch_common.report import describe_run, plain
-from hopscotch_common.training import MEASURES
-
-MAP_LEARNING_RATE = 1e-3
+from hopscotch_common.training import MAPS_RATE, MEASURES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,7 +161,8 @@ def train(
             logger.warning("%s and later epochs there are of an earlier training, and stay", folder)
     runs, state = processes.gather((runs, state))[0]  # only rank 0's disk is sure to hold the epochs
     model = cli.load_model(arguments)
-    options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=MAP_LEARNING_RATE)
+    maps_rate = arguments.learning_rate * MAPS_RATE
+    options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=maps_rate)
     prepare_model(model, options)
     trained = EpochTraining(model, blocks, *parts, options, processes.group(1))
     if arguments.replacement_rank and not runs:
