@@ -49,15 +49,15 @@ SAME_IN_BOTH = (
 ).split()
 
 
-def check_representable(config) -> None:
-    """Raise InputError for a Hopscotch config that the format cannot hold."""
+def check_representable(config, replacement_rank: int) -> None:
+    """Raise InputError for a (stock or Hopscotch) config that the format cannot hold."""
     remedy = "export it as folded, or serve the checkpoint itself, with vLLM or transformers"
     family = config.model_type
     if family.removeprefix(PREFIX) not in LLAMA_SHAPED:
         raise InputError(
             f"nemotron_nas holds layers of Llama's shape, and those of {family} are not; {remedy}"
         )
-    if getattr(config, "replacement_rank", 0) and getattr(config, "attention_bias", False):
+    if replacement_rank and getattr(config, "attention_bias", False):
         raise InputError(f"nemotron_nas gives a map a bias where attention has one; {remedy}")
     if family.endswith("qwen3"):
         raise InputError(f"nemotron_nas has no place for the q and k norms of qwen3; {remedy}")
@@ -158,8 +158,7 @@ def ffn_width(ffn_mult: float, hidden_size: int) -> int:
 
 
 def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
-    """Write the DeciLM config and its class; what its weights are. InputError if it cannot hold the model."""
-    check_representable(config)
+    """Write the DeciLM config and its class; what its weights are."""
     skipped = skipped_blocks(config)
     replaced = skipped if maps else []
     if 0 in skipped and not maps:

@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import weights
-from hopscotch_common.loading.loader import check_supported, load_whole
+from hopscotch_common.loading.loader import load_whole
 from hopscotch_common.scales import columns
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, SCALE_NAMES, Family
 
@@ -77,9 +77,13 @@ class Product:
     added: float = 0.0
 
 
-def check_foldable(config) -> None:
-    """Raise InputError unless the scales of a (stock or Hopscotch) config's model fold into its weights."""
-    check_supported(config.model_type.removeprefix(PREFIX), "export")
+def check_foldable(config, replacement_rank: int) -> None:
+    """Raise InputError for maps, which stock classes have no place for; scales of every family fold."""
+    if replacement_rank:
+        raise InputError(
+            "folded has no place for maps (--replacement_rank), as the stock class has none; export "
+            "nemotron_nas for mlx-lm, or serve the checkpoint itself, with vLLM or transformers"
+        )
 
 
 def fold_factors(
