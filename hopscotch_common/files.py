@@ -27,8 +27,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     JSON object.
     """
     check_input(path)
-    with open(path, "rb") as file:
-        yield from lines_of_file(_lines(file, path), path)
+    try:
+        with open(path, "rb") as file:
+            yield from lines_of_file(file, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
 
 
 def lines_of_file(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict]]:
@@ -43,13 +46,6 @@ def lines_of_file(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dic
         yield number, parse_record(line, f"{path}, line {number}")
     if empty:
         raise InputError(f"{path}: holds no records; name another file, or make it again")
-
-
-def _lines(file: IO, path: Path) -> Iterator[bytes]:
-    try:
-        yield from file
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
 
 
 def check_input(path: Path, remedy: str = "name another") -> None:
@@ -89,10 +85,14 @@ def parse_json(text: bytes | str, where: str, remedy: str):
 
 def parse_record(line: bytes, where: str) -> dict:
     """The JSON object of a line; InputError, with `where`, when it is none."""
-    record = parse_json(line, where, "mend or remove that line")
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: a JSON object is needed, not {type(record).__name__}; mend it")
-    return record
+    return as_object(parse_json(line, where, "mend or remove that line"), where)
+
+
+def as_object(value, where: str, remedy: str = "mend it") -> dict:
+    """A JSON value that must be an object; InputError, with `where`, when it is none."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON object is needed, not {type(value).__name__}; {remedy}")
+    return value
 
 
 def _refuse_constant(word: str):
@@ -114,10 +114,7 @@ def read_json(path: Path, remedy: str = "name another") -> dict:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    value = parse_json(content, str(path), remedy)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is needed, not {type(value).__name__}; {remedy}")
-    return value
+    return as_object(parse_json(content, str(path), remedy), str(path), remedy)
 
 
 def check_writable(folder: Path) -> None:
