@@ -24,7 +24,9 @@ from hopscotch_common import cli, files
 from hopscotch_common.answers import BACKENDS, EngineOptions
 from hopscotch_common.answers.prompts import (
     HUB_PROMPTS,
+    KIND,
     LOCAL_PROMPTS,
+    REMEDY,
     PartialAnswers,
     PromptSource,
     answer_text,
@@ -33,6 +35,7 @@ from hopscotch_common.answers.prompts import (
 )
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.loading.models import ModelRef
+from hopscotch_common.log import Log
 from hopscotch_common.report import describe_run
 
 
@@ -177,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": args.dtype,
         "max_tokens": args.max_tokens,
     }
-    partial = PartialAnswers(partial_file, settings, prompts)
-    try:
+    with Log(partial_file, settings, KIND, REMEDY) as log:
+        partial = PartialAnswers(log, prompts)
         missing = partial.missing()
         logger.info(
             "%d prompts, %d answered before; %s answers the rest",
@@ -201,8 +204,6 @@ def main(argv: list[str] | None = None) -> int:
             )
         files.write_json(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
         files.write_atomic(final, files.lines_of(kept))
-    finally:
-        partial.close()
     cli.result(
         f"{final}: {figures['answers']} answers to {figures['prompts']} prompts "
         f"({figures['truncated_dropped']} truncated and {figures['empty_dropped']} empty ones dropped), "

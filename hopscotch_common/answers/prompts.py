@@ -12,6 +12,7 @@ from hopscotch_common.log import Log
 EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl"
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
+KIND = "the answers of an earlier run"
 REMEDY = "remove it to start anew, or name another --output_file"
 
 
@@ -147,20 +148,15 @@ def answer_text(tokenizer, ids: Sequence[int]) -> str:
 class PartialAnswers:
     """The answers of a run, kept on disk: {"index": of the prompt, "messages": prompt and answer, ...} each.
 
-    records holds them by index. Locked until `close`. An interrupted run goes on where it was.
+    records holds them by index. An interrupted run goes on where it was.
     """
 
-    def __init__(self, path: Path, settings: dict, prompts: Sequence[Prompt]):
-        """Read what an earlier run left. InputError when it had other settings or prompts."""
-        self.prompts = prompts
+    def __init__(self, log: Log, prompts: Sequence[Prompt]):
+        """log: of KIND, with what an earlier run left. InputError when that had other prompts."""
+        self.prompts, self._log = prompts, log
         self.records: dict[int, dict] = {}
-        self._log = Log(path, settings, "the answers of an earlier run", REMEDY)
-        try:
-            for number, record in self._log.records:
-                self._take(record, f"{path}, line {number}")
-        except BaseException:
-            self._log.close()
-            raise
+        for number, record in log.records:
+            self._take(record, f"{log.path}, line {number}")
 
     def _take(self, record: dict, where: str) -> None:
         match record:
@@ -187,6 +183,3 @@ class PartialAnswers:
         """Keep an answer, flushed to disk."""
         self._log.append(record)
         self.records[record["index"]] = record
-
-    def close(self) -> None:
-        self._log.close()
