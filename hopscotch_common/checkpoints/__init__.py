@@ -92,6 +92,7 @@ def save_checkpoint(
     """
     check_replaceable(folder)
     with atomic_folder(folder) as target:
+        save_tensors(scales.as_state_dict(values) | (maps or {}), target / SCALES_FILE)
         if share_with is None:
             run = run | _write_base(target, base, skipped, values, maps or {})
         else:
@@ -104,7 +105,6 @@ def save_checkpoint(
                     shutil.copytree(path, target / path.name)
                 elif path.is_file() and path.name not in OWN_FILES:
                     shutil.copyfile(path, target / path.name)
-        save_tensors(scales.as_state_dict(values) | (maps or {}), target / SCALES_FILE)
         if training_state is not None:
             save_tensors(training_state, target / STATE_FILE)
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
@@ -127,7 +127,7 @@ def check_base(base: ModelRef, config) -> None:
 def _write_base(
     target: Path, base: ModelRef, skipped: list[int], values: torch.Tensor, maps: dict[str, torch.Tensor]
 ) -> dict:
-    """Write everything that checkpoints of one run share; what hopscotch.json says of it.
+    """Write beside the scales everything that checkpoints of one run share; what hopscotch.json says of it.
 
     Its `weights` are the counts kept and removed, its `tokenizer` a `tokenization.probe`.
     """
@@ -143,7 +143,7 @@ def _write_base(
     tokenizer = copy_tokenizer(source, target, base.source)
 
     files = weight_files(source)
-    weight_map, total, removed, total_bytes = {}, 0, 0, 0
+    total = removed = 0
     for number, path in enumerate(tqdm(files, "writing weights", delay=2, dynamic_ncols=True), 1):
         name = f"base-{number:05}-of-{len(files):05}.safetensors"
         kept = {}
@@ -153,14 +153,9 @@ def _write_base(
                 removed += tensor.numel()
             else:
                 kept[key] = tensor
-                total_bytes += tensor.nbytes
         if kept:
             save_tensors(kept, target / name)
-            weight_map |= dict.fromkeys(kept, name)
-    own = scales.as_state_dict(values) | maps
-    weight_map |= dict.fromkeys(own, SCALES_FILE)
-    total_bytes += sum(tensor.nbytes for tensor in own.values())
-    write_index(target, weight_map, total_bytes)
+    write_index(target)
     counts = {
         "parameters": total,
         "parameters_removed": removed,

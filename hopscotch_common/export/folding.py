@@ -297,7 +297,7 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
     sources = [p for p in weights.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
     family = target.folding.family
     beside = f".{family.norm_before_mlp or family.norm_after_mlp}.weight"  # every layer has one
-    weight_map, total_bytes = {}, 0
+    written: set[str] = set()
     for number, path in enumerate(sources, 1):
         name = f"model-{number:05}-of-{len(sources):05}.safetensors"
         name = "model.safetensors" if len(sources) == 1 else name
@@ -314,14 +314,13 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
                 tensors |= {k: m.to(tensor.dtype) for k, m in target.linear.items() if k.startswith(own)}
         if tensors:
             weights.save_tensors(tensors, folder / name)
-            weight_map |= dict.fromkeys(tensors, name)
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    missing = sorted(set(target.shapes) - set(weight_map))
+            written.update(tensors)
+    missing = sorted(set(target.shapes) - written)
     if missing and not target.renamed:  # of those, loading finds out
         raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other weights")
-    target.folding.check_complete(weight_map, skipped_blocks(config))
+    target.folding.check_complete(written, skipped_blocks(config))
     if len(sources) > 1:
-        weights.write_index(folder, weight_map, total_bytes)
+        weights.write_index(folder)
 
 
 def _filled_up(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:
