@@ -28,7 +28,6 @@ from hopscotch_common.answers.prompts import (
     LOCAL_PROMPTS,
     REMEDY,
     PartialAnswers,
-    PromptSource,
     answer_text,
     find_prompts,
     tokenize,
@@ -158,9 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     for flag in ("dataset_config", "split"):
         if getattr(args, flag) and not args.dataset:
             raise InputError(f"--{flag}: goes with --dataset, which names the data set")
-    split = args.split or PromptSource.split
-    source = PromptSource(args.input_file, args.dataset, args.dataset_config, split, args.prompt_field)
-    prompts = find_prompts(source, args.model)[: args.num_samples]
+    source = dict(dataset=args.dataset, config=args.dataset_config, split=args.split or "train")
+    prompts = find_prompts(args.model, args.input_file, **source, field=args.prompt_field)[: args.num_samples]
 
     from hopscotch_common.answers import engines
     from hopscotch_common.loading import weights

@@ -17,20 +17,6 @@ REMEDY = "remove it to start anew, or name another --output_file"
 
 
 @dataclass(frozen=True)
-class PromptSource:
-    """Where prompts are: a file, or a data set of the hub (or a folder) with its config and split.
-
-    field: the one that holds text or messages, where it has a name of its own.
-    """
-
-    input_file: Path | None = None
-    dataset: str | None = None
-    config: str | None = None
-    split: str = "train"
-    field: str | None = None
-
-
-@dataclass(frozen=True)
 class Prompt:
     """Messages to answer, and where they came from (file and line) for error messages."""
 
@@ -91,12 +77,22 @@ def prompt_of(record: dict, where: str, field: str | None = None) -> Prompt:
     return Prompt(messages, where)
 
 
-def find_prompts(source: PromptSource, model: ModelRef) -> list[Prompt]:
-    """The prompts that the flags name, or else the default ones; every record is checked."""
-    if source.dataset is not None:
-        records = hub_records(source.dataset, source.config, source.split)
-    elif source.input_file is not None:
-        records = read_records(source.input_file)
+def find_prompts(
+    model: ModelRef,
+    input_file: Path | None = None,
+    dataset: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    field: str | None = None,
+) -> list[Prompt]:
+    """The prompts of a file, or of a data set of the hub (or a folder), or else the default ones for a model.
+
+    field: the one that holds text or messages, where it has a name of its own. Every record is checked.
+    """
+    if dataset is not None:
+        records = hub_records(dataset, config, split)
+    elif input_file is not None:
+        records = read_records(input_file)
     elif model.embedded:
         records = read_records(EMBEDDED_PROMPTS)
     elif LOCAL_PROMPTS.is_file():
@@ -104,7 +100,7 @@ def find_prompts(source: PromptSource, model: ModelRef) -> list[Prompt]:
         records = read_records(LOCAL_PROMPTS)
     else:
         records = hub_records(HUB_PROMPTS, "main", "train")
-    return [prompt_of(record, where, source.field) for where, record in records]
+    return [prompt_of(record, where, field) for where, record in records]
 
 
 def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
