@@ -165,11 +165,6 @@ def read_run(folder: Path) -> dict:
     return read_json(folder / RUN_FILE)
 
 
-def tokenizer_probe(folder: Path) -> dict | None:
-    """The base's `tokenization.probe`, as the checkpoint recorded it; None where it did not."""
-    return read_run(folder).get("tokenizer") if (folder / RUN_FILE).is_file() else None
-
-
 def load_scales(folder: Path, config=None) -> torch.Tensor:
     """The scales [layers, width] of a checkpoint, without its weights.
 

@@ -112,8 +112,7 @@ def export_checkpoint(
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values, checkpoints.load_maps(checkpoint))
         folding.write_weights(checkpoint, folder, config, target)
-        wanted = checkpoints.tokenizer_probe(checkpoint)
-        copy_tokenizer(checkpoint, folder, wanted=wanted)
+        copy_tokenizer(checkpoint, folder, wanted=run.get("tokenizer"))
         report = {
             "format": format,
             "checkpoint": str(checkpoint),
