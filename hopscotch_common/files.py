@@ -238,20 +238,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """An open file that takes the place of `path` when all went well, and otherwise is removed.
-
-    mode: "w" (UTF-8 text) or "wb". InputError where another run is writing the same file.
-    """
-    encoding = None if "b" in mode else "utf-8"
-    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding) as file:
+def atomic_file(path: Path) -> Iterator[IO]:
+    """An open text file that takes the place of `path` when all went well, and otherwise is removed."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         yield file
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name, flush it to disk, and rename it into place."""
-    with atomic_file(path, "wb" if isinstance(content, bytes) else "w") as file:
-        file.write(content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: dict) -> None:
