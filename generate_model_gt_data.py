@@ -55,9 +55,7 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
         raise InputError(f"--output_file {final}: exists and is not of this script; name another file")
 
 
-def answer_missing(
-    partial: PartialAnswers, tokenizer, stop_ids: set[int], generate: Callable[..., Iterable]
-) -> None:
+def answer_missing(partial: PartialAnswers, tokenizer, generate: Callable[..., Iterable]) -> None:
     """Keep each answer of an engine as it comes. generate: gives the answers, and takes `on_tokens`.
 
     The bar counts tokens, as many answers may grow for long before one of them ends.
@@ -66,8 +64,8 @@ def answer_missing(
     with tqdm(unit=" tokens", desc=f"{total - len(missing)}/{total} answers", dynamic_ncols=True) as bar:
         for answer in generate(on_tokens=bar.update):
             index = missing[answer.index]
-            ended = answer.finish_reason == "stop" and answer.token_ids[-1] in stop_ids
-            text = answer_text(tokenizer, answer.token_ids[:-1] if ended else answer.token_ids)
+            stopped = answer.finish_reason == "stop"
+            text = answer_text(tokenizer, answer.token_ids[:-1] if stopped else answer.token_ids)
             record = {
                 "index": index,
                 "messages": [*partial.prompts[index].messages, {"role": "assistant", "content": text}],
@@ -163,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.answers import engines
     from hopscotch_common.loading import weights
     from hopscotch_common.loading.loader import read_config
-    from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
+    from hopscotch_common.loading.tokenization import load_tokenizer
 
     config = read_config(args.model, checkpoint=True)
     backend = engines.resolve_backend(options, config)
@@ -192,8 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             generate = functools.partial(
                 engines.generate, args.model, [prompt_ids[i] for i in missing], args.max_tokens, options
             )
-            stop_ids = stop_token_ids(args.model.folder(weights=False), tokenizer)
-            answer_missing(partial, tokenizer, stop_ids, generate)
+            answer_missing(partial, tokenizer, generate)
         kept, figures = select_answers(partial.records, args.keep_truncated)
         if not kept:
             raise InputError(
