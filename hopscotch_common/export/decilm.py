@@ -7,6 +7,7 @@ channels that are zero, which change nothing.
 """
 
 import json
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from hopscotch_common.export.folding import (
 from hopscotch_common.loading.loader import hopscotch_classes, load_whole
 from hopscotch_common.scales.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES
 
+CODE = Path(configuration_decilm.__file__)
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
 WIDTH_STEP = 256
 # What the format says of a block beyond what a Llama layer needs; some runtimes read them all.
@@ -93,7 +95,7 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
 
     return {name: getattr(config, name) for name in SAME_IN_BOTH} | {
         "architectures": ["DeciLMForCausalLM"],
-        "auto_map": {"AutoConfig": f"{_code().stem}.{configuration_decilm.DeciLMConfig.__name__}"},
+        "auto_map": {"AutoConfig": f"{CODE.stem}.{configuration_decilm.DeciLMConfig.__name__}"},
         "model_type": configuration_decilm.DeciLMConfig.model_type,
         "intermediate_size": width,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -115,14 +117,10 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
     }
 
 
-def _code() -> Path:
-    return Path(configuration_decilm.__file__)
-
-
 def write_config(config: dict, target: Path) -> None:
     """Write config.json and the file of its class into an export."""
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (target / _code().name).write_bytes(_code().read_bytes())
+    shutil.copyfile(CODE, target / CODE.name)
 
 
 def as_hopscotch_config(values: dict):
