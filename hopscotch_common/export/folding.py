@@ -182,23 +182,6 @@ class Folding:
         """A tensor with the scales in it, in its own dtype; InputError where that cannot hold it."""
         return multiplied(key, tensor, self.product(key))
 
-    def check_complete(self, keys: Collection[str], skipped: Iterable[int]) -> None:
-        """Raise InputError unless among `keys`, the names of all tensors, some take b of every branch."""
-        skipped = set(skipped)
-        names = [key.split(".", 3) for key in keys if key.startswith("model.layers.")]
-        for norm, outputs, what in (
-            (self.family.norm_after_attention, ATTENTION_OUTPUTS, "attention"),
-            (self.family.norm_after_mlp, MLP_OUTPUTS | TRANSPOSED_EXPERTS, "MLP"),
-        ):
-            pattern = rf"{norm}\.weight" if norm else "|".join(outputs)
-            found = {int(name[2]) for name in names if re.fullmatch(pattern, name[3])}
-            needed = set(range(len(self.layers))) - (skipped if what == "attention" else set())
-            if missing := sorted(needed - found):
-                raise InputError(
-                    f"layer {missing[0]}: none of its tensors is known to be the last of its {what}, so that "
-                    "its scales cannot be folded; name it in hopscotch_common/export/folding.py"
-                )
-
 
 def _layer_products(
     family: Family, factors: LayerFactors, added: float, experts: dict[str, int]
@@ -297,7 +280,6 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
     sources = [p for p in weights.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
     family = target.folding.family
     beside = f".{family.norm_before_mlp or family.norm_after_mlp}.weight"  # every layer has one
-    written: set[str] = set()
     for number, path in enumerate(sources, 1):
         name = f"model-{number:05}-of-{len(sources):05}.safetensors"
         name = "model.safetensors" if len(sources) == 1 else name
@@ -314,11 +296,6 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
                 tensors |= {k: m.to(tensor.dtype) for k, m in target.linear.items() if k.startswith(own)}
         if tensors:
             weights.save_tensors(tensors, folder / name)
-            written.update(tensors)
-    missing = sorted(set(target.shapes) - written)
-    if missing and not target.renamed:  # of those, loading finds out
-        raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other weights")
-    target.folding.check_complete(written, skipped_blocks(config))
     if len(sources) > 1:
         weights.write_index(folder)
 
