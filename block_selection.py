@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.search.progress import SearchBar
     from hopscotch_common.search.search import Picks, Search
     from hopscotch_common.training import batches
-    from hopscotch_common.training.distributed import check_launch, join_processes
+    from hopscotch_common.training.distributed import join_processes
 
     config = read_config(arguments.model)
     flag = "--starting_skipped_blocks"
@@ -202,7 +202,6 @@ def main(argv: list[str] | None = None) -> int:
     known = known_losses(arguments.prev, skipped, config.num_hidden_layers)
     check_outputs(arguments, output)
     cli.check_rank(arguments.replacement_rank, config)
-    check_launch(arguments.device)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     samples = cli.load_samples(arguments, config)
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)

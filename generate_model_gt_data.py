@@ -25,16 +25,19 @@ from hopscotch_common.answers import BACKENDS, EngineOptions
 from hopscotch_common.answers.prompts import (
     ANSWER_IDS,
     HUB_PROMPTS,
+    KIND,
+    LATER_SETTINGS,
     LOCAL_PROMPTS,
     PROMPT_IDS,
+    REMEDY,
     PartialAnswers,
-    PromptSource,
     answer_text,
     find_prompts,
     tokenize,
 )
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.loading.models import ModelRef
+from hopscotch_common.log import Log
 from hopscotch_common.report import describe_run
 
 
@@ -59,7 +62,6 @@ def answer_missing(
     partial: PartialAnswers,
     prompt_ids: Sequence[list[int]],
     tokenizer,
-    stop_ids: set[int],
     generate: Callable[..., Iterable],
 ) -> None:
     """Keep each answer of an engine as it comes. generate: gives the answers, and takes `on_tokens`.
@@ -70,8 +72,8 @@ def answer_missing(
     with tqdm(unit=" tokens", desc=f"{total - len(missing)}/{total} answers", dynamic_ncols=True) as bar:
         for answer in generate(on_tokens=bar.update):
             index = missing[answer.index]
-            ended = answer.finish_reason == "stop" and answer.token_ids[-1] in stop_ids
-            text = answer_text(tokenizer, answer.token_ids[:-1] if ended else answer.token_ids)
+            stopped = answer.finish_reason == "stop"
+            text = answer_text(tokenizer, answer.token_ids[:-1] if stopped else answer.token_ids)
             record = {
                 "index": index,
                 "messages": [*partial.prompts[index].messages, {"role": "assistant", "content": text}],
@@ -163,9 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     for flag in ("dataset_config", "split"):
         if getattr(args, flag) and not args.dataset:
             raise InputError(f"--{flag}: goes with --dataset, which names the data set")
-    split = args.split or PromptSource.split
-    source = PromptSource(args.input_file, args.dataset, args.dataset_config, split, args.prompt_field)
-    prompts = find_prompts(source, args.model)[: args.num_samples]
+    source = dict(dataset=args.dataset, config=args.dataset_config, split=args.split or "train")
+    prompts = find_prompts(args.model, args.input_file, **source, field=args.prompt_field)[: args.num_samples]
 
     from hopscotch_common.answers import engines
     from hopscotch_common.loading import tokenization, weights
@@ -187,8 +188,8 @@ def main(argv: list[str] | None = None) -> int:
         "chat_template": tokenization.template_fingerprint(tokenizer),
         "stop_tokens": sorted(stop_ids),
     }
-    partial = PartialAnswers(partial_file, settings, prompts)
-    try:
+    with Log(partial_file, settings, KIND, REMEDY, LATER_SETTINGS) as log:
+        partial = PartialAnswers(log, prompts)
         missing = partial.missing()
         logger.info(
             "%d prompts, %d answered before; %s answers the rest",
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
             generate = functools.partial(
                 engines.generate, args.model, [prompt_ids[i] for i in missing], args.max_tokens, options
             )
-            answer_missing(partial, prompt_ids, tokenizer, stop_ids, generate)
+            answer_missing(partial, prompt_ids, tokenizer, generate)
         kept, figures = select_answers(partial.records, args.keep_truncated)
         if not kept:
             raise InputError(
@@ -210,8 +211,6 @@ def main(argv: list[str] | None = None) -> int:
             )
         files.write_json(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
         files.write_atomic(final, files.lines_of(kept))
-    finally:
-        partial.close()
     cli.result(
         f"{final}: {figures['answers']} answers to {figures['prompts']} prompts "
         f"({figures['truncated_dropped']} truncated and {figures['empty_dropped']} empty ones dropped), "

@@ -31,7 +31,6 @@ from transformers.utils import is_flash_attn_2_available
 
 from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config, resolve_device
 from hopscotch_common.scales import freeze_base
-from hopscotch_common.scales.recomputation import saved_bytes
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import IGNORE_INDEX, MinibatchRunner, Sample
@@ -140,7 +139,7 @@ def saved(bench: Bench, attention: str) -> dict:
     model = bench.model(attention)
     batches = EpochBatches(model, bench.answers(4, bench.size.answers), TrainingOptions(LEARNING_RATE, 4))
     minibatch = batches.epoch()[0].minibatches[0].to(bench.device)
-    total = saved_bytes(model, lambda: summed_loss(model, minibatch))
+    total = measuring.saved_bytes(model, lambda: summed_loss(model, minibatch))
     layers, tokens = len(model.model.layers), minibatch.num_tokens
     return {"tokens": tokens, "bytes_per_token_and_layer": total / tokens / layers}
 
@@ -155,7 +154,7 @@ def saved_by_a_layer(bench: Bench) -> dict:
         model = bench.model(num_hidden_layers=layers, vocab_size=512)
         for name, attention_mask in (("bytes_per_token", None), ("bytes_per_token_padded", mask)):
             forward = partial(model.model, ids, attention_mask=attention_mask, use_cache=False)
-            kept[name] = saved_bytes(model, forward) - kept.get(name, 0)
+            kept[name] = measuring.saved_bytes(model, forward) - kept.get(name, 0)
     return {name: size // ids.numel() for name, size in kept.items()}
 
 

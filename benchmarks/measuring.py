@@ -200,3 +200,24 @@ def seconds(work: Callable[[], object], device: torch.device | str = "cpu") -> f
 def _wait(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that `forward()` keeps for backward besides the model's own weights, on all devices.
+
+    A storage that several operations save counts once.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    found: dict[int, int] = {}
+    kept = []  # so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(found.values())

@@ -97,11 +97,6 @@ def result(line: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def is_main_process() -> bool:
-    """True in rank 0, and in a process that no launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 class _PrintableFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(record.message)
@@ -113,7 +108,7 @@ def set_up_logging() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)  # where it was imported before
     for name in ("torchao", "torch.utils._pytree"):  # say at every import which of their parts do not fit
         logging.getLogger(name).setLevel(logging.ERROR)
-    level = logging.INFO if is_main_process() else logging.ERROR
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     for handler in logging.root.handlers:
         handler.setFormatter(_PrintableFormatter())

@@ -27,8 +27,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     JSON object.
     """
     check_input(path)
-    with open(path, "rb") as file:
-        yield from lines_of_file(_lines(file, path), path)
+    try:
+        with open(path, "rb") as file:
+            yield from lines_of_file(file, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
 
 
 def lines_of_file(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict]]:
@@ -43,13 +46,6 @@ def lines_of_file(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dic
         yield number, parse_record(line, f"{path}, line {number}")
     if empty:
         raise InputError(f"{path}: holds no records; name another file, or make it again")
-
-
-def _lines(file: IO, path: Path) -> Iterator[bytes]:
-    try:
-        yield from file
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
 
 
 def check_input(path: Path, remedy: str = "name another") -> None:
@@ -89,10 +85,14 @@ def parse_json(text: bytes | str, where: str, remedy: str):
 
 def parse_record(line: bytes, where: str) -> dict:
     """The JSON object of a line; InputError, with `where`, when it is none."""
-    record = parse_json(line, where, "mend or remove that line")
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: a JSON object is needed, not {type(record).__name__}; mend it")
-    return record
+    return as_object(parse_json(line, where, "mend or remove that line"), where)
+
+
+def as_object(value, where: str, remedy: str = "mend it") -> dict:
+    """A JSON value that must be an object; InputError, with `where`, when it is none."""
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON object is needed, not {type(value).__name__}; {remedy}")
+    return value
 
 
 def _refuse_constant(word: str):
@@ -114,10 +114,7 @@ def read_json(path: Path, remedy: str = "name another") -> dict:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
-    value = parse_json(content, str(path), remedy)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON object is needed, not {type(value).__name__}; {remedy}")
-    return value
+    return as_object(parse_json(content, str(path), remedy), str(path), remedy)
 
 
 def check_writable(folder: Path) -> None:
@@ -241,20 +238,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: str = "w") -> Iterator[IO]:
-    """An open file that takes the place of `path` when all went well, and otherwise is removed.
-
-    mode: "w" (UTF-8 text) or "wb". InputError where another run is writing the same file.
-    """
-    encoding = None if "b" in mode else "utf-8"
-    with atomic_path(path) as temporary, open(temporary, mode, encoding=encoding) as file:
+def atomic_file(path: Path) -> Iterator[IO]:
+    """An open text file that takes the place of `path` when all went well, and otherwise is removed."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         yield file
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name, flush it to disk, and rename it into place."""
-    with atomic_file(path, "wb" if isinstance(content, bytes) else "w") as file:
-        file.write(content)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -23,12 +23,12 @@ def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None
             )
 
 
-class Log:
+class Log(contextlib.ExitStack):
     """A JSONL file that an interrupted run goes on with.
 
     Its first line holds the settings that the records depend on; then comes a record a line, each
-    flushed to disk before `append` returns. The file is locked until `close`, made with its first
-    record, and cut only where a killed writer left half a line.
+    flushed to disk before `append` returns. The file is locked until `close` (or the end of a `with`),
+    made with its first record, and cut only where a killed writer left half a line.
     """
 
     def __init__(self, path: Path, settings: dict, kind: str, remedy: str, later: Collection[str] = ()):
@@ -38,11 +38,11 @@ class Log:
         Raises InputError for a file that is none of this kind, is torn elsewhere than at its end, or
         has other settings, and where another run holds it.
         """
+        super().__init__()
         self.path, self.settings, self.kind, self.remedy, self.later = path, settings, kind, remedy, later
         self.records: list[tuple[int, dict]] = []  # line number, record
         self._file: IO | None = None
-        self._resources = contextlib.ExitStack()
-        self._resources.enter_context(locked(path))
+        self.enter_context(locked(path))
         try:
             self._whole = self._read()
         except BaseException:
@@ -62,8 +62,11 @@ class Log:
             if content and not content.startswith(_HEADER[: len(content)]):
                 raise foreign
             return 0
-        header = _parse_header(lines[0])
-        if header is None or header.get("kind") != self.kind:
+        try:
+            header = parse_record(lines[0], str(self.path))
+        except InputError:
+            raise foreign from None
+        if header.get("kind") != self.kind or not isinstance(header.get("settings"), dict):
             raise foreign
         written = header["settings"]
         unnamed = set(self.later) - set(written)
@@ -76,7 +79,7 @@ class Log:
     def append(self, record: dict) -> None:
         """Add a record, and flush it to disk."""
         if self._file is None:
-            self._file = self._resources.enter_context(open(self.path, "ab"))
+            self._file = self.enter_context(open(self.path, "ab"))
             self._file.truncate(self._whole)  # what a killed writer left of a line
             if self._whole == 0:
                 self._write({"settings": self.settings, "kind": self.kind})
@@ -86,20 +89,3 @@ class Log:
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._resources.close()
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-
-def _parse_header(line: bytes) -> dict | None:
-    try:
-        header = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return header if isinstance(header, dict) and isinstance(header.get("settings"), dict) else None

@@ -161,7 +161,7 @@ QWEN, LLAMA, SMOLLM = (28, 4, 18944), (32, 8, 14336), (9, 3, 1536)
     ],
 )
 def test_tensor_parallel_size_keeps_vllms_rules(monkeypatch, gpus, sizes, size):
-    monkeypatch.setattr(engines, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert engines.tensor_parallel_size(None, config_of(*sizes)) == size
 
 
@@ -176,7 +176,7 @@ def test_tensor_parallel_size_keeps_vllms_rules(monkeypatch, gpus, sizes, size):
     ],
 )
 def test_a_tensor_parallel_size_that_vllm_refuses_is_refused(monkeypatch, gpus, size, reason):
-    monkeypatch.setattr(engines, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(InputError, match=reason):
         engines.tensor_parallel_size(size, config_of(*QWEN))
 

@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import measuring  # noqa: E402
 
-from hopscotch_common.scales.recomputation import saved_bytes  # noqa: E402
 from hopscotch_common.training import TrainingOptions  # noqa: E402
 from hopscotch_common.training.batches import Layout, make_batches  # noqa: E402
 from hopscotch_common.training.trainer import ScaleTrainer  # noqa: E402
@@ -70,8 +69,8 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter():
     model = torch.nn.ParameterList([torch.ones(10), torch.ones(10)])
     x, y = model
     # Saved: x and y (parameters) by the product, the exponential by itself and by the square.
-    assert saved_bytes(model, lambda: (x * y).exp() ** 2) == 40
-    assert saved_bytes(model[:1], lambda: (x * y).exp() ** 2) == 80
+    assert measuring.saved_bytes(model, lambda: (x * y).exp() ** 2) == 40
+    assert measuring.saved_bytes(model[:1], lambda: (x * y).exp() ** 2) == 80
 
 
 class ProductCounter(TorchDispatchMode):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import stock_config
+from measuring import saved_bytes
 from torch.testing import assert_close
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -143,7 +144,7 @@ def test_scales_by_channel_save_as_much_as_scalars(tiny_folder):
     def saved(granularity: str) -> int:
         model = load_model(model_ref(str(tiny_folder())), device="cpu", scale_granularity=granularity)
         scales.reset(model, [1])
-        return recomputation.saved_bytes(model, lambda: model.model(ids, use_cache=False))
+        return saved_bytes(model, lambda: model.model(ids, use_cache=False))
 
     assert saved("channel") == saved("layer")
 
@@ -156,7 +157,7 @@ def test_what_a_layer_saves_for_backward(tiny_folder, dtype):
 
     def saved(skipped: list[int]) -> int:
         scales.reset(model, skipped)
-        return recomputation.saved_bytes(model, lambda: model.model(ids, use_cache=False))
+        return saved_bytes(model, lambda: model.model(ids, use_cache=False))
 
     hidden, mlp, heads, kv_heads, head_dim = 32, 48, 4, 2, 8
     attention = 2 * hidden + 2 * heads * head_dim + 2 * kv_heads * head_dim  # x, branch; q, output; k, v

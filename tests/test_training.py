@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from driving import succeed
+from measuring import saved_bytes
 from test_modeling import reference_logits
 from torch.nn.functional import cross_entropy, kl_div
 from torch.testing import assert_close
@@ -19,7 +20,6 @@ from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, InputError, TrainingError
 from hopscotch_common.loading.loader import load_model
 from hopscotch_common.loading.models import model_ref
-from hopscotch_common.scales.recomputation import saved_bytes
 from hopscotch_common.training import TrainingOptions, trainer
 from hopscotch_common.training import batches as data
 from hopscotch_common.training.batches import Batch, Layout, Sample

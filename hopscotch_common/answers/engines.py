@@ -106,7 +106,7 @@ def vllm_obstacle(config) -> str | None:
     _quieten_vllm()
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() and not (current_platform.is_cuda_alike() and visible_gpus() > 0):
+    if not current_platform.is_cpu() and not (current_platform.is_cuda_alike() and torch.cuda.is_available()):
         return "vLLM is installed, but finds no device that its build runs on"
     if not config.model_type.startswith(PREFIX):
         return None
@@ -118,17 +118,12 @@ def vllm_obstacle(config) -> str | None:
     return vllm_plugin.version_obstacle() or vllm_plugin.family_obstacle(config)
 
 
-def visible_gpus() -> int:
-    """CUDA (or ROCm) devices that this process may use."""
-    return torch.cuda.device_count()
-
-
 def tensor_parallel_size(requested: int | None, config) -> int:
     """vLLM's tensor parallel size: as requested, or the most GPUs that the model can be split over.
 
     Raises InputError for a size that the model does not allow or is more than the GPUs here.
     """
-    gpus = max(visible_gpus(), 1)
+    gpus = max(torch.cuda.device_count(), 1)
     if requested is None:
         return max(size for size in range(1, gpus + 1) if tensor_parallel_obstacle(size, config) is None)
     if obstacle := tensor_parallel_obstacle(requested, config):

@@ -14,24 +14,11 @@ from hopscotch_common.log import Log
 EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl"
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
+KIND = "the answers of an earlier run"
 REMEDY = "remove it to start anew, or name another --output_file"
 LATER_SETTINGS = ("chat_template", "stop_tokens")  # which answers of earlier versions do not name
 BESIDE = ("reasoning_content", "tool_calls")  # the parts of a message besides its content
 ANSWER_IDS, PROMPT_IDS = "answer_token_ids", "prompt_token_ids"  # fields of step 1's answers
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Where prompts are: a file, or a data set of the hub (or a folder) with its config and split.
-
-    field: the one that holds text or messages, where it has a name of its own.
-    """
-
-    input_file: Path | None = None
-    dataset: str | None = None
-    config: str | None = None
-    split: str = "train"
-    field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -179,12 +166,22 @@ def prompt_of(record: dict, where: str, field: str | None = None) -> Prompt:
     return Prompt(messages, where)
 
 
-def find_prompts(source: PromptSource, model: ModelRef) -> list[Prompt]:
-    """The prompts that the flags name, or else the default ones; every record is checked."""
-    if source.dataset is not None:
-        records = hub_records(source.dataset, source.config, source.split)
-    elif source.input_file is not None:
-        records = read_records(source.input_file)
+def find_prompts(
+    model: ModelRef,
+    input_file: Path | None = None,
+    dataset: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    field: str | None = None,
+) -> list[Prompt]:
+    """The prompts of a file, or of a data set of the hub (or a folder), or else the default ones for a model.
+
+    field: the one that holds text or messages, where it has a name of its own. Every record is checked.
+    """
+    if dataset is not None:
+        records = hub_records(dataset, config, split)
+    elif input_file is not None:
+        records = read_records(input_file)
     elif model.embedded:
         records = read_records(EMBEDDED_PROMPTS)
     elif LOCAL_PROMPTS.is_file():
@@ -192,7 +189,7 @@ def find_prompts(source: PromptSource, model: ModelRef) -> list[Prompt]:
         records = read_records(LOCAL_PROMPTS)
     else:
         records = hub_records(HUB_PROMPTS, "main", "train")
-    return [prompt_of(record, where, source.field) for where, record in records]
+    return [prompt_of(record, where, field) for where, record in records]
 
 
 def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
@@ -235,20 +232,15 @@ def answer_text(tokenizer, ids: Sequence[int]) -> str:
 class PartialAnswers:
     """The answers of a run, kept on disk: {"index": of the prompt, "messages": prompt and answer, ...} each.
 
-    records holds them by index. Locked until `close`. An interrupted run goes on where it was.
+    records holds them by index. An interrupted run goes on where it was.
     """
 
-    def __init__(self, path: Path, settings: dict, prompts: Sequence[Prompt]):
-        """Read what an earlier run left. InputError when it had other settings or prompts."""
-        self.prompts = prompts
+    def __init__(self, log: Log, prompts: Sequence[Prompt]):
+        """log: of KIND, with what an earlier run left. InputError when that had other prompts."""
+        self.prompts, self._log = prompts, log
         self.records: dict[int, dict] = {}
-        self._log = Log(path, settings, "the answers of an earlier run", REMEDY, later=LATER_SETTINGS)
-        try:
-            for number, record in self._log.records:
-                self._take(record, f"{path}, line {number}")
-        except BaseException:
-            self._log.close()
-            raise
+        for number, record in log.records:
+            self._take(record, f"{log.path}, line {number}")
 
     def _take(self, record: dict, where: str) -> None:
         match record:
@@ -275,6 +267,3 @@ class PartialAnswers:
         """Keep an answer, flushed to disk."""
         self._log.append(record)
         self.records[record["index"]] = record
-
-    def close(self) -> None:
-        self._log.close()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.files import check_input, lines_of_file, parse_json
+from hopscotch_common.files import as_object, check_input, lines_of_file, parse_json
 
 READ_BY_DATASETS = {".parquet": "parquet", ".csv": "csv", ".zst": "json"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -56,11 +56,8 @@ def _array(content: bytes, path: Path) -> Iterator[tuple[str, dict]]:
     if not records:
         raise InputError(f"{path}: holds no records; name another file, or make it again")
     for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{path}, record {number}: a JSON object is needed, not {type(record).__name__}; mend it"
-            )
-        yield f"{path}, record {number}", record
+        where = f"{path}, record {number}"
+        yield where, as_object(record, where)
 
 
 def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, dict]]:

@@ -28,33 +28,12 @@ from hopscotch_common import scales
 from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import atomic_folder, link_or_copy, locked, read_json, recover_folder
-from hopscotch_common.loading.loader import (
-    hopscotch_classes,
-    hopscotch_config,
-    load_whole,
-    read_config,
-)
+from hopscotch_common.loading import loader, weights
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.loading.tokenization import check_copies, copy_tokenizer
-from hopscotch_common.loading.weights import (
-    check_names,
-    check_tensors,
-    check_weights,
-    read_tensors,
-    save_tensors,
-    weight_files,
-    write_index,
-)
 from hopscotch_common.log import check_settings
 from hopscotch_common.scales import modeling_hopscotch
-from hopscotch_common.scales.modeling_hopscotch import (
-    CODE,
-    FAMILIES,
-    PREFIX,
-    REPLACEMENT_NAMES,
-    SCALE_NAMES,
-    auto_map,
-)
+from hopscotch_common.scales.modeling_hopscotch import CODE, FAMILIES, PREFIX, REPLACEMENT_NAMES, SCALE_NAMES
 
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
@@ -92,6 +71,7 @@ def save_checkpoint(
     """
     check_replaceable(folder)
     with atomic_folder(folder) as target:
+        weights.save_tensors(scales.as_state_dict(values) | (maps or {}), target / SCALES_FILE)
         if share_with is None:
             run = run | _write_base(target, base, skipped, values, maps or {})
         else:
@@ -104,9 +84,8 @@ def save_checkpoint(
                     shutil.copytree(path, target / path.name)
                 elif path.is_file() and path.name not in OWN_FILES:
                     shutil.copyfile(path, target / path.name)
-        save_tensors(scales.as_state_dict(values) | (maps or {}), target / SCALES_FILE)
         if training_state is not None:
-            save_tensors(training_state, target / STATE_FILE)
+            weights.save_tensors(training_state, target / STATE_FILE)
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
         origin = share_with and card.inherited(share_with) or card.origin_of(base)
         card.write_card(target, folder.name, "checkpoint", origin, checkpoint_config(target), values, run)
@@ -127,40 +106,35 @@ def check_base(base: ModelRef, config) -> None:
 def _write_base(
     target: Path, base: ModelRef, skipped: list[int], values: torch.Tensor, maps: dict[str, torch.Tensor]
 ) -> dict:
-    """Write everything that checkpoints of one run share; what hopscotch.json says of it.
+    """Write beside the scales everything that checkpoints of one run share; what hopscotch.json says of it.
 
     Its `weights` are the counts kept and removed, its `tokenizer` a `tokenization.probe`.
     """
-    source, stock = base.folder(), read_config(base)
-    check_weights(source, stock)
-    config = hopscotch_config(stock, sorted(skipped), scales.granularity(values), scales.rank_of(maps))
+    source, stock = base.folder(), loader.read_config(base)
+    weights.check_weights(source, stock)
+    config = loader.hopscotch_config(stock, sorted(skipped), scales.granularity(values), scales.rank_of(maps))
     _, _, model_class = modeling_hopscotch.family_classes(stock.model_type)
     config.architectures = [model_class.__name__]
-    config.auto_map = auto_map(stock.model_type)
+    config.auto_map = modeling_hopscotch.auto_map(stock.model_type)
     config.save_pretrained(target)
     shutil.copyfile(CODE, target / CODE.name)
     copy_companions(source, target)
     tokenizer = copy_tokenizer(source, target, base.source)
 
-    files = weight_files(source)
-    weight_map, total, removed, total_bytes = {}, 0, 0, 0
+    files = weights.weight_files(source)
+    total = removed = 0
     for number, path in enumerate(tqdm(files, "writing weights", delay=2, dynamic_ncols=True), 1):
         name = f"base-{number:05}-of-{len(files):05}.safetensors"
         kept = {}
-        for key, tensor in read_tensors(path).items():
+        for key, tensor in weights.read_tensors(path).items():
             total += tensor.numel()
             if is_skipped_weight(key, config):
                 removed += tensor.numel()
             else:
                 kept[key] = tensor
-                total_bytes += tensor.nbytes
         if kept:
-            save_tensors(kept, target / name)
-            weight_map |= dict.fromkeys(kept, name)
-    own = scales.as_state_dict(values) | maps
-    weight_map |= dict.fromkeys(own, SCALES_FILE)
-    total_bytes += sum(tensor.nbytes for tensor in own.values())
-    write_index(target, weight_map, total_bytes)
+            weights.save_tensors(kept, target / name)
+    weights.write_index(target)
     counts = {
         "parameters": total,
         "parameters_removed": removed,
@@ -191,11 +165,6 @@ def read_run(folder: Path) -> dict:
     return read_json(folder / RUN_FILE)
 
 
-def tokenizer_probe(folder: Path) -> dict | None:
-    """The base's `tokenization.probe`, as the checkpoint recorded it; None where it did not."""
-    return read_run(folder).get("tokenizer") if (folder / RUN_FILE).is_file() else None
-
-
 def load_scales(folder: Path, config=None) -> torch.Tensor:
     """The scales [layers, width] of a checkpoint, without its weights.
 
@@ -207,8 +176,8 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
     wanted = scales.as_state_dict(scales.ones(config))
     own = folder / SCALES_FILE
     found: dict[str, torch.Tensor] = {}
-    for path in [own] if own.is_file() else weight_files(folder):
-        found |= {key: tensor for key, tensor in read_tensors(path).items() if key in wanted}
+    for path in [own] if own.is_file() else weights.weight_files(folder):
+        found |= {key: tensor for key, tensor in weights.read_tensors(path).items() if key in wanted}
     missing = sorted(set(wanted) - set(found))
     if not found:
         raise InputError(f"{folder}: has no scales, so it is not a Hopscotch checkpoint; give one")
@@ -228,7 +197,7 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
 def load_maps(folder: Path) -> dict[str, torch.Tensor]:
     """The maps in skipped blocks' place, by state-dict key; InputError where a number is not finite."""
     own = folder / SCALES_FILE
-    tensors = read_tensors(own) if own.is_file() else {}
+    tensors = weights.read_tensors(own) if own.is_file() else {}
     maps = {key: tensor for key, tensor in tensors.items() if key.endswith(REPLACEMENT_NAMES)}
     for key, tensor in maps.items():
         if not bool(tensor.isfinite().all()):
@@ -244,7 +213,7 @@ def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
     remedy = "so training cannot resume from it; train anew into another --output_dir"
     if not (folder / STATE_FILE).is_file():
         raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
-    state = read_tensors(folder / STATE_FILE)
+    state = weights.read_tensors(folder / STATE_FILE)
     wanted = {"scale_state": load_scales(folder)} | load_maps(folder)
     shapes = {key: (4, *tensor.shape) for key, tensor in wanted.items()}
     finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
@@ -266,10 +235,10 @@ def checkpoint_config(folder: Path):
     if model_type.removeprefix(PREFIX) not in FAMILIES:
         raise InputError(f"{folder}: architecture {model_type!r} is not a supported one")
     if not model_type.startswith(PREFIX):
-        stock = read_config(ModelRef(folder.name, str(folder)))
-        return hopscotch_config(stock, _skipped_by_original(folder, hopscotch_config(stock)))
+        stock = loader.read_config(ModelRef(folder.name, str(folder)))
+        return loader.hopscotch_config(stock, _skipped_by_original(folder, loader.hopscotch_config(stock)))
     try:
-        return hopscotch_classes(model_type)[0].from_pretrained(folder)
+        return loader.hopscotch_classes(model_type)[0].from_pretrained(folder)
     except Exception as error:  # transformers checks some fields, and stumbles over others
         raise InputError(f"{path}: describes no model ({reason_of(error)}); make it again") from error
 
@@ -291,20 +260,20 @@ def _skipped_by_original(folder: Path, config) -> list[int]:
 def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
     """Config and scales [layers, width] of a checkpoint; InputError unless its weights are what they say."""
     config = checkpoint_config(folder)
-    _, model_class = hopscotch_classes(config.model_type)
-    check_names(folder)
+    _, model_class = loader.hopscotch_classes(config.model_type)
+    weights.check_names(folder)
     values = load_scales(folder, config)
     load_maps(folder)
     if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
-        check_tensors(folder, model_class, config)
+        weights.check_tensors(folder, model_class, config)
     return config, values
 
 
 def load_checkpoint(folder: Path, **options):
     """A checkpoint as a model in eval mode; options go to `from_pretrained` (dtype, device_map, …)."""
     config, values = read_checkpoint(folder)
-    _, model_class = hopscotch_classes(config.model_type)
-    model = load_whole(model_class, folder, config=config, **options)
+    _, model_class = loader.hopscotch_classes(config.model_type)
+    model = loader.load_whole(model_class, folder, config=config, **options)
     scales.restore(model, values)  # a scale that is missing would have been 1
     scales.freeze_base(model)
     return model

@@ -7,6 +7,7 @@ channels that are zero, which change nothing.
 """
 
 import json
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from hopscotch_common.export.folding import (
 from hopscotch_common.loading.loader import hopscotch_classes, load_whole
 from hopscotch_common.scales.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES
 
+CODE = Path(configuration_decilm.__file__)
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
 WIDTH_STEP = 256
 # What the format says of a block beyond what a Llama layer needs; some runtimes read them all.
@@ -49,15 +51,15 @@ SAME_IN_BOTH = (
 ).split()
 
 
-def check_representable(config) -> None:
-    """Raise InputError for a Hopscotch config that the format cannot hold."""
+def check_representable(config, replacement_rank: int) -> None:
+    """Raise InputError for a (stock or Hopscotch) config that the format cannot hold."""
     remedy = "export it as folded, or serve the checkpoint itself, with vLLM or transformers"
     family = config.model_type
     if family.removeprefix(PREFIX) not in LLAMA_SHAPED:
         raise InputError(
             f"nemotron_nas holds layers of Llama's shape, and those of {family} are not; {remedy}"
         )
-    if getattr(config, "replacement_rank", 0) and getattr(config, "attention_bias", False):
+    if replacement_rank and getattr(config, "attention_bias", False):
         raise InputError(f"nemotron_nas gives a map a bias where attention has one; {remedy}")
     if family.endswith("qwen3"):
         raise InputError(f"nemotron_nas has no place for the q and k norms of qwen3; {remedy}")
@@ -93,7 +95,7 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
 
     return {name: getattr(config, name) for name in SAME_IN_BOTH} | {
         "architectures": ["DeciLMForCausalLM"],
-        "auto_map": {"AutoConfig": f"{_code().stem}.{configuration_decilm.DeciLMConfig.__name__}"},
+        "auto_map": {"AutoConfig": f"{CODE.stem}.{configuration_decilm.DeciLMConfig.__name__}"},
         "model_type": configuration_decilm.DeciLMConfig.model_type,
         "intermediate_size": width,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -115,14 +117,10 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
     }
 
 
-def _code() -> Path:
-    return Path(configuration_decilm.__file__)
-
-
 def write_config(config: dict, target: Path) -> None:
     """Write config.json and the file of its class into an export."""
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (target / _code().name).write_bytes(_code().read_bytes())
+    shutil.copyfile(CODE, target / CODE.name)
 
 
 def as_hopscotch_config(values: dict):
@@ -158,8 +156,7 @@ def ffn_width(ffn_mult: float, hidden_size: int) -> int:
 
 
 def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
-    """Write the DeciLM config and its class; what its weights are. InputError if it cannot hold the model."""
-    check_representable(config)
+    """Write the DeciLM config and its class; what its weights are."""
     skipped = skipped_blocks(config)
     replaced = skipped if maps else []
     if 0 in skipped and not maps:

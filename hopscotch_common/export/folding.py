@@ -26,7 +26,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import weights
-from hopscotch_common.loading.loader import check_supported, load_whole
+from hopscotch_common.loading.loader import load_whole
 from hopscotch_common.scales import columns
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, SCALE_NAMES, Family
 
@@ -77,9 +77,13 @@ class Product:
     added: float = 0.0
 
 
-def check_foldable(config) -> None:
-    """Raise InputError unless the scales of a (stock or Hopscotch) config's model fold into its weights."""
-    check_supported(config.model_type.removeprefix(PREFIX), "export")
+def check_foldable(config, replacement_rank: int) -> None:
+    """Raise InputError for maps, which stock classes have no place for; scales of every family fold."""
+    if replacement_rank:
+        raise InputError(
+            "folded has no place for maps (--replacement_rank), as the stock class has none; export "
+            "nemotron_nas for mlx-lm, or serve the checkpoint itself, with vLLM or transformers"
+        )
 
 
 def fold_factors(
@@ -90,10 +94,10 @@ def fold_factors(
 ) -> StreamFactors:
     """What the scales become.
 
-    values: the scales [layers, width]. skipped: blocks without attention, of which `replaced` have a map in
-    their place, and b_attn is the map's. residual_multiplier: taken into the weights as well, for a target
-    that has none of its own (Granite's); a map has it already. Raises InputError for scales that are not
-    finite, and for an s too close to 0 to divide by.
+    values: the scales [layers, width], finite. skipped: blocks without attention, of which `replaced` have
+    a map in their place, and b_attn is the map's. residual_multiplier: taken into the weights as well, for a
+    target that has none of its own (Granite's); a map has it already. Raises InputError for an s too close
+    to 0 to divide by.
     """
     skipped = set(skipped) - set(replaced)
     carried, layers = 1.0, []
@@ -114,9 +118,6 @@ def fold_factors(
 
 def _check_scales(layer: int, row: dict[str, torch.Tensor]) -> None:
     for name, scale in row.items():
-        if not bool(scale.isfinite().all()):
-            bad = scale[~scale.isfinite()][0].item()
-            raise InputError(f"{name} of layer {layer} is {bad}: this checkpoint cannot work; train it again")
         if name.startswith("s") and abs(s := scale.item()) < SMALLEST_S:
             raise InputError(
                 f"{name} of layer {layer} is {s:g}, which all but wipes out the residual stream, and "
@@ -177,23 +178,6 @@ class Folding:
     def fold(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor with the scales in it, in its own dtype; InputError where that cannot hold it."""
         return multiplied(key, tensor, self.product(key))
-
-    def check_complete(self, keys: Collection[str], skipped: Iterable[int]) -> None:
-        """Raise InputError unless among `keys`, the names of all tensors, some take b of every branch."""
-        skipped = set(skipped)
-        names = [key.split(".", 3) for key in keys if key.startswith("model.layers.")]
-        for norm, outputs, what in (
-            (self.family.norm_after_attention, ATTENTION_OUTPUTS, "attention"),
-            (self.family.norm_after_mlp, MLP_OUTPUTS | TRANSPOSED_EXPERTS, "MLP"),
-        ):
-            pattern = rf"{norm}\.weight" if norm else "|".join(outputs)
-            found = {int(name[2]) for name in names if re.fullmatch(pattern, name[3])}
-            needed = set(range(len(self.layers))) - (skipped if what == "attention" else set())
-            if missing := sorted(needed - found):
-                raise InputError(
-                    f"layer {missing[0]}: none of its tensors is known to be the last of its {what}, so that "
-                    "its scales cannot be folded; name it in hopscotch_common/export/folding.py"
-                )
 
 
 def _layer_products(
@@ -293,7 +277,6 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
     sources = [p for p in weights.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
     family = target.folding.family
     beside = f".{family.norm_before_mlp or family.norm_after_mlp}.weight"  # every layer has one
-    weight_map, total_bytes = {}, 0
     for number, path in enumerate(sources, 1):
         name = f"model-{number:05}-of-{len(sources):05}.safetensors"
         name = "model.safetensors" if len(sources) == 1 else name
@@ -310,14 +293,8 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
                 tensors |= {k: m.to(tensor.dtype) for k, m in target.linear.items() if k.startswith(own)}
         if tensors:
             weights.save_tensors(tensors, folder / name)
-            weight_map |= dict.fromkeys(tensors, name)
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    missing = sorted(set(target.shapes) - set(weight_map))
-    if missing and not target.renamed:  # of those, loading finds out
-        raise InputError(f"{checkpoint}: {missing[0]} is missing, and {len(missing) - 1} other weights")
-    target.folding.check_complete(weight_map, skipped_blocks(config))
     if len(sources) > 1:
-        weights.write_index(folder, weight_map, total_bytes)
+        weights.write_index(folder)
 
 
 def _filled_up(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:

@@ -44,12 +44,12 @@ TOLERANCE = 1e-2  # relative logit error in float32, which folding adds
 class Format:
     """A format that is a folder. prepare writes its config and says what its weights are.
 
-    check_config: raises InputError for a (stock or Hopscotch) config that the format cannot hold. load: an
-    export as a model, with options of `from_pretrained`.
+    check: raises InputError for a (stock or Hopscotch) config and a `replacement_rank` that the format cannot
+    hold. load: an export as a model, with options of `from_pretrained`.
     """
 
     prepare: Callable[[Path, object, torch.Tensor, dict], folding.Target]
-    check_config: Callable[[object], None]
+    check: Callable[[object, int], None]
     load: Callable
 
 
@@ -62,18 +62,8 @@ FORMATS = {
 def check_exports(formats: Sequence[str], config, target: Path, replacement_rank: int = 0) -> None:
     """Raise InputError where `run_exports` is bound to fail for a model of this (stock) config."""
     for name in formats:
-        check_maps(name, replacement_rank)
         check_output(export_folder(target, name))
-        FORMATS[name].check_config(config)
-
-
-def check_maps(format: str, replacement_rank: int) -> None:
-    """Raise InputError where a checkpoint has maps and the format cannot hold them."""
-    if replacement_rank and format == "folded":
-        raise InputError(
-            "folded has no place for maps (--replacement_rank), as the stock class has none; export "
-            "nemotron_nas for mlx-lm, or serve the checkpoint itself, with vLLM or transformers"
-        )
+        FORMATS[name].check(config, replacement_rank)
 
 
 def export_folder(target: Path, format: str) -> Path:
@@ -111,10 +101,9 @@ def export_checkpoint(
     config, values = checkpoints.read_checkpoint(checkpoint)
     run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
     check_output(output)
-    check_maps(format, config.replacement_rank)
     if getattr(config, "quantization_config", None):
         raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
-    FORMATS[format].check_config(config)
+    FORMATS[format].check(config, config.replacement_rank)
     if config.dtype is None:
         config.dtype = weights.stored_dtype(checkpoint)
     if weights.has_own_head(checkpoint):
@@ -123,8 +112,7 @@ def export_checkpoint(
         checkpoints.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values, checkpoints.load_maps(checkpoint))
         folding.write_weights(checkpoint, folder, config, target)
-        wanted = checkpoints.tokenizer_probe(checkpoint)
-        copy_tokenizer(checkpoint, folder, wanted=wanted)
+        copy_tokenizer(checkpoint, folder, wanted=run.get("tokenizer"))
         report = {
             "format": format,
             "checkpoint": str(checkpoint),

@@ -27,7 +27,6 @@ SOURCES = {
     "mistral": ("llama",),
     "qwen2": ("qwen2", "llama"),
     "granite": ("llama",),
-    "qwen3": (),
 }
 # These pair dimension i of a head with i + head_dim / 2 in the rotary embedding; `deci` pairs
 # neighbours, as `llama` does.
@@ -59,7 +58,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     with atomic_path(output) as temporary:
         kept = _write(reader, layers, temporary)
     before, after = folded_gguf.stat().st_size, output.stat().st_size
-    report = {
+    return {
         "format": "gguf",
         "architecture": ARCHITECTURE,
         "skipped_blocks": skipped,
@@ -70,15 +69,6 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
         "bytes": after,
         "bytes_saved": before - after,
     }
-    logger.info(
-        "%s: %d of %d attention blocks skipped, KV cache for %d blocks, %.1f MB smaller",
-        output,
-        len(skipped),
-        config.num_hidden_layers,
-        report["kv_cache_blocks"],
-        report["bytes_saved"] / 1e6,
-    )
-    return report
 
 
 def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None:

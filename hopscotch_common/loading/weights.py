@@ -53,24 +53,19 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder / ADAPTER_FILE}: an adapter beside the weights would be loaded on top of them; merge "
             "it into them, or give a folder without it"
         )
-    if index := _index(folder):
-        return [folder / name for name in sorted(set(weight_map(index).values()))]
-    return [_weights(folder)]
+    found = _weights_or_index(folder)
+    if found.suffix == ".json":
+        return [folder / name for name in sorted(set(weight_map(found).values()))]
+    return [found]
 
 
-def _weights(folder: Path) -> Path:
+def _weights_or_index(folder: Path) -> Path:
     for name in WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
     raise InputError(
         f"{folder}: no weights (model*.safetensors or pytorch_model*.bin) in it; give a folder with them"
     )
-
-
-def _index(folder: Path) -> Path | None:
-    """The index that names a folder's weight files; None where they are one file."""
-    found = _weights(folder)
-    return found if found.suffix == ".json" else None
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -111,12 +106,15 @@ def save_in_shards(folder: Path, plan: StateDictSplit, tensors: Iterable[tuple[s
         if len(held[name]) == len(plan.filename_to_tensors[name]):
             save_tensors(held.pop(name), folder / name)
     if plan.is_sharded:
-        write_index(folder, plan.tensor_to_filename, plan.metadata["total_size"])
+        write_index(folder)
 
 
-def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
-    """Write the index of a folder's weight files: which tensor is in which."""
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+def write_index(folder: Path) -> None:
+    """Write the index of the safetensors files that a folder holds: which tensor is in which."""
+    found = {path.name: read_tensors(path) for path in sorted(folder.glob("*.safetensors"))}
+    total_bytes = sum(tensor.nbytes for tensors in found.values() for tensor in tensors.values())
+    places = {key: name for name, tensors in found.items() for key in tensors}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -223,11 +221,12 @@ def check_names(folder: Path) -> None:
 
     And where they are named as those of a model without a head are, which transformers takes for the same.
     """
-    index = _index(folder)
-    places = weight_map(index) if index else {}
+    index = _weights_or_index(folder)
+    is_index = index.suffix == ".json"
+    places = weight_map(index) if is_index else {}
     for path in weight_files(folder):
         for name in sorted(tensor_names(path)):
-            if index and places.pop(name, None) != path.name:
+            if is_index and places.pop(name, None) != path.name:
                 raise InputError(
                     f"{index}: does not say that {name} lies in {path.name}; make or fetch it again"
                 )

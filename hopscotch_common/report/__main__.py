@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import check_writable, write_atomic
+from hopscotch_common.files import check_output, check_writable, write_atomic
 
 
 def build_parser() -> ArgumentParser:
@@ -43,9 +43,7 @@ def build_parser() -> ArgumentParser:
 @command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    check_writable(arguments.html.parent)
-    if arguments.html.is_dir():
-        raise InputError(f"--html {arguments.html}: is a folder; name a file")
+    check_output(arguments.html, "--html")
     if arguments.html.suffix.lower() not in (".html", ".htm"):  # so that no report is overwritten
         raise InputError(f"--html {arguments.html}: give a file name that ends in .html")
     if arguments.pictures:

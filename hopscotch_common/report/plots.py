@@ -4,10 +4,9 @@ Colours are those of Okabe and Ito, which colour-blind readers can tell apart; w
 said by shapes and lines, so that it survives a grey print.
 """
 
-import functools
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -41,6 +40,7 @@ STYLE = {
     **{"font.family": "sans-serif", "legend.fontsize": 9, "svg.fonttype": "none"},
     "svg.hashsalt": "hopscotch",  # the same ids each time
 }
+styled = mpl.rc_context(STYLE)  # a decorator of what draws, whatever matplotlib is set to outside
 CROSS_ENTROPY = "cross entropy\n(nats per token)"
 UNITS = {
     **dict.fromkeys(["loss", "ce", "cross_entropy"], CROSS_ENTROPY),
@@ -93,17 +93,6 @@ def render(figure: Figure, suffix: str) -> bytes:
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format=kind, dpi=160, metadata=undated.get(kind))
     return buffer.getvalue()
-
-
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """A function that draws, in STYLE, whatever matplotlib is set to outside."""
-
-    @functools.wraps(draw)
-    def in_style(*arguments, **options) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*arguments, **options)
-
-    return in_style
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:

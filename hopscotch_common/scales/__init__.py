@@ -148,11 +148,8 @@ def granularity(values: torch.Tensor) -> str:
 
 def snapshot(model) -> torch.Tensor:
     """A copy of all scales, [layers, width], float32 on the CPU."""
-    rows = [
-        torch.cat([getattr(layer, name).detach().cpu() for name in SCALE_NAMES])
-        for layer in model.model.layers
-    ]
-    return torch.stack(rows)
+    tensors = {key: scale.detach().cpu() for key, scale in named_scales(model)}
+    return from_state_dict(tensors, len(model.model.layers))
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ the inputs are kept, in their own dtype, and the rest is made again in backward,
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -141,24 +140,3 @@ def recompute_elementwise(model: torch.nn.Module) -> None:
                 module.__class__ = _recomputing_class(RecomputedNorm, stock, weight_offset=offset)
         elif {name for name, _ in module.named_children()} == GATED_MLP:
             module.__class__ = _recomputing_class(RecomputedGatedMLP, stock)
-
-
-def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that `forward()` keeps for backward besides the model's own weights, on all devices.
-
-    A storage that several operations save counts once.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    found: dict[int, int] = {}
-    kept = []  # so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(found.values())
