@@ -1,6 +1,8 @@
 """Errors that one line explains, and the logger. A script's exit code comes from the error."""
 
 import logging
+import os
+import re
 
 logger = logging.getLogger("hopscotch")
 
@@ -26,6 +28,12 @@ def reason_of(error: Exception) -> str:
     """An error of a library's on one line, and not too long a one."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def as_os_error(error: Exception, path: os.PathLike) -> OSError | None:
+    """The OSError (of a full disk, say) that a library in Rust tells as text; None where it is none."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else None
 
 
 class TrainingError(HopscotchError):

@@ -10,6 +10,10 @@ one (Gemma's norms multiply by 1 + weight), or else in its last matrix with bias
 of all experts): all of it where b is a number, row i the factor b[i] / C where b has one a channel. Where
 C is negative, the norm that reads the stream changes the sign of its weight. Where no norm does
 (OLMo 2), the first matrices of the branch take the factor C, and read what they always did.
+
+`fold_factors` makes StreamFactors (C and b / C of each layer) of the scales; a Folding says from these what
+becomes of each tensor (a Product); a format's `prepare` puts it into a Target, with what differs in that
+format; `write_weights` writes the tensors so.
 """
 
 import math

@@ -9,15 +9,13 @@ tokenizer effectively is, in a tokenizer.json, under the one class that takes th
 import contextlib
 import hashlib
 import json
-import os
-import re
 import tempfile
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.errors import InputError, as_os_error, logger, reason_of
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.scales.modeling_hopscotch import PREFIX
@@ -136,10 +134,10 @@ def copy_tokenizer(
     wanted = wanted or probe(tokenizer)
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers' own, which is no OSError, of a full disk for example
-        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+    except Exception as error:
+        if found := as_os_error(error, folder):
+            raise found from error
+        raise
     if isinstance(tokenizer, TokenizersBackend):
         path = folder / TOKENIZER_CONFIG
         path.write_text(json.dumps(read_json(path) | {"tokenizer_class": AS_IT_IS}, indent=2) + "\n")

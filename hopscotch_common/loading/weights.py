@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common.errors import InputError, reason_of
+from hopscotch_common.errors import InputError, as_os_error, reason_of
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.loader import check_loaded
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX
@@ -35,8 +35,10 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         stored.add(place)
     try:
         save_file(unshared, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(None, str(error), str(path)) from error
+    except SafetensorError as error:
+        if found := as_os_error(error, path):
+            raise found from error
+        raise
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

@@ -7,7 +7,12 @@ Outside of a model all scales are one float32 tensor [layers, width]. A row hold
 after another in SCALE_NAMES order: 4 numbers where each is a scalar, and 2 * hidden + 2 where b is a
 vector (`scale_granularity: channel`). `columns` takes it apart.
 
-A model with a `replacement_rank` has low-rank maps besides, which stand in the skipped blocks' place.
+A block is skipped in one of three ways:
+
+    in search and training   `reset` sets the layer's switch and b_attn to 0; the block stays in memory
+    in a checkpoint          the config names it (`skipped_attention_blocks`); the block is not even made
+    with maps                a config with a `replacement_rank`: a low-rank map is where the block was,
+                             and b_attn is the map's
 """
 
 import contextlib
