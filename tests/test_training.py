@@ -490,6 +490,8 @@ def test_a_prefix_is_shared_where_it_saves_and_predicts_nothing():
     assert data.shared_prefix(samples) == samples[0].input_ids[:10]  # 5 predicts 8
     assert data.shared_prefix([samples[0], samples[0]]) == samples[0].input_ids[:11]  # 6 predicts 7
     assert data.shared_prefix(samples[:1]) == []
+    counted = Sample(samples[0].input_ids, samples[0].input_ids)  # from the first token on
+    assert data.shared_prefix([counted, counted]) == []
     long = Sample(samples[0].input_ids + [1] * 30, samples[0].labels + [1] * 30)
     assert data.shared_prefix([samples[0], long]) == []  # 11 of 56 tokens
 

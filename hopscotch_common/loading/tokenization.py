@@ -49,8 +49,10 @@ def load_tokenizer(ref: ModelRef):
 
 
 def stop_token_ids(folder: Path, tokenizer) -> set[int]:
-    """Tokens that end an answer: the tokenizer's end of sequence, the generation config's (without one, as
-    transformers does it, the config's), and the one by which the chat template ends a turn."""
+    """Tokens that end an answer: the tokenizer's end of sequence, the generation config's, and the turn's.
+
+    Without a generation config those of the config, as transformers does it.
+    """
     stop = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
     if (folder / "generation_config.json").is_file():
         configured = GenerationConfig.from_pretrained(folder).eos_token_id

@@ -296,7 +296,7 @@ def shared_prefix(samples: Sequence[Sample]) -> list[int]:
 
     Empty where sharing them would save little: a pass of its own and masked attention cost time too.
     """
-    predict_nothing = min(_first_counted(sample) for sample in samples) - 1
+    predict_nothing = max(0, min(_first_counted(sample) for sample in samples) - 1)
     prefix = os.path.commonprefix([sample.input_ids for sample in samples])[:predict_nothing]
     saved = len(prefix) * (len(samples) - 1) / sum(len(sample) for sample in samples)
     return prefix if saved >= MIN_SHARED else []
