@@ -229,7 +229,10 @@ def print_held_out(report: dict) -> None:
     if held_out["scaled"] is None:
         return
     for measure, title in (("cross_entropy", "loss"), ("kl", "KL"), ("agreement", "agreement")):
-        figures = [f"{name} {held_out[name][measure]:.4f}" for name in ("original", "unscaled", "scaled")]
+        figures = []
+        for name in ("original", "unscaled", "scaled"):
+            error = held_out[name].get(f"{measure}_error")
+            figures.append(f"{name} {held_out[name][measure]:.4f}" + (f" ± {error:.4f}" if error else ""))
         cli.result(f"Held-out {title}: {', '.join(figures)} (epoch {report['best_epoch']})")
 
 

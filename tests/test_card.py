@@ -13,6 +13,7 @@ from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.export import formats
 from hopscotch_common.loading.loader import hopscotch_config, read_config
 from hopscotch_common.loading.models import ModelRef, model_ref
+from hopscotch_common.scales.modeling_hopscotch import REPLACEMENT_NAMES
 
 SKIPPED = [0, 2]
 BASE_CARD = """---
@@ -28,7 +29,7 @@ eval_results: nonsense
 FIGURES = {
     "original": {"cross_entropy": 0.25, "kl": 0.0, "agreement": 1.0},
     "unscaled": {"cross_entropy": 0.5, "kl": 0.125, "agreement": 0.75},
-    "scaled": {"cross_entropy": 0.375, "kl": 0.0625, "agreement": 0.875},
+    "scaled": {"cross_entropy": 0.375, "kl": 0.0625, "agreement": 0.875, "kl_error": 0.01},
 }
 RUN = {
     "epoch": 4,
@@ -82,13 +83,26 @@ def test_a_checkpoint_says_what_it_is(base, tmp_path):
         "KV cache: 2 of 4 blocks (50%)",
         "four a layer; 5 epoch(s) of Adam, learning rate 0.003, 16 answers a step, on KL",
         "| blocks skipped, no scales | 0.5000 | 0.1250 | 75.0% |",
-        "| blocks skipped, with scales | 0.3750 | 0.0625 | 87.5% |",
+        "| blocks skipped, with scales | 0.3750 | 0.0625 ± 0.0100 | 87.5% |",
         "vllm serve",
         "@inproceedings",
     ):
         assert words in found.text, words
     assert "own page" not in found.text
     verify(folder)
+
+
+def test_with_maps_it_names_what_loads_them(base, tmp_path):
+    names = [f"model.layers.{block}.{half}" for block in SKIPPED for half in REPLACEMENT_NAMES]
+    maps = {name: torch.full((2, 32) if "down" in name else (32, 2), 0.01) for name in names}
+    checkpoint = save(tmp_path / "epoch_4", base, 1.1, RUN, maps=maps)
+    text = read(checkpoint).text
+    assert "a linear map of rank 2" in text and "but these maps and the scales" in text
+    assert "| maps in their place, as fitted | 0.5000 |" in text and "| maps and scales, trained |" in text
+    assert "mlx-lm" in text and "llama.cpp" not in text and "no scales" not in text
+    formats.export_checkpoint(checkpoint, "nemotron_nas", tmp_path / "nas", device="cpu")
+    text = read(tmp_path / "nas").text
+    assert "mlx_lm.generate --model MODEL" in text and "vllm serve" not in text and "llama.cpp" not in text
 
 
 def test_each_epoch_tells_its_own_figures(base, tmp_path):

@@ -365,7 +365,9 @@ def test_one_run_prints_its_short_table_and_makes_its_pictures(made, scaled, tmp
     }
     for measure in ("agreement", "kl", "cross entropy"):
         for name in ("scaled", "unscaled", "original"):
-            rows[f"held-out {measure}, {name}"] = f"{held_out[name][measure.replace(' ', '_')]:.4f}"
+            value = held_out[name][measure.replace(" ", "_")]
+            error = held_out[name]["kl_error"] if measure == "kl" and name != "original" else None
+            rows[f"held-out {measure}, {name}"] = f"{value:.4f}" + (f" ± {error:.4f}" if error else "")
     rows["parameters saved"] = f"{removed:,} of {total:,} ({removed / total:.1%})"
     rows["KV cache saved"] = "2 of 4 blocks (50.0%)"
     width = max(map(len, rows))
@@ -382,7 +384,8 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
         stopped_before=synthetic_search()["iterations"][0]
         | {"block": 5, "loss": 9.5, "skipped_before": [2, 4]},
     )
-    report["iterations"][0]["held_out"] = {"cross_entropy": 0.625, "kl": 0.25, "agreement": 0.875}
+    figures = {"cross_entropy": 0.625, "kl": 0.25, "agreement": 0.875, "kl_error": None}
+    report["iterations"][0]["held_out"] = figures
     run = parse(SearchRun, report)
     rows = dict(summary(run).rows)
     assert rows["stopped before"] == "block 5, loss 9.5000"
@@ -404,9 +407,11 @@ def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, scaled, tmp_
     held_out = scaled["epochs"][scaled["best_epoch"]]["held_out"]
     lost, gained = decision(runs)
     assert lost.startswith(f"on held-out answers after epoch {scaled['best_epoch']}: ")
-    for measure, value in held_out["scaled"].items():
+    figures = dict(held_out["scaled"])
+    errors = {"kl": f" ± {figures.pop('kl_error'):.4f}"}
+    for measure, value in figures.items():
         original = held_out["original"][measure]
-        expected = f"{value:.4f} (original {original:.4f}, {value - original:+.4f})"
+        expected = f"{value:.4f}{errors.get(measure, '')} (original {original:.4f}, {value - original:+.4f})"
         assert f"{measure.replace('_', ' ')} {expected}" in lost
     left = counts["parameters"] - counts["parameters_removed"]
     assert f"parameters left: {left:,} of {counts['parameters']:,}" in gained

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -289,8 +290,13 @@ def test_evaluate_is_the_mean_over_tokens(tiny_folder):
     found = evaluate(model, make_batches(samples, 2, 60, seed=0, shuffle=False), "held out")
     with torch.no_grad():
         for loss, mean in (("ce", found.cross_entropy), ("kl", found.kl)):
-            total = sum(reference_loss(stock, sample, values, {2}, loss) for sample in samples)
-            assert math.isclose(mean, total.item() / tokens, rel_tol=1e-5)
+            of_each = [reference_loss(stock, sample, values, {2}, loss).item() for sample in samples]
+            assert math.isclose(mean, sum(of_each) / tokens, rel_tol=1e-5)
+        counted = [sample.num_loss_counted_tokens for sample in samples]
+        apart = [kl - found.kl * count for kl, count in zip(of_each, counted, strict=True)]  # their sum is 0
+        error = math.sqrt(len(samples)) * statistics.stdev(apart) / tokens
+        assert math.isclose(found.kl_error, error, rel_tol=1e-3)
+        assert evaluate(model, make_batches(samples[:1], 2, 60), "one answer").kl_error is None
         agreeing = 0
         for sample in samples:
             logits = reference_logits(stock, torch.tensor([sample.input_ids]), values, {2})[0]
@@ -378,7 +384,7 @@ def test_what_does_not_fit_is_split_and_changes_nothing(tiny_folder, packed, los
     held_out = evaluate(trainer.model, batches, "held out")
     crowded.tokens = 10**6
     expected = evaluate(trainer.model, batches, "held out")
-    assert dataclasses.astuple(held_out) == pytest.approx(dataclasses.astuple(expected), rel=1e-5)
+    assert dataclasses.astuple(held_out) == pytest.approx(dataclasses.astuple(expected), rel=1e-4)
 
 
 def test_a_single_answer_that_does_not_fit_is_named(tiny_folder):
@@ -482,7 +488,7 @@ def test_a_shared_prefix_changes_nothing(tiny_folder, family, changes, loss):
     (losses, trained, figures), expected = results[1], results[0]
     assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
     assert_close(trained, expected[1], rtol=1e-4, atol=1e-4)
-    assert figures == pytest.approx(expected[2], rel=1e-5)
+    assert figures == pytest.approx(expected[2], rel=1e-4)
 
 
 def test_a_prefix_is_shared_where_it_saves_and_predicts_nothing():

@@ -14,10 +14,10 @@ CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja
 LICENCE_FIELDS = ("license", "license_name", "license_link", "language")
 LIBRARIES = {"checkpoint": "transformers", "folded": "transformers", "nemotron_nas": "vllm"}
-ROWS = {
-    "original": "original",
-    "unscaled": "blocks skipped, no scales",
-    "scaled": "blocks skipped, with scales",
+ROWS = {  # of held-out figures; the second title where maps stand in the blocks' place
+    "original": ("original", "original"),
+    "unscaled": ("blocks skipped, no scales", "maps in their place, as fitted"),
+    "scaled": ("blocks skipped, with scales", "maps and scales, trained"),
 }
 
 
@@ -37,7 +37,8 @@ def write_card(
     its scales [layers, width]. run: its hopscotch.json. check: how an export compared with it.
     """
     try:
-        training, rows = _training(config, values, run), _held_out(run.get("held_out") or {})
+        training = _training(config, values, run)
+        rows = _held_out(run.get("held_out") or {}, bool(config.replacement_rank))
     except (AttributeError, KeyError, TypeError, ValueError):  # of an earlier release, or edited
         training, rows = "How its scales were trained is not on record.", []
     present, skipped = len(attention_blocks(config)), sorted(config.skipped_attention_blocks or ())
@@ -64,6 +65,7 @@ def write_card(
         training=training,
         rows=rows,
         check=check,
+        maps=bool(config.replacement_rank),
     )
     card.save(target / CARD_FILE)
 
@@ -97,13 +99,16 @@ def _training(config, values: torch.Tensor, run: dict) -> str:
     )
 
 
-def _held_out(figures: dict) -> list[str]:
+def _held_out(figures: dict, maps: bool) -> list[str]:
     """Rows of a table of the figures on held-out answers, as far as there are any."""
-    return [
-        f"| {title} | {found['cross_entropy']:.4f} | {found['kl']:.4f} | {found['agreement']:.1%} |"
-        for key, title in ROWS.items()
-        if (found := figures.get(key))
-    ]
+    rows = []
+    for key, titles in ROWS.items():
+        if found := figures.get(key):
+            error = found.get("kl_error")
+            kl = f"{found['kl']:.4f}" + (f" ± {error:.4f}" if error else "")
+            cells = (titles[maps], f"{found['cross_entropy']:.4f}", kl, f"{found['agreement']:.1%}")
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def origin_of(base: ModelRef) -> dict:

@@ -5,6 +5,7 @@ types of the records: a report that cannot be read is an InputError that names t
 and what to do.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -30,9 +31,14 @@ from hopscotch_common.errors import InputError
 REMEDY = "make it again, or give a report of one of the five scripts, or param_scale.py's output folder"
 
 
+ERROR = "_error"  # behind a measure's name: its standard error, null of a single answer
+
+
 def _by_measure(value: object) -> object:
     """Held-out figures: null is none, and a plain number (of earlier releases) a loss."""
-    return {} if value is None else value if isinstance(value, Mapping) else {"loss": value}
+    if not isinstance(value, Mapping):
+        return {} if value is None else {"loss": value}
+    return {k: v for k, v in value.items() if v is not None or not str(k).endswith(ERROR)}
 
 
 Count = Annotated[int, Field(ge=0, lt=10**15)]  # and the index of a block
@@ -40,6 +46,11 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]  # null: diverged
 LossByBlock = dict[Count, Loss]
 Measures = Annotated[dict[str, Finite], BeforeValidator(_by_measure)]
+
+
+def measures_of(*figures: Mapping[str, float]) -> list[str]:
+    """What held-out figures measure: their names, but for those of errors."""
+    return [name for name in dict.fromkeys(itertools.chain(*figures)) if not name.endswith(ERROR)]
 
 
 class Record(BaseModel):
@@ -190,7 +201,7 @@ class ScalingRun(Run):
     @property
     def measures(self) -> list[str]:
         """What was measured on held-out answers."""
-        return list(dict.fromkeys(name for epoch in self.epochs for name in epoch.scaled))
+        return measures_of(*(epoch.scaled for epoch in self.epochs))
 
 
 Parsed = TypeVar("Parsed", bound=Record)

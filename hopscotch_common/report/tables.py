@@ -10,7 +10,7 @@ import numpy as np
 
 from hopscotch_common.errors import printable
 from hopscotch_common.report import find_bend
-from hopscotch_common.report.reading import CountsRun, Run, ScalingRun, SearchRun
+from hopscotch_common.report.reading import ERROR, CountsRun, Run, ScalingRun, SearchRun, measures_of
 
 NUMBER = re.compile(r"([-+]?[\d,]*\.?\d+( ± [\d.]+)?|skipped)?")
 
@@ -68,10 +68,10 @@ def decision(runs: Sequence[Run]) -> tuple[str, str] | None:
     if not found:
         return "not measured: no answers were held out (--validation_split)", "; ".join(gained)
     lost = []
-    for measure, value in found.items():
-        before = original.get(measure)
+    for measure in measures_of(found):
+        before, value = original.get(measure), found[measure]
         beside = "" if before is None else f" (original {before:.4f}, {value - before:+.4f})"
-        lost.append(f"{_words(measure)} {value:.4f}{beside}")
+        lost.append(f"{_words(measure)} {_figure(found, measure)}{beside}")
     return f"on held-out answers {when}: {'; '.join(lost)}", "; ".join(gained)
 
 
@@ -107,20 +107,20 @@ def _search_rows(run: SearchRun) -> list[tuple[str, str]]:
         ("bend of the loss", "none" if bend is None else f"at {bend} blocks"),
         ("cost", f"{sum(pick.candidate_epochs for pick in run.iterations):.1f} candidate-epochs"),
     ]
-    for measure, value in last.held_out.items():
+    for measure in measures_of(last.held_out):
         original = run.original_held_out.get(measure)
         beside = "" if original is None else f" (original {original:.4f})"
-        rows.append((f"held-out {_words(measure)}", f"{value:.4f}{beside}"))
+        rows.append((f"held-out {_words(measure)}", f"{_figure(last.held_out, measure)}{beside}"))
     return rows
 
 
 def _scaling_rows(run: ScalingRun) -> list[tuple[str, str]]:
     rows = [("attention blocks skipped", ", ".join(map(str, run.skipped_blocks)))]
     rows += [(flag, str(run.arguments[flag])) for flag in ("granularity", "loss") if flag in run.arguments]
-    for measure in run.best.scaled:
-        for name, measures in (run.baselines | {"scaled": run.best.scaled}).items():
-            if measure in measures:
-                rows.append((f"held-out {_words(measure)}, {name}", f"{measures[measure]:.4f}"))
+    for measure in run.measures:
+        for name, found in (run.baselines | {"scaled": run.best.scaled}).items():
+            if measure in found:
+                rows.append((f"held-out {_words(measure)}, {name}", _figure(found, measure)))
     for what, (total, removed) in _saved(run).items():
         name, unit = ("KV cache", " blocks") if "KV" in what else (what, "")
         rows.append((f"{name} saved", f"{removed:,} of {total:,}{unit} ({removed / total:.1%})"))
@@ -149,7 +149,7 @@ def folded(run: Run) -> list[Table]:
 def picks(run: SearchRun) -> Table:
     """A row for each block that the search picked."""
     rows, before = [], None
-    measures = list(run.iterations[0].held_out)
+    measures = measures_of(run.iterations[0].held_out)
     for pick in run.iterations:
         trained = whole = 0
         if run.criterion == "trained":
@@ -185,7 +185,13 @@ def epochs(run: ScalingRun) -> Table:
 
 
 def _cells(figures: Mapping[str, float], measures: Sequence[str]) -> list[str]:
-    return [f"{figures[name]:.4f}" if name in figures else "" for name in measures]
+    return [_figure(figures, name) if name in figures else "" for name in measures]
+
+
+def _figure(figures: Mapping[str, float], measure: str) -> str:
+    """With its standard error, where that is known and not 0 (as of the original's own divergence)."""
+    error = figures.get(f"{measure}{ERROR}")
+    return f"{figures[measure]:.4f}" + (f" ± {error:.4f}" if error else "")
 
 
 def _held_out_header(measures: Sequence[str]) -> list[str]:

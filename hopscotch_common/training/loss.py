@@ -5,7 +5,7 @@ No logits are made where none count, and no matrix of all tokens by the vocabula
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import kl_div, log_softmax, nll_loss
@@ -110,19 +110,20 @@ def summed_head_loss(
 def summed_figures(
     model, minibatch: Minibatch, prefix: "SharedPrefix | None", original: torch.Tensor
 ) -> torch.Tensor:
-    """Sums over the minibatch's loss-counted tokens, float32 [3]: the fields of `HeldOut`.
+    """Sums over each answer's loss-counted tokens, float32 [answers, 3]: cross entropy, KL, agreement.
 
     Arguments as `summed_loss` has them. Agreement counts the positions where the model's most likely token
     is the target.
     """
     hidden, targets = _counted(model, _last_hidden_state(model, minibatch, prefix), minibatch)
-    total = torch.zeros(3, device=hidden.device)
+    figures = []
     for rows in _few_rows(hidden):
         ours, theirs = (_log_probabilities(model.lm_head, model.config, h[rows]) for h in (hidden, original))
-        total[0] += nll_loss(ours, targets[rows], reduction="sum")
-        total[1] += kl_div(ours, theirs, reduction="sum", log_target=True)
-        total[2] += (ours.argmax(dim=-1) == targets[rows]).sum()
-    return total
+        loss = nll_loss(ours, targets[rows], reduction="none")
+        divergence = kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1)
+        figures.append(torch.stack([loss, divergence, ours.argmax(dim=-1) == targets[rows]], dim=-1))
+    parts = torch.cat(figures).split([sample.num_loss_counted_tokens for sample in minibatch.samples])
+    return torch.stack([part.sum(dim=0) for part in parts])
 
 
 def _last_hidden_state(model, minibatch: Minibatch, prefix: "SharedPrefix | None" = None) -> torch.Tensor:
@@ -257,12 +258,14 @@ class HeldOut:
     """Means over the loss-counted tokens of answers that were not trained on.
 
     cross_entropy: of the answers' tokens; kl: divergence from the original model's distributions; both
-    in nats a token. agreement: share of positions where the most likely token is the answer's.
+    in nats a token. agreement: share of positions where the most likely token is the answer's. kl_error: the
+    standard error of kl, had the answers been others of their kind; None of a single answer.
     """
 
     cross_entropy: float
     kl: float
     agreement: float
+    kl_error: float | None = None
 
 
 @torch.no_grad()
@@ -279,17 +282,28 @@ def evaluate(
     answer does not fit into memory, Diverged when a figure is not finite.
     """
     originals, runner = originals or Originals(model), MinibatchRunner()
-    total, tokens = torch.zeros(len(fields(HeldOut)), device=model.device), 0
+    total = torch.zeros(8, device=model.device)
     for batch in batches:
         prefix, minibatches = compute_prefix(model, batch)
 
         def sums_of(minibatch: Minibatch, prefix=prefix) -> torch.Tensor:
             return summed_figures(model, minibatch.to(model.device), prefix, originals(minibatch))
 
-        for _, sums in runner.run(minibatches, sums_of, where):
-            total += sums.to(model.device)
-        tokens += batch.num_loss_counted_tokens
-    means = [value / tokens for value in (total if reduce is None else reduce(total)).tolist()]
+        for minibatch, sums in runner.run(minibatches, sums_of, where):
+            tokens = sums.new_tensor([sample.num_loss_counted_tokens for sample in minibatch.samples])
+            kl = sums[:, 1]
+            moments = torch.stack(
+                [tokens, kl * kl, kl * tokens, tokens * tokens, torch.ones_like(tokens)], -1
+            )
+            total += torch.cat([sums, moments], -1).sum(dim=0).to(model.device)
+    *sums, tokens, squares, products, token_squares, answers = (
+        total if reduce is None else reduce(total)
+    ).tolist()
+    means = [value / tokens for value in sums]
     if not all(map(math.isfinite, means)):
         raise Diverged(f"{where}: the loss is {means[0]}; use --dtype float32")
-    return HeldOut(*means)
+    error = None
+    if answers > 1:  # of a ratio of sums, an answer's KL to its tokens
+        spread = squares - 2 * means[1] * products + means[1] ** 2 * token_squares
+        error = math.sqrt(max(0.0, spread) * answers / (answers - 1)) / tokens
+    return HeldOut(*means, error)
