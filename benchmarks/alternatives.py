@@ -129,9 +129,12 @@ class Observed:
         self.turned_by_attention[index] += (1 - cosine_similarity(before, before + added, -1)).sum()
         self.turned_by_layer[index] += (1 - cosine_similarity(before, behind, -1)).sum()
         x, y = before.double(), added.double()
-        parts = (torch.tensor(len(x)), x.sum(0), y.sum(0), x.T @ x, y.T @ x, y.T @ y)
-        for total, part in zip(self.moments[index], parts, strict=True):
-            total += part
+        count, sum_x, sum_y, xx, yx, yy = self.moments[index]
+        count += len(x)
+        sum_x += x.sum(0)
+        sum_y += y.sum(0)
+        for total, left, right in ((xx, x, x), (yx, y, x), (yy, y, y)):
+            total.addmm_(left.T, right)
 
 
 @torch.no_grad()
