@@ -18,12 +18,13 @@ elif [[ $name == *.[Gg][Gg][Uu][Ff] ]]; then
     name=${name%.*}
 fi
 
+input_file=${INPUT_FILE:-}            # your prompts, JSONL; empty: what step 1 takes by itself
 launch=${LAUNCH:-python}              # or "accelerate launch --multi_gpu"
 num_samples=${NUM_SAMPLES:-}          # prompts to answer; empty: all
 max_tokens=${MAX_TOKENS:-4096}        # of an answer
 max_samples=${MAX_SAMPLES:-}          # answers that the search uses; empty: all
 batch_size=${BATCH_SIZE:-32}
-search=${SEARCH:-race}                # or full, the paper's schedule
+search=${SEARCH:-race}                # or untrained, cosine, or full, the paper's; on cross entropy
 num_blocks=${NUM_BLOCKS:-4}
 num_epochs=${NUM_EPOCHS:-10}
 granularity=${GRANULARITY:-channel}    # of the scales: channel, or layer (the paper's)
@@ -44,7 +45,7 @@ step() { # what comes now, and about how long it takes
 
 step "1. $name answers the prompts: greedily, as the model alone would"
 python "$here/generate_model_gt_data.py" --model="$model" --max_tokens "$max_tokens" \
-    ${num_samples:+--num_samples "$num_samples"}
+    ${input_file:+--input_file "$input_file"} ${num_samples:+--num_samples "$num_samples"}
 
 step "2. its answers become token ids, and labels for what it said"
 python "$here/process_gt_data.py" --model="$model"
@@ -64,7 +65,7 @@ $launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processe
     --validation_split 0.2 ${learning_rate:+--learning_rate "$learning_rate"} \
     --resume ${export_formats:+--export $export_formats}
 
-step "4b. the same skips without training"
+step "4b. the same without training"
 python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_block_selection.json" \
     --replacement_rank "$rank" --data_path "data/$name-processed-data/data.jsonl"
 

@@ -202,7 +202,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     add(
         "--gradient_checkpointing",
         action="store_true",
-        help="recompute activations in the backward pass: less memory, about a third more time",
+        help="recompute activations in the backward pass: less memory, a third more computation",
     )
     add("--compile", action="store_true", help="torch.compile each decoder layer; pays on long GPU runs")
 

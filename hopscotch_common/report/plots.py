@@ -249,19 +249,19 @@ def _draw_baselines(axes: Axes, run: ScalingRun, measure: str) -> None:
     Where the unscaled one lies so far off that it would squeeze all else, only its value is shown.
     """
 
-    def draw(name: str, label: str, **look) -> float | None:
+    def draw(name: str, **look) -> float | None:
         value = run.baselines.get(name, {}).get(measure)
         if value is not None:
-            axes.axhline(value, linewidth=1.4, label=f"held out, {label}", **look)
+            axes.axhline(value, linewidth=1.4, label=f"held out, {run.compared[name]}", **look)
         return value
 
     def write(value: float, at: float, tail: str = "") -> None:
         place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", va="center", fontsize=8)
         axes.annotate(f"{value:.4f}{tail}", (1, at), (4, 0), **place)
 
-    original = draw("original", "original model", color=INK, linestyle="--")
+    original = draw("original", color=INK, linestyle="--")
     low, high = axes.get_ylim()
-    unscaled = draw("unscaled", "skips without scales", color=GREY, linestyle="-.")
+    unscaled = draw("unscaled", color=GREY, linestyle="-.")
     if original is not None:
         write(original, original)
     if unscaled is None:

@@ -199,6 +199,12 @@ class ScalingRun(Run):
         return {name: figures for name, figures in found.items() if name != "scaled"}
 
     @property
+    def compared(self) -> dict[str, str]:
+        """What `baselines` are, in words: with maps, these as fitted are what training starts at."""
+        before = "maps as fitted" if self.arguments.get("replacement_rank") else "skips without scales"
+        return {"original": "original model", "unscaled": before}
+
+    @property
     def measures(self) -> list[str]:
         """What was measured on held-out answers."""
         return measures_of(*(epoch.scaled for epoch in self.epochs))

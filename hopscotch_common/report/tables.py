@@ -176,7 +176,7 @@ def picks(run: SearchRun) -> Table:
 def epochs(run: ScalingRun) -> Table:
     """A row for each epoch, and for the held-out figures of the models that it is compared with."""
     measures = run.measures
-    compared = {"original": "original model", "unscaled": "skips without scales"}
+    compared = run.compared
     rows = [(compared.get(name, name), "", *_cells(found, measures)) for name, found in run.baselines.items()]
     for epoch in run.epochs:
         best = " (best)" if epoch.epoch == run.best_epoch else ""
