@@ -69,6 +69,15 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             return _fail(f"{place}{error.strerror or error}; nothing that was finished is lost", 1)
+        except RuntimeError as error:
+            from hopscotch_common.training.batches import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
+            remedy = "--device split or cpu, --dtype bfloat16, or without --replacement_rank takes less"
+            return _fail(
+                f"out of memory ({reason_of(error)}): {remedy}; nothing that was finished is lost", 1
+            )
 
     return wrapper
 

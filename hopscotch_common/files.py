@@ -306,9 +306,9 @@ def _old(folder: Path) -> Path:
 def recover_folder(folder: Path) -> None:
     """Put back what a killed `atomic_folder` had moved away, or remove it where its successor is there."""
     old = _old(folder)
-    if old.exists():
+    if os.path.lexists(old):
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, folder)
 

@@ -83,6 +83,16 @@ def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
             (folder / "whole").write_text("first")
 
 
+def test_a_link_in_a_folders_place_is_replaced_again_and_again(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "ckpt").symlink_to("elsewhere")
+    for number in range(3):
+        with files.atomic_folder(tmp_path / "ckpt") as folder:
+            (folder / "weights").write_text(str(number))
+        assert (tmp_path / "ckpt" / "weights").read_text() == str(number)
+        assert {path.name for path in tmp_path.iterdir()} == {"ckpt", "elsewhere"}
+
+
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The calls of fsync and rename, in order: each with the name of its file or folder."""

@@ -259,6 +259,14 @@ def test_maps_are_exported_as_matrices(tiny_folder, tmp_path, family, blocks, gr
     assert [key for key in weights if "linear" in key] == [
         f"model.layers.{block}.self_attn.linear.weight" for block in blocks
     ]
+    text = (tmp_path / "nas" / "README.md").read_text()
+    assert "KV cache: 2 of 4" in text and "which adds zero" not in text and "A matrix stands in" in text
+    # saved again, the maps are among the weights, as LoRA's merged ones are
+    again = checkpoints.load_checkpoint(tmp_path / "c")
+    again.save_pretrained(tmp_path / "again")
+    assert checkpoints.load_maps(tmp_path / "again").keys() == checkpoints.load_maps(tmp_path / "c").keys()
+    report = export_checkpoint(tmp_path / "again", "nemotron_nas", tmp_path / "nas_again", device="cpu")
+    assert report["relative_logit_error"] < 1e-3
     with pytest.raises(InputError, match="folded has no place for maps"):
         export_checkpoint(tmp_path / "c", "folded", tmp_path / "folded", device="cpu")
     with pytest.raises(InputError, match="has maps in its skipped blocks' place"):

@@ -20,6 +20,7 @@ from test_training import random_samples
 import block_selection
 import param_scale
 from hopscotch_common import checkpoints
+from hopscotch_common.errors import InputError
 from hopscotch_common.loading import weights
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.report import __main__ as report_command
@@ -245,6 +246,28 @@ def test_the_map_of_vectors_shows_mean_and_spread(made, tmp_path):
             else:
                 assert means[2 * row, layer] == pytest.approx(values.mean().item())
                 assert spreads[row, layer] == pytest.approx(values.std(correction=0).item())
+
+
+@pytest.mark.parametrize(
+    "change", [{"loss": 0.125}, {"skipped_attention_blocks": [3]}], ids=["another loss", "other blocks"]
+)
+def test_a_checkpoint_of_a_later_training_is_not_this_reports(made, tmp_path, change):
+    """Started anew in the same folder, and interrupted before it wrote a report."""
+    shutil.copytree(made / "scaled", tmp_path / "scaled")
+    run = read_report(tmp_path / "scaled")
+    assert run.weights is not None and run.scales is not None
+    run_file = run.checkpoint / "hopscotch.json"
+    told = json.loads(run_file.read_text())
+    run_file.unlink()
+    run_file.write_text(json.dumps(told | change))
+    run = read_report(tmp_path / "scaled")
+    assert run.weights is None and run.scales is None
+    assert dict(summary(run).rows)["checkpoint"].endswith("(not there)")
+
+
+def test_a_search_without_a_pick_has_nothing_to_show():
+    with pytest.raises(InputError, match="no block was picked, so there is nothing to show"):
+        parse(SearchRun, synthetic_search(iterations=[], skipped_blocks=[]))
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".PDF", b"%PDF"), (".svg", b"<?xml")])

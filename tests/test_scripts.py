@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,20 @@ def test_finer_scales_and_divergence_over_quantised_weights(work, tiny_folder, t
     first, last = (epoch["loss"] for epoch in json.loads((folder / "report.json").read_text())["epochs"])
     assert 0 < last < first
     assert checkpoints.load_scales(folder / f"{model.name}_scaled_epoch_1").shape == (4, 2 * 32 + 2)
+
+
+def test_a_width_that_int4_does_not_take_gets_one_line(work, capsys):  # 48 columns in the MLP
+    arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "1", "--quantization", "int4")
+    check_refused(param_scale, arguments, "cannot be quantised .* use --quantization int8", capsys)
+
+
+def test_a_model_that_does_not_fit_gets_one_line(work, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(loader, "load_whole", full)
+    assert param_scale.main(flags(work, "--blocks_to_skip", "1", "--num_epochs", "1")) == 1
+    assert re.search("error: out of memory .*--device split", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])

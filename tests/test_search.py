@@ -260,6 +260,21 @@ def test_journal_gives_the_longest_training_it_has():
     assert journal.find([], 1, 0, 4) is None and journal.find([2], 0, 0, 4) is None
 
 
+def test_a_candidate_that_diverged_later_passes_the_look_that_it_passed():
+    """So a race over its journal is the race that it was."""
+    journal = Journal()
+    state = ScaleState(torch.rand(4, 2, 4))
+    journal.add([], Candidate(0, [1.0, 2.0], state))
+    journal.add([], Candidate(0, [1.0, 2.0], diverged="batch 2"))
+    for records in (journal, Journal()):
+        if records is not journal:  # in the other order, as an older version read it
+            records.add([], Candidate(0, [1.0, 2.0], diverged="batch 2"))
+            records.add([], Candidate(0, [1.0, 2.0], state))
+        assert records.find([], 0, 0, 2).diverged is None and records.find([], 0, 0, 2).state is not None
+        assert records.find([], 0, 2, 4).diverged == "batch 2"
+        assert records.find([], 0, 0, 1) == Candidate(0, [1.0])
+
+
 def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
     batches = epoch(12, 2)
     expected = iterate(tiny_folder(), batches)

@@ -344,6 +344,10 @@ UNTRUE: dict[str, tuple[str, Spoil]] = {
     "code behind a link": ("modeling_hopscotch.py", link(CODE, "../../elsewhere.py")),
     "code by another name": ("(auto_map|modeling_other)", code_elsewhere),
     "code of another repository": ("auto_map", code_of_a_repository),
+    "a pipeline of another repository": (
+        "custom_pipelines",
+        edit(CONFIG, custom_pipelines={"text-generation": {"impl": "evil/repo--mod.Class", "pt": []}}),
+    ),
     "an adapter": ("adapter_config.json", write(f"{CHECKPOINT}/adapter_config.json", "{}")),
     "code of a tokenizer": (
         "tokenizer_config.json",
@@ -382,7 +386,14 @@ def test_verify_refuses(name, work, capsys):
     check_untouched(before, snapshot(work))
 
 
-@pytest.mark.parametrize("spoil", [nothing, remove(f"{CHECKPOINT}/training_state.safetensors")])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        nothing,
+        remove(f"{CHECKPOINT}/training_state.safetensors"),
+        write(f"{CHECKPOINT}/.cache/huggingface/download/config.json.metadata", "0123"),  # of `hf download`
+    ],
+)
 def test_verify_confirms(spoil, work, capsys):
     spoil(work)
     assert run("unscaled_ckpt", GOOD["unscaled_ckpt"], capsys).code == 0

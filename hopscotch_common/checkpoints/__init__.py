@@ -195,10 +195,15 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
 
 
 def load_maps(folder: Path) -> dict[str, torch.Tensor]:
-    """The maps in skipped blocks' place, by state-dict key; InputError where a number is not finite."""
+    """The maps in skipped blocks' place, by state-dict key; InputError where a number is not finite.
+
+    They stand beside the scales or, where a model was saved again, among the weights.
+    """
     own = folder / SCALES_FILE
-    tensors = weights.read_tensors(own) if own.is_file() else {}
-    maps = {key: tensor for key, tensor in tensors.items() if key.endswith(REPLACEMENT_NAMES)}
+    maps: dict[str, torch.Tensor] = {}
+    for path in [own] if own.is_file() else weights.weight_files(folder):
+        found = weights.read_tensors(path)
+        maps |= {key: tensor for key, tensor in found.items() if key.endswith(REPLACEMENT_NAMES)}
     for key, tensor in maps.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{folder}: {key} is not finite; train it again")

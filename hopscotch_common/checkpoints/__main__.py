@@ -25,6 +25,7 @@ RELEASED = (
     "7ac0b0248ea9ccdd321c0067c0059e37dfc5dfd94f1d3517438a2ac2b134f9fc",
     "73a46dbcdeb4a7329497f411c85afb47b2f6ef8d0ed7af154b73017a621f6cef",
 )
+FETCHED = (".cache", ".git")  # left by `hf download --local-dir` and `git clone`; no loader looks there
 EXECUTABLE = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -52,7 +53,12 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
     code = folder / CODE.name
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
-            raise InputError(f"{path}: is a link, and what it leads to may change; copy the file itself")
+            raise InputError(
+                f"{path}: is a link, and what it leads to may change; copy the file itself, or fetch the "
+                "folder by `hf download --local-dir`"
+            )
+        if path.name in FETCHED and path.is_dir():
+            continue
         if path.suffix in EXECUTABLE and path != code or path.is_dir() and not _holds_templates(path):
             raise InputError(
                 f"{path}: is no part of a checkpoint, and may run; do not trust it, give another folder"
@@ -65,6 +71,10 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
     for name, target in (config.get("auto_map") or {}).items():
         if target != known.get(name):  # "repo--module.Class" is code of another place
             raise InputError(f"{folder / 'config.json'}: auto_map names {target!r} for {name}; do not run it")
+    if config.get("custom_pipelines"):
+        raise InputError(
+            f"{folder / 'config.json'}: custom_pipelines name code of another place; do not run it"
+        )
     for other in sorted(folder.glob("*_config.json")):
         if "auto_map" in read_json(other):
             raise InputError(f"{other}: has an auto_map, so it names code to run; do not trust it")

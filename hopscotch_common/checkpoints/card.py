@@ -42,7 +42,9 @@ def write_card(
     except (AttributeError, KeyError, TypeError, ValueError):  # of an earlier release, or edited
         training, rows = "How its scales were trained is not on record.", []
     present, skipped = len(attention_blocks(config)), sorted(config.skipped_attention_blocks or ())
-    uncached = {"checkpoint": skipped, "folded": [], "nemotron_nas": [i for i in skipped if i]}[kind]
+    # block 0 of nemotron_nas: without a map it stays, and adds zero
+    without = [i for i in skipped if i or config.replacement_rank]
+    uncached = {"checkpoint": skipped, "folded": [], "nemotron_nas": without}[kind]
     if base := origin.get("base_model"):
         base = f"[{base}](https://huggingface.co/{base})"
     else:

@@ -197,6 +197,10 @@ def load_whole(model_class, folder: Path, **options):
     except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded ({reason_of(error)}); check its files") from error
     except RuntimeError as error:
+        if "automatic conversion" in str(error):  # of torchao, whose groups do not divide a width
+            raise InputError(
+                f"{folder}: cannot be quantised ({reason_of(error)}); use --quantization int8"
+            ) from error
         if "size" not in str(error) and "shape" not in str(error):  # out of memory, for example
             raise
         raise InputError(f"{folder}: its weights do not fit its config.json ({reason_of(error)})") from error

@@ -121,13 +121,15 @@ class SearchRun(Run):
 
     num_layers: Count
     skipped_blocks: tuple[Count, ...]
-    iterations: tuple[Iteration, ...] = Field(min_length=1)
+    iterations: tuple[Iteration, ...]
     data: dict[str, object] = {}
     original_held_out: Measures = {}
     stopped_before: Iteration | None = None  # the pick that would have cost more than was allowed
 
     @model_validator(mode="after")
     def _check_blocks(self):
+        if not self.iterations:
+            raise ValueError("iterations: no block was picked, so there is nothing to show")
         picks = [pick for pick in (*self.iterations, self.stopped_before) if pick is not None]
         largest = max(set(self.skipped_blocks).union(*(pick.blocks for pick in picks)))
         if largest >= self.num_layers:
@@ -167,6 +169,8 @@ class Weights(Record):
 
 class RunFile(Record):
     weights: Weights
+    loss: Finite | None = None
+    skipped_attention_blocks: tuple[Count, ...] | None = None
 
 
 class ScalingRun(Run):
@@ -253,13 +257,23 @@ def parse(kind: type[Parsed], content: Mapping, path: Path = Path()) -> Parsed:
 
 
 def _with_checkpoint(run: ScalingRun) -> ScalingRun:
-    """The run with what its best checkpoint tells: beside the report, whatever that says of its model."""
+    """The run with what its best checkpoint tells: beside the report, whatever that says of its model.
+
+    A checkpoint that a later training put there, before it wrote a report of its own, is another one's.
+    """
     folder = run.path.parent / f"{Path(run.model).name}_scaled_epoch_{run.best_epoch}"
     weights = scales = None
-    if (folder / "hopscotch.json").is_file() and (folder / "scales.safetensors").is_file():
-        run_file = folder / "hopscotch.json"
-        weights = parse(RunFile, files.read_json(run_file, REMEDY), run_file).weights
-        scales = read_scales(folder / "scales.safetensors")
+    run_file = folder / "hopscotch.json"
+    told = None
+    if run_file.is_file() and (folder / "scales.safetensors").is_file():
+        told = parse(RunFile, files.read_json(run_file, REMEDY), run_file)
+    blocks = sorted(run.skipped_blocks)
+    if (
+        told
+        and told.loss in (None, run.best.loss)
+        and sorted(told.skipped_attention_blocks or blocks) == blocks
+    ):
+        weights, scales = told.weights, read_scales(folder / "scales.safetensors")
         if max(run.skipped_blocks, default=0) >= len(scales["b_attn"]):
             raise InputError(f"{run.path}: skipped_blocks: {max(run.skipped_blocks)} is no block; {REMEDY}")
     return run.model_copy(update={"checkpoint": folder, "weights": weights, "scales": scales})

@@ -29,6 +29,7 @@ class Journal:
         self._append = append
         # (blocks skipped before, block) -> batches trained -> the candidate then
         self._trained: dict[tuple[tuple, int], dict[int, Candidate]] = {}
+        self._diverged: dict[tuple[tuple, int], Candidate] = {}  # in the batch behind its losses
         # (blocks skipped before, batch) -> block -> loss before training
         self._untrained: dict[tuple[tuple, int], dict[int, float]] = {}
         for place, record in records:
@@ -55,7 +56,11 @@ class Journal:
             losses = [_number(loss) for loss in record["losses"]]
             state = ScaleState.decode(record["state"]) if "state" in record else None
             candidate = Candidate(int(record["block"]), losses, state, diverged=record.get("diverged"))
-            self._trained.setdefault((skipped, candidate.block), {})[len(losses)] = candidate
+            key = skipped, candidate.block
+            if candidate.diverged is None:
+                self._trained.setdefault(key, {})[len(losses)] = candidate
+            else:
+                self._diverged[key] = candidate
 
     def add(self, skipped: Sequence[int], candidate: Candidate) -> None:
         record = {"skipped": list(skipped), "block": candidate.block, "losses": candidate.losses}
@@ -69,12 +74,17 @@ class Journal:
         """The candidate after `look` batches or, where that is not known, after the most that are.
 
         None where no training of more than `done` batches is known. A longer training tells the
-        losses at a look, too, but not the state then. A candidate that diverged stays so.
+        losses at a look, too, but not the state then. A candidate that diverged stays so, but not at a look
+        that it passed: the same race over its journal is the same race.
         """
-        known = self._trained.get((tuple(sorted(skipped)), block), {})
-        for candidate in known.values():
-            if candidate.diverged is not None and len(candidate.losses) <= look:
-                return candidate
+        key = tuple(sorted(skipped)), block
+        known, diverged = self._trained.get(key, {}), self._diverged.get(key)
+        if look in known:
+            return known[look]
+        if diverged is not None:
+            if len(diverged.losses) <= look:
+                return diverged
+            known = {len(diverged.losses): diverged} | known
         longer = [count for count in known if count >= look]
         shorter = [count for count in known if done < count < look and known[count].state is not None]
         if not longer and not shorter:
