@@ -2,7 +2,7 @@
 
     python benchmarks/alternatives.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --selection smollm_block_selection.json --checkpoints scaled_smollm_ckpts/smollm_scaled_epoch_1
-    python benchmarks/alternatives.py --model smollm --table
+    python benchmarks/alternatives.py --model smollm --table     # or --plot alternatives.svg
 
 Each way is put into the stock model by replacing forward methods, fitted on the first --calibration answers
 and judged on the last --held_out ones, one answer at a time: KL to the original at the answers' tokens, and
@@ -34,25 +34,27 @@ from pathlib import Path
 
 import measuring
 import torch
+from matplotlib.figure import Figure
 from measuring import row, title
 from torch.nn.functional import cosine_similarity, linear, log_softmax
 from transformers import AutoModelForCausalLM
 
 from hopscotch_common import cli, files
+from hopscotch_common.report import plots
 from hopscotch_common.training.batches import Sample, load_samples
 
-WAYS = (
-    "search",
-    "search-window-4",
-    "search-window-64",
-    "search-window-256",
-    "cosine",
-    "cosine-window-64",
-    "nbl",
-    "search-nbl",
-    "layers",
-    "consecutive",
-)
+WAYS = {  # in words, for pictures
+    "search-window-256": "our blocks, windows of 256 tokens",
+    "search-window-64": "our blocks, windows of 64 tokens",
+    "search-window-4": "our blocks, windows of 4 tokens",
+    "search-nbl": "our blocks, full linear maps",
+    "search": "our blocks, nothing in their place",
+    "cosine-window-64": "LLM-Drop's blocks, windows of 64 tokens",
+    "cosine": "LLM-Drop's blocks, nothing in their place",
+    "nbl": "NBL's blocks, full linear maps",
+    "consecutive": "consecutive whole layers",
+    "layers": "whole layers (ShortGPT's)",
+}
 SINKS = 4
 WINDOW = re.compile(r"(search|cosine)-window-(\d+)")
 
@@ -63,13 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", type=Path, help="processed data of step 2")
     parser.add_argument("--selection", type=Path, help="report of block_selection.py")
     parser.add_argument("--counts", type=int, nargs="+", default=[4, 8], help="how many to leave out")
-    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="of this project")
     parser.add_argument("--calibration", type=int, default=80, help="first answers, to choose and fit on")
     parser.add_argument("--held_out", type=int, default=24, help="last answers, to judge on")
     parser.add_argument("--context", type=int, default=8000, help="tokens for which KV cache is counted")
     parser.add_argument("--dtype", default="float32")
     measuring.add_result_arguments(parser, "alternatives_{model}")
+    parser.add_argument("--plot", type=Path, help="draw the results (PNG, PDF, SVG), measure nothing")
     return parser
 
 
@@ -309,6 +312,42 @@ def table(figures: Sequence[dict]) -> list[str]:
     return lines
 
 
+@plots.styled
+def draw(figures: Sequence[dict], model: str) -> Figure:
+    """KL of each way, a row each: a mark for each number of blocks or layers that it leaves out."""
+    names = {folder: f"our blocks, {_in_words(folder)}" for folder in _folders(figures)}
+    rows = [*names, *(way for way in WAYS if any(f["of"].get("way") == way for f in figures))]
+    counts = sorted({len(figure["blocks"]) for figure in figures})
+    looks = dict(zip(counts, ((plots.BLUE, "o"), (plots.VERMILION, "s"), (plots.GREEN, "D")), strict=False))
+    picture = Figure(figsize=(plots.WIDTH, 1.3 + 0.27 * len(rows)), layout="constrained")
+    axes = picture.subplots()
+    for count, (color, marker) in looks.items():
+        own = [figure for figure in figures if len(figure["blocks"]) == count]
+        left = min(figure["kv_cache"] for figure in own)
+        places = [rows.index(figure["of"].get("way") or figure["of"]["checkpoint"]) for figure in own]
+        label = f"{count} blocks or layers: {left:.2f} of the KV cache left"
+        look = dict(color=color, marker=marker, linestyle="none", markersize=6, label=label)
+        axes.plot([figure["kl"] for figure in own], places, **look)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("held out: KL to the original (nats per token, log scale)")
+    axes.set_yticks(range(len(rows)), [names.get(row) or WAYS[row] for row in rows])
+    axes.invert_yaxis()
+    picture.suptitle(f"{model}: what other ways cost", x=0.01, ha="left")
+    plots.legend_below(picture, [axes])
+    return picture
+
+
+def _folders(figures: Sequence[dict]) -> list[str]:
+    found = [figure for figure in figures if "checkpoint" in figure["of"]]
+    return [figure["of"]["checkpoint"] for figure in sorted(found, key=lambda figure: figure["kl"])]
+
+
+def _in_words(folder: str) -> str:
+    """For example rank16_trained: maps of rank 16, trained."""
+    return re.sub(r"\brank(\d+)", r"maps of rank \1,", folder.replace("_", " "))
+
+
 def measure(arguments: argparse.Namespace, path: Path) -> None:
     names = "model data_path selection calibration held_out context dtype"
     results = measuring.Results(path, measuring.settings_of(arguments, names))
@@ -319,7 +358,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
         raise SystemExit(f"{arguments.data_path}: {len(samples)} answers, too few")
     picks = files.read_json(arguments.selection)["skipped_blocks"]
     judge = Judge(model, samples[-arguments.held_out :])
-    observed = Observed(model, samples[: arguments.calibration])
+    observed = Observed(model, samples[: arguments.calibration]) if arguments.ways else None
     for count in arguments.counts:
         for way in arguments.ways:
             if way.startswith("search") and count > len(picks):
@@ -336,11 +375,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     path = arguments.result or measuring.RESULTS / f"alternatives_{arguments.model.name}.json"
-    if not arguments.table:
+    if not (arguments.table or arguments.plot):
         if not (arguments.data_path and arguments.selection):
             parser.error("--data_path and --selection are needed to measure")
         measure(arguments, path)
-    print("\n".join(table(measuring.figures_in(path))))
+    figures = measuring.figures_in(path)
+    if arguments.plot:
+        picture = draw(figures, arguments.model.name)
+        arguments.plot.write_bytes(plots.render(picture, arguments.plot.suffix))
+    else:
+        print("\n".join(table(figures)))
 
 
 if __name__ == "__main__":

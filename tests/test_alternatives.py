@@ -161,6 +161,8 @@ def test_the_script(folder, tmp_path, capsys):
     more = ["--data_path", str(data), "--selection", str(selection), "--counts", "1", "3"]
     alternatives.main([*words, *more, "--calibration", "6", "--held_out", "4"])
     alternatives.main([*words, "--table"])
+    alternatives.main([*words, "--plot", str(tmp_path / "picture.svg")])
+    assert all(f">{way}<" in (tmp_path / "picture.svg").read_text() for way in alternatives.WAYS.values())
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 * (2 + 10 + 5)  # three blocks: only what does not follow the search
     assert table[: len(table) // 2] == table[len(table) // 2 :]
