@@ -61,6 +61,8 @@ VARIANTS = {
     "channel-kl": ("scales a channel, KL", plots.VERMILION, "s"),
     "rank16": ("maps of rank 16, as fitted", plots.GREEN, "P"),
     "channel-kl-rank16": ("maps of rank 16 and scales a channel, KL", plots.GREEN, "*"),
+    "rank64": ("maps of rank 64, as fitted", plots.INK, "P"),
+    "channel-kl-rank64": ("maps of rank 64 and scales a channel, KL", plots.INK, "*"),
 }
 
 
