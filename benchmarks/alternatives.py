@@ -61,7 +61,7 @@ WINDOW = re.compile(r"(search|cosine)-window-(\d+)")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=cli.model, required=True)
+    parser.add_argument("--model", required=True, help="as the scripts take it; its name is the results'")
     parser.add_argument("--data_path", type=Path, help="processed data of step 2")
     parser.add_argument("--selection", type=Path, help="report of block_selection.py")
     parser.add_argument("--counts", type=int, nargs="+", default=[4, 8], help="how many to leave out")
@@ -349,6 +349,7 @@ def _in_words(folder: str) -> str:
 
 
 def measure(arguments: argparse.Namespace, path: Path) -> None:
+    arguments.model = cli.model(arguments.model)
     names = "model data_path selection calibration held_out context dtype"
     results = measuring.Results(path, measuring.settings_of(arguments, names))
     dtype = getattr(torch, arguments.dtype)
@@ -374,14 +375,15 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    path = arguments.result or measuring.RESULTS / f"alternatives_{arguments.model.name}.json"
+    name = Path(arguments.model).name.removesuffix(".gguf")  # of a model that need not be here
+    path = arguments.result or measuring.RESULTS / f"alternatives_{name}.json"
     if not (arguments.table or arguments.plot):
         if not (arguments.data_path and arguments.selection):
             parser.error("--data_path and --selection are needed to measure")
         measure(arguments, path)
     figures = measuring.figures_in(path)
     if arguments.plot:
-        picture = draw(figures, arguments.model.name)
+        picture = draw(figures, name)
         arguments.plot.write_bytes(plots.render(picture, arguments.plot.suffix))
     else:
         print("\n".join(table(figures)))
