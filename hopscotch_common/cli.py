@@ -213,7 +213,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
         action="store_true",
         help="recompute activations in the backward pass: less memory, a third more computation",
     )
-    add("--compile", action="store_true", help="torch.compile each decoder layer; pays on long GPU runs")
+    add("--compile", action="store_true", help="torch.compile each decoder layer; not measured on a GPU yet")
 
 
 def add_validation_argument(parser: argparse.ArgumentParser, purpose: str) -> None:

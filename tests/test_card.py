@@ -62,7 +62,7 @@ def read(folder) -> ModelCard:
     read = ModelCard.load(folder / "README.md")
     data = read.data
     assert read.content == (folder / "README.md").read_text()
-    assert data.pipeline_tag == "text-generation" and data.library_name in card.LIBRARIES.values()
+    assert data.pipeline_tag == "text-generation" and data.library_name in (*card.LIBRARIES.values(), "mlx")
     assert all(isinstance(tag, str) for tag in data.tags)
     if data.base_model is not None:
         validate_repo_id(data.base_model)
@@ -101,7 +101,9 @@ def test_with_maps_it_names_what_loads_them(base, tmp_path):
     assert "| maps in their place, as fitted | 0.5000 |" in text and "| maps and scales, trained |" in text
     assert "mlx-lm" in text and "llama.cpp" not in text and "no scales" not in text
     formats.export_checkpoint(checkpoint, "nemotron_nas", tmp_path / "nas", device="cpu")
-    text = read(tmp_path / "nas").text
+    found = read(tmp_path / "nas")
+    text = found.text
+    assert found.data.library_name == "mlx"
     assert "mlx_lm.generate --model MODEL" in text and "vllm serve" not in text and "llama.cpp" not in text
 
 

@@ -49,8 +49,9 @@ def write_card(
         base = f"[{base}](https://huggingface.co/{base})"
     else:
         base = f"`{Path(str(run['base_model'])).name}`" if "base_model" in run else "A model"
+    maps = bool(config.replacement_rank)
     data = ModelCardData(
-        library_name=LIBRARIES[kind],
+        library_name="mlx" if maps and kind == "nemotron_nas" else LIBRARIES[kind],
         pipeline_tag="text-generation",
         tags=["hopscotch", "attention-skipping"],
         **origin,
@@ -67,7 +68,7 @@ def write_card(
         training=training,
         rows=rows,
         check=check,
-        maps=bool(config.replacement_rank),
+        maps=maps,
     )
     card.save(target / CARD_FILE)
 
