@@ -24,7 +24,7 @@ num_samples=${NUM_SAMPLES:-}          # prompts to answer; empty: all
 max_tokens=${MAX_TOKENS:-4096}        # of an answer
 max_samples=${MAX_SAMPLES:-}          # answers that the search uses; empty: all
 batch_size=${BATCH_SIZE:-32}
-search=${SEARCH:-race}                # or untrained, cosine, or full, the paper's; on cross entropy
+search=${SEARCH:-race}                # or untrained, cosine, or full, the paper's
 num_blocks=${NUM_BLOCKS:-4}
 num_epochs=${NUM_EPOCHS:-10}
 granularity=${GRANULARITY:-channel}    # of the scales: channel, or layer (the paper's)
@@ -32,7 +32,7 @@ loss=${LOSS:-kl}                      # what the scales are trained on: kl, or c
 learning_rate=${LEARNING_RATE:-}      # of the scales; empty: the script's own
 export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
 rank=16                               # of the maps in the skipped blocks' place; 0: none (the paper's)
-if [[ " $export_formats " == *" folded "* ]]; then rank=0; fi # it has no place for them
+if [ -n "$export_formats" ]; then rank=0; fi # few engines have a place for them
 rank=${REPLACEMENT_RANK:-$rank}
 read -ra minutes <<< "${MINUTES:-}"   # that steps are known to take about, in their order
 

@@ -1,4 +1,4 @@
-"""Why not something else? Other ways to less KV cache, on the same answers, without training.
+"""Why not something else? Other ways to less KV cache, on the same answers: none of them trains.
 
     python benchmarks/alternatives.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --selection smollm_block_selection.json --checkpoints scaled_smollm_ckpts/smollm_scaled_epoch_1
@@ -318,7 +318,8 @@ def draw(figures: Sequence[dict], model: str) -> Figure:
     names = {folder: f"our blocks, {_in_words(folder)}" for folder in _folders(figures)}
     rows = [*names, *(way for way in WAYS if any(f["of"].get("way") == way for f in figures))]
     counts = sorted({len(figure["blocks"]) for figure in figures})
-    looks = dict(zip(counts, ((plots.BLUE, "o"), (plots.VERMILION, "s"), (plots.GREEN, "D")), strict=False))
+    colours = (plots.BLUE, plots.VERMILION, plots.GREEN, plots.GREY)
+    looks = dict(zip(counts, zip(colours, "osDv", strict=True), strict=False))  # of four counts at most
     picture = Figure(figsize=(plots.WIDTH, 1.3 + 0.27 * len(rows)), layout="constrained")
     axes = picture.subplots()
     for count, (color, marker) in looks.items():

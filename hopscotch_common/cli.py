@@ -74,7 +74,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
 
             if not is_out_of_memory(error):
                 raise
-            remedy = "--device split or cpu, --dtype bfloat16, or without --replacement_rank takes less"
+            remedy = "--dtype bfloat16 takes less, --device split (without a launcher) all GPUs, cpu none"
             return _fail(
                 f"out of memory ({reason_of(error)}): {remedy}; nothing that was finished is lost", 1
             )

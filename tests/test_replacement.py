@@ -10,6 +10,7 @@ from test_families import ONE_OF_EACH, stock_model
 from test_search import write_data
 from test_training import loaded, loss_of_logits, make_batches, originals_for, random_samples
 from torch.testing import assert_close
+from transformers import AutoConfig
 
 import block_selection
 import param_scale
@@ -17,6 +18,7 @@ import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError, TrainingError
+from hopscotch_common.export import decilm
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.export.gguf import rewrite_gguf
 from hopscotch_common.loading.models import model_ref
@@ -271,6 +273,13 @@ def test_maps_are_exported_as_matrices(tiny_folder, tmp_path, family, blocks, gr
         export_checkpoint(tmp_path / "c", "folded", tmp_path / "folded", device="cpu")
     with pytest.raises(InputError, match="has maps in its skipped blocks' place"):
         rewrite_gguf(tmp_path / "c", tmp_path / "none.gguf", tmp_path / "out.gguf")
+
+
+def test_an_export_that_no_engine_runs_is_refused(tiny_folder):
+    config = AutoConfig.from_pretrained(tiny_folder("qwen2"))
+    decilm.check_representable(config, 0)
+    with pytest.raises(InputError, match="mlx-lm alone, which does not read qwen2's biases"):
+        decilm.check_representable(config, 4)
 
 
 def test_a_checkpoint_without_maps_says_nothing_of_them(tiny_folder, tmp_path):

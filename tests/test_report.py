@@ -563,7 +563,7 @@ def test_what_is_no_report_is_one_line(report, message, tmp_path, monkeypatch, c
     [
         ({"num_layers": True}, {}, "num_layers: Input should be a valid integer"),
         ({"num_layers": 10**400}, {}, "num_layers: Input should be less than"),
-        ({"iterations": []}, {}, "iterations: Tuple should have at least 1 item"),
+        ({"iterations": []}, {}, "iterations: no block was picked, so there is nothing to show"),
         ({"iterations": [7]}, {}, r"iterations\[0\]: Input should be an object"),
         ({}, {"loss": float("nan")}, "NaN is not a JSON number"),
         ({}, {"loss": 10**400}, "loss: Input should be a finite number"),

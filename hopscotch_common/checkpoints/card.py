@@ -8,11 +8,12 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from hopscotch_common import scales
 from hopscotch_common.errors import logger, reason_of
 from hopscotch_common.loading.models import EMBEDDED_LICENCE, ModelRef
-from hopscotch_common.scales.modeling_hopscotch import attention_blocks
+from hopscotch_common.scales.modeling_hopscotch import PREFIX, attention_blocks
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja
 LICENCE_FIELDS = ("license", "license_name", "license_link", "language")
+MLX = ("llama", "mistral", "granite")  # families whose maps mlx-lm runs, in a nemotron_nas export
 LIBRARIES = {"checkpoint": "transformers", "folded": "transformers", "nemotron_nas": "vllm"}
 ROWS = {  # of held-out figures; the second title where maps stand in the blocks' place
     "original": ("original", "original"),
@@ -69,6 +70,7 @@ def write_card(
         rows=rows,
         check=check,
         maps=maps,
+        mlx=config.model_type.removeprefix(PREFIX) in MLX,
     )
     card.save(target / CARD_FILE)
 

@@ -61,6 +61,11 @@ def check_representable(config, replacement_rank: int) -> None:
         )
     if replacement_rank and getattr(config, "attention_bias", False):
         raise InputError(f"nemotron_nas gives a map a bias where attention has one; {remedy}")
+    if replacement_rank and family.endswith("qwen2"):
+        raise InputError(
+            "nemotron_nas with maps runs in mlx-lm alone, which does not read qwen2's biases; serve the "
+            "checkpoint itself, with vLLM or transformers, or leave --replacement_rank out"
+        )
     if family.endswith("qwen3"):
         raise InputError(f"nemotron_nas has no place for the q and k norms of qwen3; {remedy}")
     window = getattr(config, "sliding_window", None)

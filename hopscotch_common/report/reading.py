@@ -169,8 +169,8 @@ class Weights(Record):
 
 class RunFile(Record):
     weights: Weights
-    loss: Finite | None = None
-    skipped_attention_blocks: tuple[Count, ...] | None = None
+    loss: Finite | None = None  # None: of an earlier release
+    skips: list[Count] | None = Field(None, alias="skipped_attention_blocks")  # sorted
 
 
 class ScalingRun(Run):
@@ -267,12 +267,7 @@ def _with_checkpoint(run: ScalingRun) -> ScalingRun:
     told = None
     if run_file.is_file() and (folder / "scales.safetensors").is_file():
         told = parse(RunFile, files.read_json(run_file, REMEDY), run_file)
-    blocks = sorted(run.skipped_blocks)
-    if (
-        told
-        and told.loss in (None, run.best.loss)
-        and sorted(told.skipped_attention_blocks or blocks) == blocks
-    ):
+    if told and told.loss in (None, run.best.loss) and told.skips in (None, sorted(run.skipped_blocks)):
         weights, scales = told.weights, read_scales(folder / "scales.safetensors")
         if max(run.skipped_blocks, default=0) >= len(scales["b_attn"]):
             raise InputError(f"{run.path}: skipped_blocks: {max(run.skipped_blocks)} is no block; {REMEDY}")
