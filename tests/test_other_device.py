@@ -74,6 +74,8 @@ def test_a_search(on_both, tiny_folder, search, measure, prefix, rank):
     near, far = on_both(work)
     assert far[0] == near[0]
     for ours, theirs in zip(far[1:], near[1:], strict=True):
+        if "kl_error" in ours:  # two answers that are much alike: what is left of them is less exact
+            assert ours.pop("kl_error") == pytest.approx(theirs.pop("kl_error"), rel=1e-2)
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 

@@ -282,7 +282,7 @@ def evaluate(
     answer does not fit into memory, Diverged when a figure is not finite.
     """
     originals, runner = originals or Originals(model), MinibatchRunner()
-    total = torch.zeros(8, device=model.device)
+    total = torch.zeros(8, dtype=torch.float64)  # on the CPU: answers may differ by little, and MPS has none
     for batch in batches:
         prefix, minibatches = compute_prefix(model, batch)
 
@@ -290,14 +290,15 @@ def evaluate(
             return summed_figures(model, minibatch.to(model.device), prefix, originals(minibatch))
 
         for minibatch, sums in runner.run(minibatches, sums_of, where):
+            sums = sums.cpu().double()
             tokens = sums.new_tensor([sample.num_loss_counted_tokens for sample in minibatch.samples])
             kl = sums[:, 1]
             moments = torch.stack(
                 [tokens, kl * kl, kl * tokens, tokens * tokens, torch.ones_like(tokens)], -1
             )
-            total += torch.cat([sums, moments], -1).sum(dim=0).to(model.device)
+            total += torch.cat([sums, moments], -1).sum(dim=0)
     *sums, tokens, squares, products, token_squares, answers = (
-        total if reduce is None else reduce(total)
+        total if reduce is None else reduce(total.to(model.device))
     ).tolist()
     means = [value / tokens for value in sums]
     if not all(map(math.isfinite, means)):
