@@ -25,7 +25,7 @@ from pathlib import Path
 from hopscotch_common import cli, files
 from hopscotch_common.errors import logger
 from hopscotch_common.loading.models import QUANTIZATIONS
-from hopscotch_common.report import describe_run, plain
+from hopscotch_common.report import describe_run, plain, with_error
 from hopscotch_common.training import MAPS_RATE, MEASURES
 
 
@@ -229,10 +229,8 @@ def print_held_out(report: dict) -> None:
     if held_out["scaled"] is None:
         return
     for measure, title in (("cross_entropy", "loss"), ("kl", "KL"), ("agreement", "agreement")):
-        figures = []
-        for name in ("original", "unscaled", "scaled"):
-            error = held_out[name].get(f"{measure}_error")
-            figures.append(f"{name} {held_out[name][measure]:.4f}" + (f" ± {error:.4f}" if error else ""))
+        names = ("original", "unscaled", "scaled")
+        figures = [f"{name} {with_error(held_out[name], measure)}" for name in names]
         cli.result(f"Held-out {title}: {', '.join(figures)} (epoch {report['best_epoch']})")
 
 

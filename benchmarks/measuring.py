@@ -35,6 +35,12 @@ def add_result_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--table", action="store_true", help="print the results as Markdown, measure nothing")
 
 
+def result_of(arguments: argparse.Namespace, kind: str) -> tuple[str, Path]:
+    """(the name of --model, which need not be here; the result file), as --table and --plot want them."""
+    name = Path(arguments.model).name.removesuffix(".gguf")
+    return name, arguments.result or RESULTS / f"{kind}_{name}.json"
+
+
 def figures_in(path: Path) -> list[dict]:
     """What a file of `Results` holds."""
     return json.loads(path.read_text())["figures"]

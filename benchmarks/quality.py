@@ -359,8 +359,7 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser, path
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    name = Path(arguments.model).name.removesuffix(".gguf")  # of a model that need not be here
-    path = arguments.result or measuring.RESULTS / f"quality_{name}.json"
+    name, path = measuring.result_of(arguments, "quality")
     if not (arguments.table or arguments.plot):
         measure(arguments, parser, path)
     figures = measuring.figures_in(path)

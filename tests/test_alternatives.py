@@ -10,13 +10,15 @@ from test_search import write_data
 from test_training import loaded, random_samples
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hopscotch_common import scales
+from hopscotch_common import checkpoints, scales
+from hopscotch_common.loading.models import model_ref
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.loss import Originals, evaluate
 from hopscotch_common.training.trainer import EpochBatches
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import alternatives  # noqa: E402
+import ways  # noqa: E402
 
 ANSWERS = random_samples(6, seed=3)
 LAYERS = 4
@@ -34,7 +36,7 @@ def stock(folder):
 
 @pytest.fixture(scope="module")
 def observed(stock):
-    return alternatives.Observed(stock, ANSWERS)
+    return ways.Observed(stock, ANSWERS)
 
 
 def logits_of(model) -> list[torch.Tensor]:
@@ -43,7 +45,7 @@ def logits_of(model) -> list[torch.Tensor]:
 
 
 def logits_with(stock, way: str, blocks: list[int], observed) -> list[torch.Tensor]:
-    with alternatives.in_place(alternatives.replaced(stock, way, blocks, observed)):
+    with ways.in_place(ways.replaced(stock, way, blocks, observed)):
         return logits_of(stock)
 
 
@@ -61,6 +63,16 @@ def test_blocks_with_nothing_in_their_place_diverge_as_this_projects_skips(folde
     assert found["weights"] == pytest.approx(1 - own / sum(p.numel() for p in stock.parameters()))
     assert found["kv_cache"] == 0.5
     assert judge(stock)["kl"] == 0  # nothing stays replaced
+
+
+def test_a_checkpoint_is_judged_as_its_skips(folder, stock, observed, tmp_path):
+    values = torch.ones(LAYERS, 4)
+    values[[1, 2], 0] = 0.0
+    checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(folder)), [1, 2], values, {})
+    judge = alternatives.Judge(stock, ANSWERS)
+    found = alternatives.measure_checkpoint(stock, judge, tmp_path / "c", "float32")
+    expected = alternatives.measure_way(stock, judge, "search", [1, 2], observed, 100)
+    assert found == pytest.approx(expected | {"replacement_rank": 0}, rel=1e-4)
 
 
 def test_layers_left_out_are_a_stock_model_without_them(folder, stock, observed):
@@ -83,7 +95,7 @@ def test_layers_left_out_are_a_stock_model_without_them(folder, stock, observed)
 
 
 def test_a_window_is_transformers_own_sliding_window(folder, stock, observed, monkeypatch):
-    monkeypatch.setattr(alternatives, "SINKS", 0)  # which the stock class has not
+    monkeypatch.setattr(ways, "SINKS", 0)  # which the stock class has not
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     other = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_sliding_window=True, sliding_window=4, layer_types=kinds
@@ -96,7 +108,7 @@ def test_a_window_is_transformers_own_sliding_window(folder, stock, observed, mo
 
 def test_a_wide_window_or_many_sinks_change_nothing(stock, observed, monkeypatch):
     plain = logits_of(stock)
-    monkeypatch.setattr(alternatives, "SINKS", 64)
+    monkeypatch.setattr(ways, "SINKS", 64)
     for found, expected in zip(logits_with(stock, "search-window-4", [1, 2], observed), plain, strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -119,7 +131,7 @@ def test_the_linear_map_is_that_of_least_squares(stock, observed):
     x, y = rows(stock, 2)
     ones = torch.ones(len(x), 1, dtype=torch.float64)
     expected = torch.linalg.lstsq(torch.cat([x, ones], 1), y).solution
-    weight, bias = alternatives.least_squares(observed.moments[2])
+    weight, bias = ways.least_squares(observed.moments[2])
     torch.testing.assert_close(x @ weight.T + bias, torch.cat([x, ones], 1) @ expected, atol=1e-6, rtol=1e-5)
 
 
@@ -129,7 +141,7 @@ def test_the_bound_is_of_canonical_correlations(stock, observed):
     spans = [torch.linalg.qr(each - each.mean(0)).Q for each in (x, x + y)]
     correlations = torch.linalg.svdvals(spans[0].T @ spans[1])
     expected = (1 - correlations.square()).sum().item()
-    assert alternatives.canonical_bound(observed.moments[2]) == pytest.approx(expected, abs=1e-4)
+    assert ways.canonical_bound(observed.moments[2]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_is_chosen_is_what_turns_the_stream_least(stock, observed):
@@ -140,7 +152,7 @@ def test_what_is_chosen_is_what_turns_the_stream_least(stock, observed):
     similarity = torch.nn.functional.cosine_similarity
     turned = [torch.cat([1 - similarity(s[i][0], s[i + 1][0], -1) for s in states]).mean() for i in layers]
     torch.testing.assert_close(observed.turned_by_layer[:-1], torch.stack(turned))
-    assert alternatives.choose("layers", 1, [], observed) == [int(observed.turned_by_layer.argmin())]
+    assert ways.choose("layers", 1, [], observed) == [int(observed.turned_by_layer.argmin())]
     angles = [
         torch.stack([similarity(s[i][0, -1], s[i + 2][0, -1], -1).arccos() for s in states]).mean()
         for i in range(LAYERS - 2)
@@ -149,8 +161,8 @@ def test_what_is_chosen_is_what_turns_the_stream_least(stock, observed):
         torch.nn.functional.cosine_similarity(observed.last[:, -3], observed.last[:, -1], -1).arccos().mean()
     )
     start = int(torch.stack([*angles, last]).argmin())
-    assert alternatives.choose("consecutive", 2, [], observed) == [start, start + 1]
-    assert alternatives.choose("search", 2, [3, 1, 2], observed) == [3, 1]
+    assert ways.choose("consecutive", 2, [], observed) == [start, start + 1]
+    assert ways.choose("search", 2, [3, 1, 2], observed) == [3, 1]
 
 
 def test_the_script(folder, tmp_path, capsys):
@@ -162,7 +174,7 @@ def test_the_script(folder, tmp_path, capsys):
     alternatives.main([*words, *more, "--calibration", "6", "--held_out", "4"])
     alternatives.main([*words, "--table"])
     alternatives.main([*words, "--plot", str(tmp_path / "picture.svg")])
-    assert all(f">{way}<" in (tmp_path / "picture.svg").read_text() for way in alternatives.WAYS.values())
+    assert all(f">{way}<" in (tmp_path / "picture.svg").read_text() for way in ways.WAYS.values())
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 * (2 + 10 + 5)  # three blocks: only what does not follow the search
     assert table[: len(table) // 2] == table[len(table) // 2 :]

@@ -384,7 +384,7 @@ def test_what_does_not_fit_is_split_and_changes_nothing(tiny_folder, packed, los
     held_out = evaluate(trainer.model, batches, "held out")
     crowded.tokens = 10**6
     expected = evaluate(trainer.model, batches, "held out")
-    assert dataclasses.astuple(held_out) == pytest.approx(dataclasses.astuple(expected), rel=1e-4)
+    assert dataclasses.astuple(held_out) == pytest.approx(dataclasses.astuple(expected), rel=1e-5)
 
 
 def test_a_single_answer_that_does_not_fit_is_named(tiny_folder):
@@ -488,7 +488,8 @@ def test_a_shared_prefix_changes_nothing(tiny_folder, family, changes, loss):
     (losses, trained, figures), expected = results[1], results[0]
     assert_close(losses, expected[0], rtol=1e-5, atol=1e-6)
     assert_close(trained, expected[1], rtol=1e-4, atol=1e-4)
-    assert figures == pytest.approx(expected[2], rel=1e-4)
+    assert figures[:3] == pytest.approx(expected[2][:3], rel=1e-5)
+    assert figures[3] == pytest.approx(expected[2][3], rel=1e-3)  # of what little the answers differ by
 
 
 def test_a_prefix_is_shared_where_it_saves_and_predicts_nothing():

@@ -194,11 +194,14 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
     return scales.from_state_dict(found, config.num_hidden_layers)
 
 
-def load_maps(folder: Path) -> dict[str, torch.Tensor]:
+def load_maps(folder: Path, config=None) -> dict[str, torch.Tensor]:
     """The maps in skipped blocks' place, by state-dict key; InputError where a number is not finite.
 
-    They stand beside the scales or, where a model was saved again, among the weights.
+    They stand beside the scales or, where a model was saved again, among the weights. config: the
+    checkpoint's, where it is at hand.
     """
+    if not (config or checkpoint_config(folder)).replacement_rank:
+        return {}
     own = folder / SCALES_FILE
     maps: dict[str, torch.Tensor] = {}
     for path in [own] if own.is_file() else weights.weight_files(folder):
@@ -268,7 +271,7 @@ def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
     _, model_class = loader.hopscotch_classes(config.model_type)
     weights.check_names(folder)
     values = load_scales(folder, config)
-    load_maps(folder)
+    load_maps(folder, config)
     if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
         weights.check_tensors(folder, model_class, config)
     return config, values

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from hopscotch_common import scales
 from hopscotch_common.errors import logger, reason_of
 from hopscotch_common.loading.models import EMBEDDED_LICENCE, ModelRef
+from hopscotch_common.report import with_error
 from hopscotch_common.scales.modeling_hopscotch import PREFIX, attention_blocks
 
 CARD_FILE = "README.md"
@@ -109,10 +110,8 @@ def _held_out(figures: dict, maps: bool) -> list[str]:
     rows = []
     for key, titles in ROWS.items():
         if found := figures.get(key):
-            error = found.get("kl_error")
-            kl = f"{found['kl']:.4f}" + (f" ± {error:.4f}" if error else "")
-            cells = (titles[maps], f"{found['cross_entropy']:.4f}", kl, f"{found['agreement']:.1%}")
-            rows.append(f"| {' | '.join(cells)} |")
+            loss, kl = (with_error(found, measure) for measure in ("cross_entropy", "kl"))
+            rows.append(f"| {titles[maps]} | {loss} | {kl} | {found['agreement']:.1%} |")
     return rows
 
 

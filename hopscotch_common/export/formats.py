@@ -110,7 +110,7 @@ def export_checkpoint(
         config.tie_word_embeddings = False  # else the export would have one matrix for both
     with files.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
-        target = FORMATS[format].prepare(folder, config, values, checkpoints.load_maps(checkpoint))
+        target = FORMATS[format].prepare(folder, config, values, checkpoints.load_maps(checkpoint, config))
         folding.write_weights(checkpoint, folder, config, target)
         copy_tokenizer(checkpoint, folder, wanted=run.get("tokenizer"))
         report = {

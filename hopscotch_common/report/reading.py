@@ -27,11 +27,9 @@ from safetensors.numpy import load_file
 
 from hopscotch_common import files
 from hopscotch_common.errors import InputError
+from hopscotch_common.report import ERROR
 
 REMEDY = "make it again, or give a report of one of the five scripts, or param_scale.py's output folder"
-
-
-ERROR = "_error"  # behind a measure's name: its standard error, null of a single answer
 
 
 def _by_measure(value: object) -> object:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hopscotch_common.errors import printable
-from hopscotch_common.report import find_bend
-from hopscotch_common.report.reading import ERROR, CountsRun, Run, ScalingRun, SearchRun, measures_of
+from hopscotch_common.report import find_bend, with_error
+from hopscotch_common.report.reading import CountsRun, Run, ScalingRun, SearchRun, measures_of
 
 NUMBER = re.compile(r"([-+]?[\d,]*\.?\d+( ± [\d.]+)?|skipped)?")
 
@@ -71,7 +71,7 @@ def decision(runs: Sequence[Run]) -> tuple[str, str] | None:
     for measure in measures_of(found):
         before, value = original.get(measure), found[measure]
         beside = "" if before is None else f" (original {before:.4f}, {value - before:+.4f})"
-        lost.append(f"{_words(measure)} {_figure(found, measure)}{beside}")
+        lost.append(f"{_words(measure)} {with_error(found, measure)}{beside}")
     return f"on held-out answers {when}: {'; '.join(lost)}", "; ".join(gained)
 
 
@@ -110,7 +110,7 @@ def _search_rows(run: SearchRun) -> list[tuple[str, str]]:
     for measure in measures_of(last.held_out):
         original = run.original_held_out.get(measure)
         beside = "" if original is None else f" (original {original:.4f})"
-        rows.append((f"held-out {_words(measure)}", f"{_figure(last.held_out, measure)}{beside}"))
+        rows.append((f"held-out {_words(measure)}", f"{with_error(last.held_out, measure)}{beside}"))
     return rows
 
 
@@ -120,7 +120,7 @@ def _scaling_rows(run: ScalingRun) -> list[tuple[str, str]]:
     for measure in run.measures:
         for name, found in (run.baselines | {"scaled": run.best.scaled}).items():
             if measure in found:
-                rows.append((f"held-out {_words(measure)}, {name}", _figure(found, measure)))
+                rows.append((f"held-out {_words(measure)}, {name}", with_error(found, measure)))
     for what, (total, removed) in _saved(run).items():
         name, unit = ("KV cache", " blocks") if "KV" in what else (what, "")
         rows.append((f"{name} saved", f"{removed:,} of {total:,}{unit} ({removed / total:.1%})"))
@@ -185,13 +185,7 @@ def epochs(run: ScalingRun) -> Table:
 
 
 def _cells(figures: Mapping[str, float], measures: Sequence[str]) -> list[str]:
-    return [_figure(figures, name) if name in figures else "" for name in measures]
-
-
-def _figure(figures: Mapping[str, float], measure: str) -> str:
-    """With its standard error, where that is known and not 0 (as of the original's own divergence)."""
-    error = figures.get(f"{measure}{ERROR}")
-    return f"{figures[measure]:.4f}" + (f" ± {error:.4f}" if error else "")
+    return [with_error(figures, name) if name in figures else "" for name in measures]
 
 
 def _held_out_header(measures: Sequence[str]) -> list[str]:
