@@ -20,6 +20,10 @@ class Problem:
     question: str
     answer: Decimal
 
+    def is_right(self, text: str) -> bool:
+        """Whether an answer's number is the problem's."""
+        return parse_answer(text) == self.answer
+
 
 def parse_answer(text: str) -> Decimal | None:
     r"""The number that an answer gives, or None where it holds none.

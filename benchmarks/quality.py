@@ -15,9 +15,12 @@ answers with that, greedily: what is judged is what is served.
 - gsm8k: problems of --test_file, in the model's chat template; the number is read out of the answer by
   `problems.parse_answer`: the last \\boxed{…}, else what follows "####", else the last number.
 - puzzles: generated arithmetic and logic (`problems.puzzles`), which no scales were trained on.
+- functions: Python to write, which nothing was trained on either (`functions`). The code is run here, in
+  processes of its own: with limits, but in no sandbox.
 
 Results go to benchmarks/results/quality_{model}.json, written after each figure; the same command goes on
-where it was interrupted. Checkpoints and answers lie in --work. `--table` prints Markdown, `--plot` draws.
+where it was interrupted. Checkpoints and answers lie in --work, and what lies there is not asked again.
+`--table` prints Markdown, `--plot` draws.
 Differences are of answers to the same problems, to the original's, or with --less to those of a variant
 with as many blocks skipped (of --less_in, another result file).
 """
@@ -35,9 +38,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import measuring
+from functions import FunctionProblem, functions
 from matplotlib.figure import Figure
 from measuring import row, title
-from problems import Problem, gsm8k, parse_answer, puzzles
+from problems import Problem, gsm8k, puzzles
 
 from hopscotch_common.answers.engines import kv_bytes_per_token
 from hopscotch_common.answers.prompts import Prompt, tokenize
@@ -48,7 +52,8 @@ from hopscotch_common.loading.models import model_ref
 from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.report import plots
 
-TASKS = ("gsm8k", "puzzles")
+TASKS = {"gsm8k": "GSM8K", "puzzles": "puzzles", "functions": "functions"}  # and what tables call them
+Task = Sequence[Problem | FunctionProblem]
 CACHED_TOKENS = 49152  # of KV cache in vLLM
 STDERR = 2  # the descriptor: where what is run here shall print
 # What stands in for skipped blocks (nothing, trained scales, maps of a rank as fitted, both), and how it is
@@ -81,10 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--learning_rate", type=float, default=3e-3)
     group.add_argument("--batch_size", type=int, default=4)
     group = parser.add_argument_group("answers")
-    group.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS, help="none: held-out figures only")
+    group.add_argument(
+        "--tasks", nargs="*", choices=TASKS, default=list(TASKS), help="none: held-out figures only"
+    )
     group.add_argument("--test_file", type=Path, help="GSM8K problems that nothing else uses (JSONL)")
     group.add_argument("--problems", type=int, default=300, help="the first so many of --test_file")
     group.add_argument("--puzzles", type=int, default=100)
+    group.add_argument("--functions", type=int, default=120)
     group.add_argument("--max_tokens", type=int, default=400)
     parser.add_argument("--work", type=Path, help="folder of checkpoints (default: quality_{model})")
     measuring.add_result_arguments(parser, "quality_{model}")
@@ -139,7 +147,7 @@ def held_out(report: dict) -> dict[str, dict]:
     return {of: found | {"perplexity": math.exp(found["cross_entropy"])} for of, found in epoch.items()}
 
 
-def ask(arguments: argparse.Namespace, served: Path, problems: dict[str, list[Problem]]) -> dict[str, list]:
+def ask(arguments: argparse.Namespace, served: Path, problems: dict[str, Task]) -> dict[str, list]:
     """Let a served model answer: {task: [{text, tokens, finish_reason}]}."""
     tokenizer, config = load_tokenizer(arguments.model), read_config(arguments.model)
     prompts = {
@@ -181,12 +189,9 @@ def answer_with_vllm(
     return answers
 
 
-def score(problems: Sequence[Problem], answers: Sequence[dict]) -> dict:
-    """Exact match of some answers: which are right ("1" a problem), and how many were cut off."""
-    right = [
-        parse_answer(reply["text"]) == problem.answer
-        for problem, reply in zip(problems, answers, strict=True)
-    ]
+def score(problems: Task, answers: Sequence[dict]) -> dict:
+    """Which answers are right ("1" a problem), and how many were cut off."""
+    right = [problem.is_right(reply["text"]) for problem, reply in zip(problems, answers, strict=True)]
     return {
         "right": "".join("1" if r else "0" for r in right),
         "truncated": sum(reply["finish_reason"] == "length" for reply in answers),
@@ -210,28 +215,29 @@ def figures_of(
     arguments: argparse.Namespace,
     blocks: list[int],
     variant: str,
-    problems: dict[str, list[Problem]],
+    problems: dict[str, Task],
     folder: Path,
 ) -> dict:
     """Train, export, ask, score: all figures of one variant. What lies in `folder` is not made again."""
     start = time.perf_counter()
     answers, figures, served = folder / "answers.json", {}, arguments.model.folder()
-    missing = bool(problems) and not answers.is_file()
+    replies = json.loads(answers.read_text()) if answers.is_file() else {}
+    missing = {task: of_task for task, of_task in problems.items() if task not in replies}
     trained = "-" in variant
     if trained or missing and variant != "original":
-        served = make(arguments, blocks, variant, folder, missing)
+        served = make(arguments, blocks, variant, folder, bool(missing))
     if trained:
         report = json.loads((folder / "report.json").read_text())
         figures = {"best_epoch": report["best_epoch"], "held_out": held_out(report)}
     exported = variant != "original" and not rank_of(variant)
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(answers, ask(arguments, served, problems))
+        replies |= ask(arguments, served, missing)
+        write_json(answers, replies)
         if exported:
             shutil.rmtree(served)  # as large as the model, and quickly made again
     if problems:
         figures["served"] = export_format(blocks) if exported else "as it is"
-        replies = json.loads(answers.read_text())
         figures |= {task: score(of_task, replies[task]) for task, of_task in problems.items()}
     return figures | {"seconds": time.perf_counter() - start}
 
@@ -242,15 +248,16 @@ def table(figures: Sequence[dict], less: str = "original", others: Sequence[dict
     less: the variant that differences are to, with as many blocks skipped; others: where its figures are,
     if elsewhere.
     """
-    apart = f"less {less}'s"
-    lines = title("blocks", "scales", "GSM8K, %", apart, "puzzles, %", apart, "perplexity", "KL", "agreement")
+    tasks = [task for task in TASKS if any(task in figure for figure in figures)]
+    columns = [column for task in tasks for column in (f"{TASKS[task]}, %", f"less {less}'s")]
+    lines = title("blocks", "scales", *columns, "perplexity", "KL", "agreement")
     order = ["original", *VARIANTS]
     for figure in sorted(figures, key=lambda f: (len(f["of"]["blocks"]), order.index(f["of"]["variant"]))):
         blocks, variant = figure["of"]["blocks"], figure["of"]["variant"]
         of = {"blocks": [] if less == "original" else blocks, "variant": less}
         reference = next((f for f in others or figures if f["of"] == of), {})
         cells = [len(blocks), variant.replace("-", ", ")]
-        for task in TASKS:
+        for task in tasks:
             cells += _accuracy_cells(figure.get(task), reference.get(task))
         found = _held_out_of(figures, blocks, variant)
         if found is None:
@@ -342,13 +349,15 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser, path
     if max(arguments.counts) > len(selected):
         raise SystemExit(f"{arguments.selection}: only {len(selected)} blocks")
     names = "model dtype max_samples validation_split num_epochs learning_rate batch_size"
-    names += " tasks problems puzzles max_tokens data_path test_file"
+    names += " tasks problems puzzles functions max_tokens data_path test_file"
     results = measuring.Results(path, measuring.settings_of(arguments, names))
     problems = {}
     if "gsm8k" in arguments.tasks:
         problems["gsm8k"] = gsm8k(arguments.test_file, arguments.problems)
     if "puzzles" in arguments.tasks:
         problems["puzzles"] = puzzles(arguments.puzzles)
+    if "functions" in arguments.tasks:
+        problems["functions"] = functions(arguments.functions)
     for count in arguments.counts:
         for variant in arguments.variants if count else ["original"]:
             blocks, work = selected[:count], arguments.work or Path(f"quality_{arguments.model.name}")

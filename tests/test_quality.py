@@ -230,13 +230,23 @@ def test_quality_with_answers(tiny_folder, tmp_path, block):
     wide = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1)  # vLLM: heads of 32 at least
     test_file = tmp_path / "test.jsonl"
     write_lines(test_file, [{"question": f"q{i}", "answer": f"#### {i}"} for i in range(3)])
-    asked = ["--selection", selection(tmp_path, [block]), "--test_file", test_file, "--puzzles", 2]
+    asked = [
+        "--selection",
+        selection(tmp_path, [block]),
+        "--test_file",
+        test_file,
+        "--puzzles",
+        2,
+        "--functions",
+        2,
+    ]
     asked += ["--counts", 1, "--variants", "unscaled", "--max_tokens", 5, "--work", tmp_path / "work"]
     words = words_for(tiny_folder("llama", **wide), tmp_path, 12, *asked)
     quality.main(words)
     (figure,) = figures_in(tmp_path)
     assert figure["served"] == ("folded" if block == 0 else "nemotron_nas")
     assert len(figure["gsm8k"]["right"]) == 3 and len(figure["puzzles"]["right"]) == 2
+    assert len(figure["functions"]["right"]) == 2
     quality.main([*words, "--counts", "0"])
     quality.main([*words, "--plot", str(tmp_path / "quality.svg")])
     picture = (tmp_path / "quality.svg").read_text()
