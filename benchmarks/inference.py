@@ -4,11 +4,11 @@
     python benchmarks/inference.py --table
 
 For 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one, in transformers
-and in vLLM. The numbers of blocks take turns in every round; figures are medians over rounds. What
-a block's attention costs is measured where nothing is skipped, by timing the modules (norm and
-attention), so that it owes nothing to the skipping. `gained` is the time that skipping saves over
-the time that the skipped modules took. Where the machine's speed drifts, many rounds of one repeat
-cancel it best. Results go to benchmarks/results/inference_cpu.json.
+and in vLLM, with one prompt at a time or --rows of them. The numbers of blocks take turns in every
+round; figures are medians over rounds. What a block's attention costs is measured where nothing is
+skipped, by timing the modules (norm and attention), so that it owes nothing to the skipping. `gained`
+is the time that skipping saves over the time that the skipped modules took. Where the machine's speed
+drifts, many rounds of one repeat cancel it best. Results go to benchmarks/results/inference_cpu.json.
 
     pip install --no-deps .
     python benchmarks/inference.py --engines vllm_forms --rounds 3 --result vllm_forms_cpu.json
@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats", type=int, default=3, help="of a measurement in a round; the median counts"
     )
+    parser.add_argument("--rows", type=int, default=1, help="prompts at once")
     parser.add_argument("--prompt_tokens", type=int, default=256)
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--compiled", action="store_true", help="vLLM compiles; attention is not timed then")
@@ -125,7 +126,7 @@ def transformers_rounds(arguments: argparse.Namespace, folder: str) -> list[dict
 
     model = load_model(model_ref(folder), dtype=arguments.dtype, device="cpu")
     layers = model.model.layers
-    prompt = torch.randint(3, model.config.vocab_size, (1, arguments.prompt_tokens))
+    prompt = torch.randint(3, model.config.vocab_size, (arguments.rows, arguments.prompt_tokens))
 
     def run(new_tokens: int):
         cache = DynamicCache()
@@ -142,7 +143,7 @@ def transformers_rounds(arguments: argparse.Namespace, folder: str) -> list[dict
             scales.reset(model, measuring.spread(count, len(layers)))
             size = sum(layer.keys.nbytes + layer.values.nbytes for layer in run(1).layers)
             result = measure(run, arguments, layers if count == 0 else None)
-            rounds[-1][str(count)] = {"kv_bytes_per_token": size / prompt.shape[1]} | result
+            rounds[-1][str(count)] = {"kv_bytes_per_token": size / prompt.numel()} | result
     return rounds
 
 
@@ -164,14 +165,14 @@ def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: boo
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         max_model_len=arguments.prompt_tokens + arguments.new_tokens + 8,
-        max_num_seqs=1,
+        max_num_seqs=arguments.rows,
         gpu_memory_utilization=0.5,  # checked against free memory, even without a GPU
     )
     prompt = {"prompt_token_ids": [3 + i % 1000 for i in range(arguments.prompt_tokens)]}
 
     def run(new_tokens: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        llm.generate([prompt], sampling, use_tqdm=False)
+        llm.generate([prompt] * arguments.rows, sampling, use_tqdm=False)
 
     cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.kv_cache_config
     size = 0.0
@@ -247,6 +248,7 @@ def table(figures: list[dict], settings: dict) -> list[str]:
             for phase in PHASES:
                 whole, own = ([r[which]["seconds"][phase] for r in rounds] for which in (first, name))
                 tokens = settings["prompt_tokens" if phase == "prefill" else "new_tokens"]
+                tokens *= settings["rows"]
                 times = cell([a / b for a, b in zip(whole, own, strict=True)])
                 gained = "-"
                 if "attention_block_seconds" in rounds[0][first]:
@@ -268,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     path = arguments.result or measuring.RESULTS / "inference_cpu.json"
     if not arguments.table:
-        names = "counts dtype rounds repeats prompt_tokens new_tokens compiled"
+        names = "counts dtype rounds repeats rows prompt_tokens new_tokens compiled"
         results = measuring.Results(path, measuring.settings_of(arguments, names))
         for name in arguments.models:
             benchmark(name, arguments, results)
