@@ -274,6 +274,7 @@ def check_data(data_path: Path, model: models.ModelRef) -> None:
             f"{data_path}: made with another tokenizer than {model.source}'s, by {DATA_REPORT} beside it "
             f"with that of {made_with.get('model')}; make it with process_gt_data.py --model {model.source}"
         )
+    _warn_of_another(report, made_with.get("model"), model)
 
 
 def load_samples(arguments: argparse.Namespace, config) -> list:
@@ -346,7 +347,17 @@ def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: s
             f"{path}: a report of model {name} ({layers} layers), not of model {ref.name} ({num_layers}); "
             f"search on this model, or {remedy}"
         )
+    arguments = content.get("arguments")
+    _warn_of_another(path, arguments.get("model") if isinstance(arguments, dict) else None, ref)
     return blocks
+
+
+def _warn_of_another(path: Path, made_with: str | None, ref: models.ModelRef) -> None:
+    """Say where a file was made with a model of the same name in another place: perhaps another model."""
+    if made_with not in (None, ref.source):
+        logger.warning(
+            "%s: made with %s, and --model is %s: are they one model?", path, made_with, ref.source
+        )
 
 
 def add_export_argument(parser: argparse.ArgumentParser, purpose: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.loading.loader import load_model
@@ -125,6 +126,17 @@ def test_tokenizer_travels_along(tiny_folder, tmp_path):
     save(tmp_path / "ckpt", tiny_folder())
     there, here = (AutoTokenizer.from_pretrained(path) for path in (tiny_folder(), tmp_path / "ckpt"))
     assert there.chat_template == here.chat_template and there("a b").input_ids == here("a b").input_ids
+
+
+def test_a_model_saved_again_in_its_place_keeps_its_new_scales(tiny_folder, tmp_path):
+    save(tmp_path / "c", tiny_folder())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "c", trust_remote_code=True)
+    with torch.no_grad():
+        model.model.layers[0].s_scale_mlp.fill_(3.0)
+    model.save_pretrained(tmp_path / "c")  # scales.safetensors stays, and is not read any more
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "c", trust_remote_code=True)
+    ours = checkpoints.load_checkpoint(tmp_path / "c")
+    assert again.model.layers[0].s_scale_mlp == ours.model.layers[0].s_scale_mlp == 3
 
 
 def test_modeling_file_imports_nothing_of_the_project():

@@ -254,6 +254,14 @@ def test_what_decilm_cannot_hold_is_refused(tmp_path, base, family, changes, rea
     formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded")  # which the message offers
 
 
+def test_quantised_weights_are_refused_before_anything_is_trained(tmp_path):
+    config = stock_config("llama")
+    formats.check_exports(["folded", "nemotron_nas"], config, tmp_path / "scaled")
+    config.quantization_config = {"quant_method": "awq"}
+    with pytest.raises(InputError, match="folded: the model's weights are quantised"):
+        formats.check_exports(["folded"], config, tmp_path / "scaled")
+
+
 @pytest.mark.parametrize("column, value", [(1, 0.0), (3, 1e-5)])
 def test_scales_that_cannot_be_folded_are_refused(column, value):
     """That an export then leaves nothing, and that none is made of scales that are not finite, is among the

@@ -107,6 +107,23 @@ def test_the_tokenizer_is_that_of_the_file(tmp_path):
     assert plain("the").input_ids[0] != plain.bos_token_id
 
 
+@pytest.mark.parametrize(
+    ("template", "begins", "added"),
+    [
+        ("{{ messages[0].content }}", True, 1),
+        ("{{ messages[0].content }}", False, 0),
+        ("{{ bos_token }}", True, 0),
+    ],
+)
+def test_a_chat_begins_as_the_file_says(tmp_path, template, begins, added):
+    """llama.cpp puts the token before a chat, too, and some files' templates therefore leave it out."""
+    path = write_model(tiny(), tmp_path / "model.gguf", template=template, add_bos_token=begins)
+    tokenizer = load_tokenizer(model_ref(str(path)))
+    messages = [{"role": "user", "content": "the"}]
+    plain = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.bos_token * added + plain
+
+
 def test_a_checkpoint_stops_where_the_files_template_ends_a_turn(tmp_path):
     """Phi-3's files name the end of a text only; what ends a turn stands in the template alone."""
     template = "{% for m in messages %}{{ m.content }}<|im_start|>{% endfor %}"

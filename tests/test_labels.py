@@ -108,6 +108,38 @@ def test_earlier_turns_with_reasoning_count_as_they_were_said():
     assert "one and one" not in tokenizer.decode(samples[1]["input_ids"])
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"content": "\n <think>\nfoo\n</think>\n\nbar"}, "<think>\nfoo\n</think>\n\nbar"),
+        (
+            {"content": "It ends with </think>", "reasoning_content": "foo"},
+            "<think>\nfoo\n</think>\n\nIt ends with </think>",
+        ),
+    ],
+)
+def test_reasoning_is_set_apart_once(message, said):
+    tokenizer = tokenizer_of(THINKING, False)
+    record = {"messages": [ASKED, {"role": "assistant", **message}]}
+    (sample,) = samples_of(("here", record), tokenizer, set(tokenizer.encode("<|im_end|>")))
+    counted = [token for token in sample["labels"] if token != -100]
+    assert tokenizer.decode(counted) == f"{said}<|im_end|>"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_nothing_asked_for_does_not_count(shape):
+    template, ends, *_ = SHAPES[shape]
+    tokenizer = tokenizer_of(template, False)
+    stop = set(tokenizer.encode(ends, add_special_tokens=False))
+    begins = {"role": "assistant", "content": "Hello"}
+    (sample,) = samples_of(("here", {"messages": [begins, ASKED, ANSWERED]}), tokenizer, stop)
+    counted = [token for token in sample["labels"] if token != -100]
+    assert tokenizer.decode(counted).strip() == f"It is 51.{ENDS.get(shape, ends)}"
+    assert "Hello" in tokenizer.decode(sample["input_ids"])
+    with pytest.raises(InputError, match="here: has an answer to nothing"):
+        samples_of(("here", {"messages": [begins]}), tokenizer, stop)
+
+
 ASKED = {"role": "user", "content": "17 * 3?"}
 CALL = {"type": "function", "function": {"name": "calc", "arguments": {"e": "17*3"}}}
 CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}

@@ -112,6 +112,10 @@ def test_data_of_another_tokenizer_is_refused(work, capsys):
     check_refused(unscaled_ckpt, [*data, "--blocks_to_skip", "1", "--replacement_rank", "2"], message, capsys)
     theirs, ours = model_ref(str(another)), model_ref(work[1])
     cli.check_data(Path("out/data.jsonl"), ours)
+    assert "are they one model" not in capsys.readouterr().err
+    copied = shutil.copytree(work[1], "elsewhere/model")
+    cli.check_data(Path("out/data.jsonl"), model_ref(str(copied)))
+    assert f"made with {work[1]}, and --model is {copied}: are they one model?" in capsys.readouterr().err
     shutil.copyfile("out/data.jsonl", "out/search.jsonl")  # as `head` makes it: of whom, no report tells
     cli.check_data(Path("out/search.jsonl"), theirs)
     del content["tokenizer"]  # as earlier versions wrote it

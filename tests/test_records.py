@@ -10,9 +10,10 @@ from conftest import byte_tokenizer, check_refused
 
 import generate_model_gt_data
 import process_gt_data
-from hopscotch_common.answers.prompts import prompt_of
+from hopscotch_common.answers.prompts import find_prompts, prompt_of
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError
+from hopscotch_common.loading.models import model_ref
 
 ASKED, SAID = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
 BOTH = [ASKED, SAID]
@@ -35,6 +36,9 @@ RECORDS = [
         [{"role": "user", "content": "Add\n\n1, 1"}, SAID],
     ),
     ({"instruction": "1 + 1?", "input": "", "output": "2"}, BOTH),
+    ({"instruction": None, "input": "1 + 1?", "output": "2"}, BOTH),
+    ({"instruction": " ", "input": "1 + 1?", "output": "2"}, BOTH),
+    ({"instruction": [SYSTEM, ASKED], "input": ""}, [SYSTEM, ASKED]),
     ({"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}, BOTH),
     ({"system": "Be brief.", "conversations": [{"from": "human", "value": "1 + 1?"}]}, [SYSTEM, ASKED]),
 ]
@@ -64,6 +68,9 @@ def test_a_field_of_another_name():
         ({"prompt": 7}, "'prompt' must be text"),
         ({"conversations": "1 + 1?"}, "'conversations' must be a list"),
         ({"question": "  "}, "'question' must be text"),
+        ({"instruction": None, "input": " "}, "'instruction' must be text"),
+        ({"instruction": "Add", "input": 0}, "'instruction' and 'input' must both be text"),
+        ({"instruction": [ASKED], "input": "more"}, "'instruction' and 'input' must both be text"),
         ({"messages": []}, "its list of messages is empty"),
         ({"messages": [{"role": "user", "content": ""}]}, "the user message has no content"),
         ({"messages": [SYSTEM]}, "no user message after the system message"),
@@ -120,6 +127,23 @@ def test_files_of_every_kind(tmp_path):
         assert [record for _, record in found] == records, path
         assert found[1][0] in (f"{path}, line 2", f"{path}, record 2")
     assert [record for _, record in hub_records(str(tmp_path / "a.parquet").rsplit("/", 1)[0], None, "train")]
+
+
+def test_cells_of_a_table_are_the_text_that_stands_there(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,input,output\nDouble it,007,14\n12,,N/A\nIs it?,null,\n")
+    assert [record for _, record in read_records(tmp_path / "a.csv")] == [
+        {"instruction": "Double it", "input": "007", "output": "14"},
+        {"instruction": "12", "output": "N/A"},
+        {"instruction": "Is it?", "input": "null"},
+    ]
+
+
+def test_conversations_that_ask_several_times_are_counted(tmp_path, caplog):
+    several, one = {"messages": [ASKED, SAID, ASKED, SAID]}, {"messages": [SYSTEM, ASKED, SAID]}
+    (tmp_path / "a.json").write_text(json.dumps([several, one, several]))
+    with caplog.at_level("INFO", "hopscotch"):
+        assert len(find_prompts(model_ref("smollm"), tmp_path / "a.json")) == 3
+    assert "2 of 3 records ask several times" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -500,7 +500,8 @@ def test_only_searches_that_belong_together_are_joined():
     (joined,) = join_searches([parse(SearchRun, first), parse(SearchRun, after)])
     assert [i.count for i in joined.iterations] == [2, 3] and joined.skipped_blocks == (2, 4, 0)
     kl, untrained = {"arguments": {"loss": "kl"}}, {"arguments": {"search": "untrained"}}
-    for change in ({"model": "other"}, {"num_layers": 7}, {"data": {"sha256": "another"}}, kl, untrained):
+    maps, data = {"arguments": {"replacement_rank": 16}}, {"data": {"sha256": "another"}}
+    for change in ({"model": "other"}, {"num_layers": 7}, data, kl, untrained, maps):
         assert len(join_searches([parse(SearchRun, first), parse(SearchRun, after | change)])) == 2
     assert len(join_searches([parse(SearchRun, first), parse(SearchRun, first)])) == 2
 

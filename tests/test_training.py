@@ -513,6 +513,25 @@ def test_split_is_disjoint_complete_and_seeded():
         data.split_samples(samples[:1], 0.2, seed=1)
 
 
+def test_what_asks_the_same_is_held_out_together():
+    def sample(asked: list[int], said: list[int]) -> Sample:
+        return Sample(asked + said, [-100] * len(asked) + said)
+
+    questions = [[5, 6, n] for n in range(10)]
+    # each twice: with another answer, or followed up
+    samples = [sample(q, [1, 2]) for q in questions] + [sample(q, [3]) for q in questions[:5]]
+    samples += [sample([*q, 1, 2, 9], [4]) for q in questions[5:]]
+    for seed in range(8):
+        training, held_out = data.split_samples(samples, 0.2, seed)
+        assert len(held_out) == 4 and len(training) == 16
+        trained_on = {tuple(sample.input_ids[:3]) for sample in training}
+        assert not trained_on & {tuple(sample.input_ids[:3]) for sample in held_out}
+    counted = [Sample([5, n, 7], [-100, n, 7]) for n in range(10)]  # texts that begin alike
+    assert len(data.split_samples(counted, 0.2, seed=0)[1]) == 2
+    with pytest.raises(InputError, match="ask different things, there are 1"):
+        data.split_samples([sample([5, 6], [n]) for n in range(4)], 0.2, seed=0)
+
+
 GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
 
 

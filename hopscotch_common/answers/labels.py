@@ -12,14 +12,17 @@ IGNORED = -100  # the label of what does not count
 def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[dict]:
     """The samples {input_ids, labels} of one record: each of its answers counts once.
 
-    One sample as a rule. Where a template leaves the reasoning of earlier answers out, each of these has a
-    sample of its own, as the model said it. placed: (where, record). Raises InputError for what is no
-    conversation that ends with an answer, and for what the chat template refuses or leaves out.
+    But for one that begins the conversation, as nothing asked for it. One sample as a rule. Where a template
+    leaves the reasoning of earlier answers out, each of these has a sample of its own, as the model said it.
+    placed: (where, record). Raises InputError for what is no conversation that ends with an answer, and for
+    what the chat template refuses or leaves out.
     """
     where, record = placed
     messages = messages_of(record, where)
     if messages[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message is not the assistant's, there is no answer to train on")
+    if len(messages) == 1:
+        raise InputError(f"{where}: has an answer to nothing, so there is none to train on; leave it out")
     if ANSWER_IDS in record:
         return [_said(record, messages, tokenizer, where)]
     messages = [split_reasoning(message, tokenizer) for message in messages]
@@ -31,11 +34,11 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
     whole = render(tokenizer, messages, where)
     spans, samples = [], []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index == 0:
             continue
         last = index == len(messages) - 1
         text = whole if last else render(tokenizer, messages[: index + 1], where)
-        before = render(tokenizer, messages[:index], where, add_generation_prompt=True) if index else ""
+        before = render(tokenizer, messages[:index], where, add_generation_prompt=True)
         start = len(os.path.commonprefix([before, text]))
         encoded = encode(text)
         end = _end_of_turn(encoded, message["content"].strip(), text, start, (stop_ids, special))
@@ -133,8 +136,10 @@ def _sample(encoded, spans: list[tuple[int, int]]) -> dict:
 
 def split_reasoning(message: dict, tokenizer) -> dict:
     """An answer's <think> part as `reasoning_content`, for chat templates that tell the two apart."""
-    head, end, answer = message["content"].partition("</think>")
-    if not end or message["role"] != "assistant" or "reasoning_content" not in tokenizer.chat_template:
+    if message["role"] != "assistant" or message.get("reasoning_content"):
         return message
-    reasoning = head.removeprefix("<think>").strip("\n")
+    head, end, answer = message["content"].partition("</think>")
+    if not end or "reasoning_content" not in tokenizer.chat_template:
+        return message
+    reasoning = head.lstrip().removeprefix("<think>").strip("\n")
     return message | {"content": answer.lstrip("\n"), "reasoning_content": reasoning}

@@ -189,7 +189,11 @@ def find_prompts(
         records = read_records(LOCAL_PROMPTS)
     else:
         records = hub_records(HUB_PROMPTS, "main", "train")
-    return [prompt_of(record, where, field) for where, record in records]
+    prompts = [prompt_of(record, where, field) for where, record in records]
+    several = sum("user user" in " ".join(m["role"] for m in prompt.messages) for prompt in prompts)
+    if several:
+        logger.info("%d of %d records ask several times: all at once, without answers", several, len(prompts))
+    return prompts
 
 
 def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:

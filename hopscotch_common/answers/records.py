@@ -11,7 +11,7 @@ from pathlib import Path
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import as_object, check_input, lines_of_file, parse_json
 
-READ_BY_DATASETS = {".parquet": "parquet", ".csv": "csv", ".zst": "json"}
+TABLES = {".parquet": "parquet", ".csv": "csv", ".zst": "json"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -34,9 +34,9 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
     where: the file, and the line or the number of the record from 1. InputError names them.
     """
     check_input(path)
-    kind = READ_BY_DATASETS.get(path.suffix.lower())
+    kind = TABLES.get(path.suffix.lower())
     if kind is not None:
-        yield from _by_datasets(path, kind)
+        yield from _rows(_table(path, kind), str(path))
         return
     unpack = gzip.open if path.suffix.lower() == ".gz" else open
     try:
@@ -60,15 +60,18 @@ def _array(content: bytes, path: Path) -> Iterator[tuple[str, dict]]:
         yield where, as_object(record, where)
 
 
-def _by_datasets(path: Path, kind: str) -> Iterator[tuple[str, dict]]:
+def _table(path: Path, kind: str) -> list[dict]:
     from datasets import load_dataset
+    from pandas import read_csv
 
-    with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing left behind
-        try:
-            rows = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache).to_list()
-        except Exception as error:  # whatever the readers of so many formats raise
-            raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
-    yield from _rows(rows, str(path))
+    try:
+        if kind == "csv":  # 007 and N/A are text, and only an empty cell is none
+            rows = read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+            return [{name: cell or None for name, cell in row.items()} for row in rows]
+        with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing left behind
+            return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache).to_list()
+    except Exception as error:  # whatever the readers of so many formats raise
+        raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
 
 
 def _rows(rows: Iterable[dict], where: str) -> Iterator[tuple[str, dict]]:
@@ -134,8 +137,8 @@ def _conversation(record: dict, where: str, field: str | None) -> tuple[list, se
         if prompt not in record:
             continue
         asked = record[prompt]
-        if prompt == "instruction" and str(record.get("input") or "").strip():
-            asked = f"{asked}\n\n{record['input']}"
+        if prompt == "instruction":
+            asked = _with_input(asked, record.get("input"), where)
         messages = _as_messages(asked, prompt, where)
         completion = record.get(answer)
         if isinstance(completion, list):
@@ -146,6 +149,15 @@ def _conversation(record: dict, where: str, field: str | None) -> tuple[list, se
     raise InputError(
         f"{where}: has {_named(record)}, and needs {UNDERSTOOD}; name the field by --prompt_field"
     )
+
+
+def _with_input(instruction, about, where: str):
+    """An instruction and its 'input', each of which may be missing."""
+    if about is None or about == "":
+        return instruction
+    if not isinstance(about, str) or not isinstance(instruction, str | None):
+        raise InputError(f"{where}: 'instruction' and 'input' must both be text; mend it")
+    return "\n\n".join(part for part in (instruction, about) if part and part.strip())
 
 
 def _named(record: dict) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from hopscotch_common import scales
@@ -122,22 +122,18 @@ def _write_base(
     tokenizer = copy_tokenizer(source, target, base.source)
 
     files = weights.weight_files(source)
-    total = removed = 0
     for number, path in enumerate(tqdm(files, "writing weights", delay=2, dynamic_ncols=True), 1):
         name = f"base-{number:05}-of-{len(files):05}.safetensors"
-        kept = {}
-        for key, tensor in weights.read_tensors(path).items():
-            total += tensor.numel()
-            if is_skipped_weight(key, config):
-                removed += tensor.numel()
-            else:
-                kept[key] = tensor
-        if kept:
+        tensors = weights.read_tensors(path)
+        if kept := {key: tensor for key, tensor in tensors.items() if not is_skipped_weight(key, config)}:
             weights.save_tensors(kept, target / name)
     weights.write_index(target)
+    with torch.device("meta"):  # files of quantised weights hold other numbers
+        model = AutoModelForCausalLM.from_config(stock)
+    sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     counts = {
-        "parameters": total,
-        "parameters_removed": removed,
+        "parameters": sum(sizes.values()),
+        "parameters_removed": sum(n for key, n in sizes.items() if is_skipped_weight(key, config)),
         "kv_cache_blocks": len(modeling_hopscotch.attention_blocks(config)),
         "kv_cache_blocks_removed": len(skipped),
     }
@@ -174,9 +170,8 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
     """
     config = config or checkpoint_config(folder)
     wanted = scales.as_state_dict(scales.ones(config))
-    own = folder / SCALES_FILE
     found: dict[str, torch.Tensor] = {}
-    for path in [own] if own.is_file() else weights.weight_files(folder):
+    for path in _scale_files(folder):
         found |= {key: tensor for key, tensor in weights.read_tensors(path).items() if key in wanted}
     missing = sorted(set(wanted) - set(found))
     if not found:
@@ -194,6 +189,12 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
     return scales.from_state_dict(found, config.num_hidden_layers)
 
 
+def _scale_files(folder: Path) -> list[Path]:
+    """Where a folder's scales stand, as transformers reads it: who saves a model again leaves old files."""
+    files = weights.weight_files(folder)
+    return [path for path in files if path.name == SCALES_FILE] or files
+
+
 def load_maps(folder: Path, config=None) -> dict[str, torch.Tensor]:
     """The maps in skipped blocks' place, by state-dict key; InputError where a number is not finite.
 
@@ -202,9 +203,8 @@ def load_maps(folder: Path, config=None) -> dict[str, torch.Tensor]:
     """
     if not (config or checkpoint_config(folder)).replacement_rank:
         return {}
-    own = folder / SCALES_FILE
     maps: dict[str, torch.Tensor] = {}
-    for path in [own] if own.is_file() else weights.weight_files(folder):
+    for path in _scale_files(folder):
         found = weights.read_tensors(path)
         maps |= {key: tensor for key, tensor in found.items() if key.endswith(REPLACEMENT_NAMES)}
     for key, tensor in maps.items():

@@ -63,7 +63,13 @@ def check_exports(formats: Sequence[str], config, target: Path, replacement_rank
     """Raise InputError where `run_exports` is bound to fail for a model of this (stock) config."""
     for name in formats:
         check_output(export_folder(target, name))
-        FORMATS[name].check(config, replacement_rank)
+        _check_format(name, config, replacement_rank)
+
+
+def _check_format(name: str, config, replacement_rank: int) -> None:
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{name}: the model's weights are quantised, so no scales can be folded into them")
+    FORMATS[name].check(config, replacement_rank)
 
 
 def export_folder(target: Path, format: str) -> Path:
@@ -101,9 +107,7 @@ def export_checkpoint(
     config, values = checkpoints.read_checkpoint(checkpoint)
     run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
     check_output(output)
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"{checkpoint}: its weights are quantised, so scales cannot be folded into them")
-    FORMATS[format].check(config, config.replacement_rank)
+    _check_format(format, config, config.replacement_rank)
     if config.dtype is None:
         config.dtype = weights.stored_dtype(checkpoint)
     if weights.has_own_head(checkpoint):

@@ -28,7 +28,7 @@ from hopscotch_common import files
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.loading import loader, tokenization, weights
 
-LAYOUT = 4  # raised when `unpack` writes something else, so that folders from before are not used
+LAYOUT = 5  # raised when `unpack` writes something else, so that folders from before are not used
 REMEDY = "give another GGUF file"
 # How a byte-level BPE tokenizer splits text before it merges, where transformers has no regular expression
 # for it and takes GPT-2's: right for some, while others split off each digit first (llama.cpp's names).
@@ -250,6 +250,8 @@ def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
     """Set what transformers leaves out; InputError where it would split text otherwise than the file says."""
     if (begins := value_of(reader, "tokenizer.ggml.add_bos_token")) is not None:
         tokenizer.add_bos_token = begins
+        if begins and not _begins_chats(tokenizer):  # llama.cpp puts it before a chat, too
+            tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     split = value_of(reader, "tokenizer.ggml.pre")
     if value_of(reader, "tokenizer.ggml.model") != "gpt2" or split in GGUF_PRE_TOKENIZER_SPLITS:
         return
@@ -261,6 +263,17 @@ def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
         raise InputError(
             f"{gguf}: how its tokenizer splits text (tokenizer.ggml.pre: {split}) is not known; {REMEDY}"
         )
+
+
+def _begins_chats(tokenizer) -> bool:
+    """Whether the chat template writes the token that begins a text; also where there is none of the two."""
+    if not (tokenizer.bos_token and isinstance(tokenizer.chat_template, str)):
+        return True
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except Exception:  # whatever a template raises at such a conversation
+        return True
+    return text.lstrip().startswith(tokenizer.bos_token)
 
 
 def _set_rope(config, reader, gguf: Path) -> None:

@@ -313,6 +313,7 @@ def join_searches(runs: Sequence[Run]) -> list[Run]:
 
 def _goes_on(run: SearchRun, earlier: SearchRun) -> bool:
     def same(a: SearchRun):
-        return a.model, a.num_layers, a.data.get("sha256"), a.criterion, a.arguments.get("loss", "ce")
+        how = (a.criterion, a.arguments.get("loss", "ce"), a.arguments.get("replacement_rank") or 0)
+        return a.model, a.num_layers, a.data.get("sha256"), *how
 
     return same(run) == same(earlier) and set(run.iterations[0].skipped_before) == set(earlier.skipped_blocks)

@@ -128,18 +128,46 @@ def split_samples(
 ) -> tuple[list[Sample], list[Sample]]:
     """(training, held-out) samples; at least one of each when the split is not 0.
 
-    Raises InputError when there are too few samples to split.
+    Samples that ask the same, or go on from it, stay together: held out is what was not trained on. Raises
+    InputError when there are too few to split.
     """
-    count = round(len(samples) * validation_split)
-    if validation_split > 0:
-        if len(samples) < 2:
-            raise InputError(f"--validation_split needs at least 2 samples, there is {len(samples)}")
-        count = min(max(count, 1), len(samples) - 1)
-    held_out = set(random.Random(seed).sample(range(len(samples)), count))
+    if validation_split <= 0:
+        return list(samples), []
+    groups = _asking_the_same(samples)
+    if len(groups) < 2:
+        raise InputError(
+            f"--validation_split needs at least 2 samples that ask different things, there are {len(groups)}"
+        )
+    count = max(round(len(samples) * validation_split), 1)
+    held_out: set[int] = set()
+    for group in random.Random(seed).sample(groups, min(count, len(groups) - 1)):
+        if len(held_out) < count:
+            held_out.update(group)
     return (
         [sample for i, sample in enumerate(samples) if i not in held_out],
         [sample for i, sample in enumerate(samples) if i in held_out],
     )
+
+
+def _asking_the_same(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of the samples in groups: what one reads before its first answer, the others begin with."""
+
+    def asked(index: int) -> list[int]:
+        sample = samples[index]
+        start = next(place for place, label in enumerate(sample.labels) if label != IGNORE_INDEX)
+        return (
+            sample.input_ids[:start] if start > 1 else sample.input_ids
+        )  # a text that counts from its start
+
+    groups: list[list[int]] = []
+    first: list[int] = []
+    for index in sorted(range(len(samples)), key=asked):  # what begins with another stands behind it
+        prompt = asked(index)
+        if not groups or prompt[: len(first)] != first:
+            groups.append([])
+            first = prompt
+        groups[-1].append(index)
+    return sorted(groups)
 
 
 @dataclass(frozen=True)
