@@ -19,12 +19,15 @@ transformers loads them. For --counts n:
 - search-nbl: that map in the place of the search's blocks.
 - layers: the n whole layers that turn the stream least (ShortGPT's block influence, arXiv 2403.03853).
 - consecutive: the n layers in a row over which the last token's stream turns least (arXiv 2403.17887).
+- cache-8, cache-4: all attention blocks, with keys and values in so many bits, in groups of 64 channels of a
+  token (as transformers' QuantizedCache has them, but for the last 128 tokens, which that keeps whole).
 
 KV cache left is what --context tokens keep, of the original's. Results go to
 benchmarks/results/alternatives_{model}.json, written after each figure.
 """
 
 import argparse
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +38,7 @@ from matplotlib.figure import Figure
 from measuring import row, title
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
-from ways import WAYS, Observed, choose, in_place, left, replaced
+from ways import BITS, WAYS, Observed, choose, in_place, left, replaced
 
 from hopscotch_common import cli, files
 from hopscotch_common.report import plots
@@ -116,7 +119,8 @@ def table(figures: Sequence[dict]) -> list[str]:
 
 @plots.styled
 def draw(figures: Sequence[dict], model: str) -> Figure:
-    """KL of each way, a row each: a mark for each number of blocks or layers that it leaves out."""
+    """KL of each way, a row each: a mark for each number of blocks or layers that it leaves out, if any."""
+    figures = [figure for figure in figures if figure["blocks"]]
     names = {folder: f"our blocks, {_in_words(folder)}" for folder in _folders(figures)}
     rows = [*names, *(way for way in WAYS if any(f["of"].get("way") == way for f in figures))]
     counts = sorted({len(figure["blocks"]) for figure in figures})
@@ -163,13 +167,13 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
     picks = files.read_json(arguments.selection)["skipped_blocks"]
     judge = Judge(model, samples[-arguments.held_out :])
     observed = Observed(model, samples[: arguments.calibration]) if arguments.ways else None
-    for count in arguments.counts:
-        for way in arguments.ways:
-            if way.startswith("search") and count > len(picks):
-                continue
-            blocks = choose(way, count, picks, observed)
-            cell = (model, judge, way, blocks, observed, arguments.context)
-            results.measure({"way": way, "count": count}, measure_way, *cell)
+    for count, way in itertools.product(arguments.counts, arguments.ways):
+        count = 0 if BITS.fullmatch(way) else count
+        if way.startswith("search") and count > len(picks):
+            continue
+        blocks = choose(way, count, picks, observed) if count else []
+        cell = (model, judge, way, blocks, observed, arguments.context)
+        results.measure({"way": way, "count": count}, measure_way, *cell)
     for folder in arguments.checkpoints:
         cell = (model, judge, folder, arguments.dtype)
         results.measure({"checkpoint": folder.as_posix()}, measure_checkpoint, *cell)

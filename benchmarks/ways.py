@@ -26,9 +26,13 @@ WAYS = {  # in words, for pictures
     "nbl": "NBL's blocks, full linear maps",
     "consecutive": "consecutive whole layers",
     "layers": "whole layers (ShortGPT's)",
+    "cache-8": "a KV cache in 8 bits",
+    "cache-4": "a KV cache in 4 bits",
 }
 SINKS = 4
 WINDOW = re.compile(r"(search|cosine)-window-(\d+)")
+BITS = re.compile(r"cache-(\d+)")
+GROUP = 64  # channels of a token's key or value that share a step and a smallest value, of 16 bits each
 
 
 class Observed:
@@ -144,6 +148,33 @@ def windowed(attention: Callable, window: int) -> Callable:
     return forward
 
 
+class RoundedCache:
+    """Takes a KV cache's place in an attention module, whose keys and values are then of a few bits."""
+
+    def __init__(self, bits: int):
+        self.bits = bits
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        return rounded(keys, self.bits), rounded(values, self.bits)
+
+
+def rounded(tensor: torch.Tensor, bits: int) -> torch.Tensor:
+    """Each GROUP of the last dimension in so many bits, evenly from its smallest to its largest value."""
+    groups = tensor.float().unflatten(-1, (-1, min(GROUP, tensor.shape[-1])))
+    least, most = groups.aminmax(dim=-1, keepdim=True)
+    step = ((most - least) / (2**bits - 1)).clamp_min(1e-12)
+    return (((groups - least) / step).round() * step + least).flatten(-2).to(tensor.dtype)
+
+
+def with_cache(attention: Callable, cache: RoundedCache) -> Callable:
+    """An attention module's forward with that cache."""
+
+    def forward(hidden_states: torch.Tensor, **keywords):
+        return attention(hidden_states, **keywords | {"past_key_values": cache})
+
+    return forward
+
+
 def replaced(
     model, way: str, blocks: Sequence[int], observed: Observed
 ) -> list[tuple[torch.nn.Module, Callable]]:
@@ -153,6 +184,10 @@ def replaced(
         return [(layer, lambda hidden_states, **_: hidden_states) for layer in layers]
     if match := WINDOW.fullmatch(way):
         return [(each.self_attn, windowed(each.self_attn.forward, int(match[2]))) for each in layers]
+    if match := BITS.fullmatch(way):
+        cache = RoundedCache(int(match[1]))
+        modules = [layer.self_attn for layer in model.model.layers]
+        return [(each, with_cache(each.forward, cache)) for each in modules]
     if "nbl" not in way:
         return [(layer.self_attn, nothing) for layer in layers]
     found = []
@@ -194,6 +229,8 @@ def choose(way: str, count: int, picks: Sequence[int], observed: Observed) -> li
 
 def left(model, way: str, blocks: Sequence[int], context: int = 0) -> dict[str, float]:
     """Shares of the original's KV cache and weights that are left; context: in tokens, for windows."""
+    if match := BITS.fullmatch(way):
+        return {"kv_cache": (int(match[1]) + 32 / GROUP) / 16, "weights": 1.0}
     layers = model.model.layers
     kept = 1 - len(blocks) / len(layers)
     if match := WINDOW.fullmatch(way):

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from test_search import write_data
 from test_training import loaded, random_samples
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.loading.models import model_ref
@@ -114,6 +114,32 @@ def test_a_wide_window_or_many_sinks_change_nothing(stock, observed, monkeypatch
         torch.testing.assert_close(found, expected)
 
 
+def test_a_cache_of_few_bits_is_what_a_cache_gives_back(stock, observed):
+    class Coarse(DynamicCache):
+        """transformers' own, each vector of which comes back in 16 even steps, number by number."""
+
+        def update(self, keys, values, *more, **options):
+            return tuple(map(self.coarse, super().update(keys, values, *more, **options)))
+
+        @staticmethod
+        def coarse(tensor: torch.Tensor) -> torch.Tensor:
+            vectors = []
+            for vector in tensor.reshape(-1, tensor.shape[-1]).tolist():
+                least, step = min(vector), (max(vector) - min(vector)) / 15
+                vectors.append([least + step * round((number - least) / step) for number in vector])
+            return torch.tensor(vectors).view_as(tensor)
+
+    plain, found = logits_of(stock), logits_with(stock, "cache-4", [], observed)
+    for answer, ours, original in zip(ANSWERS, found, plain, strict=True):
+        with torch.no_grad():
+            theirs = stock(torch.tensor([answer.input_ids]), past_key_values=Coarse()).logits[0]
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.allclose(ours, original, atol=1e-3)
+    for ours, original in zip(logits_with(stock, "cache-16", [], observed), plain, strict=True):
+        torch.testing.assert_close(ours, original, rtol=1e-2, atol=1e-3)
+    assert ways.left(stock, "cache-4", []) == {"kv_cache": 4.5 / 16, "weights": 1.0}
+
+
 def rows(stock, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The stream before a block, and what it adds, [tokens, hidden] in float64."""
     seen: dict[str, list[torch.Tensor]] = {"x": [], "y": []}
@@ -175,7 +201,8 @@ def test_the_script(folder, tmp_path, capsys):
     alternatives.main([*words, *more, "--calibration", "6", "--held_out", "4"])
     alternatives.main([*words, "--table"])
     alternatives.main([*words, "--plot", str(tmp_path / "picture.svg")])
-    assert all(f">{way}<" in (tmp_path / "picture.svg").read_text() for way in ways.WAYS.values())
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert all((f">{words}<" in drawn) == ("cache" not in way) for way, words in ways.WAYS.items())
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == 2 * (2 + 10 + 5)  # three blocks: only what does not follow the search
+    assert len(table) == 2 * (2 + 10 + 5 + 2)  # three blocks: only what does not follow the search
     assert table[: len(table) // 2] == table[len(table) // 2 :]

@@ -15,7 +15,7 @@ import gpu  # noqa: E402
 import measuring  # noqa: E402
 
 from hopscotch_common.training import TrainingOptions  # noqa: E402
-from hopscotch_common.training.batches import Layout, make_batches  # noqa: E402
+from hopscotch_common.training.batches import make_batches  # noqa: E402
 from hopscotch_common.training.trainer import ScaleTrainer  # noqa: E402
 
 COMMAND = ["--config", "tiny", "--device", "cpu"]
@@ -88,8 +88,7 @@ def test_flops_are_those_of_the_products():
     bench = gpu.Bench(gpu.SIZES["tiny"], torch.device("cpu"), torch.float32)
     model, samples = bench.model(), bench.answers(3, (20, 20))
     padded, packed = (
-        make_batches(samples, TrainingOptions(1e-2, 3), 100, layout=Layout(packed))
-        for packed in (False, True)
+        make_batches(samples, TrainingOptions(1e-2, 3), 100, packed=packed) for packed in (False, True)
     )
     trainer = ScaleTrainer(model, 1e-2, [0])  # else block 0 needs no gradient of its input
     with ProductCounter() as counter:
