@@ -131,7 +131,7 @@ def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
 def is_selection_report(path: Path) -> bool:
     """Whether a file is an earlier report of this script, which may be replaced."""
     try:
-        return "skipped_blocks" in files.read_json(path)
+        return {"skipped_blocks", "iterations"} <= files.read_json(path).keys()
     except InputError:
         return False
 
@@ -207,7 +207,6 @@ def main(argv: list[str] | None = None) -> int:
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
     data = batches.describe(training, arguments.data_path)
     settings = journal_settings(arguments, weights.fingerprint(arguments.model.folder()), data["sha256"])
-    cli.seed_everything(arguments.seed)
     with contextlib.ExitStack() as resources:
         processes = resources.enter_context(join_processes(arguments.device))
         alike = settings | {"skipped blocks": skipped, "--prev": known}

@@ -198,7 +198,6 @@ def main(argv: list[str] | None = None) -> int:
             backend,
         )
         if missing:
-            cli.seed_everything(args.seed)
             generate = functools.partial(
                 engines.generate, args.model, [prompt_ids[i] for i in missing], args.max_tokens, options
             )

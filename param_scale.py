@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from hopscotch_common import cli, files
-from hopscotch_common.errors import logger
+from hopscotch_common.errors import InputError, TrainingError, logger
 from hopscotch_common.loading.models import QUANTIZATIONS
 from hopscotch_common.report import describe_run, plain, with_error
 from hopscotch_common.training import MAPS_RATE, MEASURES
@@ -74,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
     report_path = arguments.output_dir / "report.json"
     blocks, samples, parts = checked(arguments, report_path)
-    settings = run_settings(arguments, blocks, samples)
-    cli.seed_everything(arguments.seed)
+    settings = run_settings(arguments, blocks, samples, parts[1])
     with join_processes(arguments.device) as processes:
         processes.check_alike(cli.flags_of_all(arguments) | settings | {"model": None})
         with files.locked(report_path) if processes.rank == 0 else contextlib.nullcontext():
@@ -103,6 +102,8 @@ def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int]
     files.check_writable(arguments.output_dir)
     inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
     files.check_output(report_path, "--output_dir", inputs)
+    if report_path.exists() and "best_epoch" not in files.read_json(report_path, "name another --output_dir"):
+        raise InputError(f"{report_path}: is not a report of this script; name another --output_dir")
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     checkpoints.check_base(arguments.model, config)
     samples = cli.load_samples(arguments, config)
@@ -123,7 +124,7 @@ def export_folder(arguments: argparse.Namespace) -> Path:
     return arguments.output_dir / f"{arguments.model.name}_scaled"
 
 
-def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list) -> dict:
+def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list, held_out: list) -> dict:
     """What a run's results depend on, and `--resume` demands again.
 
     Not the learning rate: it is what to change where training diverged. Each epoch records its own.
@@ -139,6 +140,7 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list
         "blocks_to_skip": sorted(blocks),
         "replacement_rank": arguments.replacement_rank or None,
         **{name: getattr(arguments, name) for name in names},
+        "held_out": batches.fingerprint(held_out),
     }
 
 
@@ -146,7 +148,7 @@ def train(
     arguments: argparse.Namespace, blocks: list[int], parts: tuple[list, list], settings: dict, processes
 ) -> list[dict]:
     """Train epoch after epoch, or go on after the last that is there; what each of them recorded."""
-    from hopscotch_common import checkpoints, scales
+    from hopscotch_common import checkpoints
     from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
 
     runs, state = [], None
@@ -169,7 +171,8 @@ def train(
         trained.fit_maps()
     baselines = runs[-1]["held_out"] if runs else {k: plain(v) for k, v in trained.baselines().items()}
     trained.start(ScaleState(state.pop("scale_state"), state) if state else None)
-    counts = (*scales.count_parameters(model), blocks, processes.count)
+    trains, all_in = model.num_parameters(only_trainable=True), model.num_parameters()
+    counts = (trains, all_in - trains, blocks, processes.count)
     logger.info("%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)", *counts)
     for number in range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs):
         epoch = trained.epoch(number)
@@ -192,14 +195,22 @@ def train(
 
 def save_epoch(arguments: argparse.Namespace, runs: list[dict], state) -> None:
     """Write the last epoch's checkpoint, which shares its weights with one before, and print its loss."""
-    from hopscotch_common.checkpoints import save_checkpoint
+    from hopscotch_common import checkpoints
+    from hopscotch_common.loading import weights
 
     *earlier, folder = [epoch_folder(arguments, run["epoch"]) for run in runs]
-    share_with = next(filter(Path.is_dir, reversed(earlier)), None)
+    share_with = next(filter(checkpoints.has_weights, reversed(earlier)), None)
     run, blocks, values = runs[-1], runs[-1]["skipped_attention_blocks"], state.tensors[0]
+    if share_with is None and weights.fingerprint(arguments.model.folder()) != run["settings"]["weights"]:
+        raise TrainingError(
+            f"{arguments.model.source}: its files changed while scales were trained on what they were; train "
+            "again, and leave them alone meanwhile"
+        )
+    if not earlier:  # that of an earlier training would speak of these epochs
+        (arguments.output_dir / "report.json").unlink(missing_ok=True)
     maps = {key: rows[0] for key, rows in state.maps.items()}
     moments = {"scale_state": state.tensors} | state.maps
-    save_checkpoint(folder, arguments.model, blocks, values, run, moments, share_with, maps)
+    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run, moments, share_with, maps)
     scaled = run["held_out"]["scaled"]
     tail = f", held-out {scaled[MEASURES[arguments.loss]]:.4f}" if scaled else ""
     cli.result(f"Epoch {run['epoch']}: loss {run['loss']:.4f}{tail}")

@@ -38,13 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
 def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dict:
     """The maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
     from hopscotch_common import scales
-    from hopscotch_common.loading import models
-    from hopscotch_common.training import TrainingOptions, batches
+    from hopscotch_common.training import TrainingOptions
     from hopscotch_common.training.trainer import EpochTraining
 
-    cli.check_data(arguments.data_path, arguments.model)
-    samples = batches.load_samples(arguments.data_path, config.vocab_size, models.context_length(config))
-    cli.seed_everything(arguments.seed)
+    samples = cli.load_samples(arguments, config)
     model = cli.load_model(arguments)
     EpochTraining(model, blocks, samples, [], TrainingOptions(0.0)).fit_maps()
     scales.reset(model, blocks)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hopscotch_common import files
 from hopscotch_common.answers import DATA_FILE, DATA_REPORT
-from hopscotch_common.errors import HopscotchError, InputError, logger, printable, reason_of
+from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger, printable, reason_of
 from hopscotch_common.loading import models
 from hopscotch_common.training import MEASURES, TrainingOptions
 
@@ -41,7 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {_short(message)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message, 900)} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -70,11 +70,10 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
             place = f"{error.filename}: " if error.filename else ""
             return _fail(f"{place}{error.strerror or error}; nothing that was finished is lost", 1)
         except RuntimeError as error:
-            from hopscotch_common.training.batches import is_out_of_memory
-
             if not is_out_of_memory(error):
                 raise
-            remedy = "--dtype bfloat16 takes less, --device split (without a launcher) all GPUs, cpu none"
+            remedy = "--dtype bfloat16 takes less, --gradient_checkpointing too where scales train, "
+            remedy += "--device split (without a launcher) all GPUs, cpu none"
             return _fail(
                 f"out of memory ({reason_of(error)}): {remedy}; nothing that was finished is lost", 1
             )
@@ -83,14 +82,8 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {_short(message)}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {printable(message, 900)}", file=sys.stderr)
     return exit_code
-
-
-def _short(message: str) -> str:
-    """A message as `printable`; of one that quotes what nobody would read, its ends: place and remedy."""
-    text = printable(message)
-    return text if len(text) <= 900 else f"{text[:400]} … {text[-400:]}"
 
 
 _unwritten: list[OSError] = []  # why stdout did not take a result of this command
@@ -123,13 +116,6 @@ def set_up_logging() -> None:
         handler.setFormatter(_PrintableFormatter())
     logger.setLevel(level)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators."""
-    from transformers import set_seed
-
-    set_seed(seed)
 
 
 def number(kind: type, condition: Callable[[float], bool], needed: str) -> Callable[[str], float]:
@@ -278,11 +264,12 @@ def check_data(data_path: Path, model: models.ModelRef) -> None:
 
 
 def load_samples(arguments: argparse.Namespace, config) -> list:
-    """The samples of `--data_path` that `add_training_arguments` leave, checked against the model."""
+    """The samples of `--data_path` that `add_training_arguments`, if any, leave; fit for the model."""
     from hopscotch_common.training import batches
 
     check_data(arguments.data_path, arguments.model)
-    longest, limits = models.context_length(config), (arguments.max_tokens_per_batch, arguments.max_samples)
+    limits = (getattr(arguments, name, None) for name in ("max_tokens_per_batch", "max_samples"))
+    longest = models.context_length(config)
     return batches.load_samples(arguments.data_path, config.vocab_size, longest, *limits)
 
 

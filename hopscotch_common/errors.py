@@ -19,9 +19,10 @@ class InputError(HopscotchError, ValueError):
     exit_code = 2
 
 
-def printable(text: str) -> str:
-    """Text on one line, with whatever a terminal could obey escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, most: int | None = None) -> str:
+    """Text on one line, with whatever a terminal could obey escaped; of one above `most`, its ends."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if most is None or len(line) <= most else f"{line[: most // 2 - 1]}…{line[-most // 2 :]}"
 
 
 def reason_of(error: Exception) -> str:
@@ -34,6 +35,11 @@ def as_os_error(error: Exception, path: os.PathLike) -> OSError | None:
     """The OSError (of a full disk, say) that a library in Rust tells as text; None where it is none."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is torch's way to say so, which differs by device."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 class TrainingError(HopscotchError):

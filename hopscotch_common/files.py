@@ -13,7 +13,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -262,37 +262,23 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     What was there before is replaced only at the very end, and comes back where a killed run had
     moved it away. InputError where another run is writing the same folder.
     """
-    with locked(folder), _replacement(folder) as temporary:
-        yield temporary
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Make a folder by `build` unless it is there. Of several processes one does, and the others wait."""
-    with locked(folder, wait=True):
+    with locked(folder):
         recover_folder(folder)
-        if not folder.exists():
-            with _replacement(folder) as temporary:
-                build(temporary)
-
-
-@contextlib.contextmanager
-def _replacement(folder: Path) -> Iterator[Path]:
-    recover_folder(folder)
-    temporary, old = _temporary(folder), _old(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            flush_to_disk(path)
-        flush_to_disk(temporary)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-        flush_to_disk(folder.parent)
-    finally:
+        temporary, old = _temporary(folder), _old(folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        recover_folder(folder)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                flush_to_disk(path)
+            flush_to_disk(temporary)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
+            flush_to_disk(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            recover_folder(folder)
 
 
 def _temporary(path: Path) -> Path:

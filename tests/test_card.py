@@ -107,6 +107,14 @@ def test_with_maps_it_names_what_loads_them(base, tmp_path):
     assert "mlx_lm.generate --model MODEL" in text and "vllm serve" not in text and "llama.cpp" not in text
 
 
+def test_it_names_every_learning_rate_and_what_the_weights_were(base, tmp_path):
+    settings = RUN["settings"] | {"quantization": "int8"}
+    run = RUN | {"learning_rates": [0.01, 0.01, 0.001], "settings": settings}
+    text = " ".join(read(save(tmp_path / "model", base, 1.1, run)).text.split())
+    assert "learning rate 0.01, then 0.001, 16 answers" in text and "over weights in int8." in text
+    assert "over weights" not in read(save(tmp_path / "whole", base, 1.1, RUN)).text
+
+
 def test_each_epoch_tells_its_own_figures(base, tmp_path):
     first = save(tmp_path / "epoch_4", base, 1.1, RUN)
     better = FIGURES | {"scaled": FIGURES["scaled"] | {"kl": 0.03125}}

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from hopscotch_common import scales
 from hopscotch_common.export.folding import Folding, fold_factors
 from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config
-from hopscotch_common.training.batches import IGNORE_INDEX, Layout, Sample
+from hopscotch_common.training.batches import IGNORE_INDEX, Sample
 from hopscotch_common.training.loss import evaluate
 
 VOCABULARY = 300
@@ -172,9 +172,7 @@ def sharing_a_prefix_changes_no_loss(model, samples, data):
 def packing_changes_no_loss(model, samples, data):
     """Rows joined without padding, told apart by their positions."""
     budget = data.draw(st.integers(30, 300), label="token budget")
-    check_loss(
-        model, make_batches(samples, len(samples), budget, seed=1, layout=Layout(packed=True)), samples
-    )
+    check_loss(model, make_batches(samples, len(samples), budget, seed=1, packed=True), samples)
 
 
 def check_loss(model: Model, batches, samples) -> None:

@@ -15,7 +15,7 @@ from hopscotch_common.loading.models import model_ref
 from hopscotch_common.search.candidates import untrained_losses
 from hopscotch_common.search.schedule import Schedule
 from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.batches import Layout, Sample
+from hopscotch_common.training.batches import Sample
 from hopscotch_common.training.trainer import ScaleTrainer, prepare_model
 
 
@@ -27,7 +27,7 @@ def test_untrained_losses_do_not_depend_on_how_they_are_run(tiny_folder, kind):
         model = load_model(model_ref(str(tiny_folder())), device="cpu")
         checkpointed = special and kind == "checkpointed"
         prepare_model(model, TrainingOptions(1e-2, gradient_checkpointing=checkpointed))
-        (batch,) = make_batches(samples, 6, 75, layout=Layout(packed=special and kind == "packed"))
+        (batch,) = make_batches(samples, 6, 75, packed=special and kind == "packed")
         losses.append(untrained_losses(model, batch, [2], [0, 1, 3], "batch 0"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, check_refused
 from driving import launch
+from safetensors.torch import load_file, save_file
 from test_search import reference_losses, write_data
 from test_training import random_samples, reference_loss
 from torch.testing import assert_close
@@ -26,6 +28,7 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.loading import loader
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.training.batches import split_samples
+from hopscotch_common.training.trainer import EpochTraining
 
 
 @pytest.fixture
@@ -304,6 +307,58 @@ def test_resume_leaves_the_epochs_of_an_earlier_training(work, tmp_path, capsys)
     )
     assert [epoch["learning_rate"] for epoch in mine["epochs"]] == [0.001] * 4
     assert mine["epochs"] == theirs["epochs"]
+
+
+def test_an_epoch_whose_weights_are_gone_is_not_shared(work, tmp_path):
+    common = flags(work, "--blocks_to_skip", "1", "--output_dir", "out")
+    assert param_scale.main([*common, "--num_epochs", "1"]) == 0
+    first, second = (tmp_path / f"out/{work.name}_scaled_epoch_{epoch}" for epoch in (0, 1))
+    (gone,) = first.glob("base-*.safetensors")
+    gone.unlink()
+    assert param_scale.main([*common, "--num_epochs", "2", "--resume"]) == 0
+    assert verified(second) and not verified(first)
+
+
+def verified(folder: Path) -> bool:
+    return verify.main(["verify", str(folder)]) == 0
+
+
+def test_a_model_that_changes_while_scales_train_is_told(work, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(work, tmp_path / "copy")
+    whole = EpochTraining.epoch
+
+    def changes(trained, number):
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.2.post_attention_layernorm.weight"][-1] += 1
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return whole(trained, number)
+
+    monkeypatch.setattr(EpochTraining, "epoch", changes)
+    arguments = flags(folder, "--blocks_to_skip", "1", "--output_dir", "out")
+    assert param_scale.main(arguments) == 1
+    assert "copy: its files changed while scales were trained" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("copy*"))
+
+
+def test_the_report_of_an_earlier_training_goes_with_its_first_epoch(work, tmp_path, monkeypatch):
+    common = flags(work, "--blocks_to_skip", "1", "--output_dir", "out", "--num_epochs", "2")
+    assert param_scale.main(common) == 0
+    monkeypatch.setattr(param_scale, "final_report", interrupt)
+    assert param_scale.main([*common, "--learning_rate", "0.1"]) == 130
+    assert not (tmp_path / "out/report.json").exists()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_one_scripts_report_is_not_taken_for_anothers(work, tmp_path, capsys):
+    assert block_selection.main([*flags(work), "--output", "out/report.json"]) == 0
+    scaling = flags(work, "--blocks_to_skip", "1", "--output_dir")
+    check_refused(param_scale, [*scaling, "out"], "out/report.json: is not a report of this script", capsys)
+    assert param_scale.main([*scaling, "scaled", "--num_epochs", "1"]) == 0
+    search = [*flags(work), "--output", "scaled/report.json"]
+    check_refused(block_selection, search, "scaled/report.json: exists and is not a report", capsys)
 
 
 def test_an_odd_padding_token_is_not_looked_up(work, tmp_path):

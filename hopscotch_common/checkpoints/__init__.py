@@ -91,6 +91,15 @@ def save_checkpoint(
         card.write_card(target, folder.name, "checkpoint", origin, checkpoint_config(target), values, run)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a checkpoint is there with all of its weight files, so that another can share them."""
+    try:
+        weights.check_names(folder)
+    except InputError:
+        return False
+    return True
+
+
 def check_base(base: ModelRef, config) -> None:
     """Raise InputError now where a model's checkpoint could not be loaded, or would read text otherwise."""
     quantization = getattr(config, "quantization_config", None) or {}
@@ -190,9 +199,11 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
 
 
 def _scale_files(folder: Path) -> list[Path]:
-    """Where a folder's scales stand, as transformers reads it: who saves a model again leaves old files."""
-    files = weights.weight_files(folder)
-    return [path for path in files if path.name == SCALES_FILE] or files
+    """Where a folder's scales stand, as transformers reads it: a model saved again leaves the old file."""
+    own, index = folder / SCALES_FILE, folder / weights.INDEX_FILE
+    named = index.is_file() and SCALES_FILE in index.read_text(errors="replace")
+    as_made = named and own.is_file() and not (folder / "model.safetensors").exists()
+    return [own] if as_made else weights.weight_files(folder)
 
 
 def load_maps(folder: Path, config=None) -> dict[str, torch.Tensor]:

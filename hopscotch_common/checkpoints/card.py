@@ -99,9 +99,13 @@ def _training(config, values: torch.Tensor, run: dict) -> str:
         "ce": "cross entropy on the base model's own answers",
         "kl": "KL to the base model's distribution",
     }
+    rates = dict.fromkeys(run.get("learning_rates") or [run["learning_rate"]])
+    rates = ", then ".join(f"{rate:g}" for rate in rates)
+    kind = settings.get("quantization")
+    quantised = f" All of that, and what is measured below, over weights in {kind}." if kind else ""
     return (
-        f"{kept}; {run['epoch'] + 1} epoch(s) of Adam, learning rate {run['learning_rate']:g}, "
-        f"{settings['batch_size']} answers a step, on {losses[settings['loss']]}."
+        f"{kept}; {run['epoch'] + 1} epoch(s) of Adam, learning rate {rates}, "
+        f"{settings['batch_size']} answers a step, on {losses[settings['loss']]}.{quantised}"
     )
 
 

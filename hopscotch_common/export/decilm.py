@@ -51,7 +51,7 @@ SAME_IN_BOTH = (
 ).split()
 
 
-def check_representable(config, replacement_rank: int) -> None:
+def check(config, replacement_rank: int) -> None:
     """Raise InputError for a (stock or Hopscotch) config that the format cannot hold."""
     remedy = "export it as folded, or serve the checkpoint itself, with vLLM or transformers"
     family = config.model_type
@@ -160,7 +160,7 @@ def ffn_width(ffn_mult: float, hidden_size: int) -> int:
     return -(-int(2 * ffn_mult * hidden_size / 3) // WIDTH_STEP) * WIDTH_STEP
 
 
-def prepare_nemotron_nas(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
+def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
     """Write the DeciLM config and its class; what its weights are."""
     skipped = skipped_blocks(config)
     replaced = skipped if maps else []
@@ -187,7 +187,7 @@ def _as_one_matrix(block: int, maps: dict[str, torch.Tensor], factors: LayerFact
     return torch.as_tensor(factors.attention_adds).double().view(-1, 1) * (up @ down)
 
 
-def load_exported(folder: Path, **options):
+def load(folder: Path, **options):
     """An export as a transformers model; every tensor must be read, and none be missing."""
     shaped = as_hopscotch_config(json.loads((folder / "config.json").read_text()))
     _, model_class = hopscotch_classes(shaped.model_type)

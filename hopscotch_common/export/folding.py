@@ -81,7 +81,7 @@ class Product:
     added: float = 0.0
 
 
-def check_foldable(config, replacement_rank: int) -> None:
+def check(config, replacement_rank: int) -> None:
     """Raise InputError for maps, which stock classes have no place for; scales of every family fold."""
     if replacement_rank:
         raise InputError(
@@ -248,7 +248,7 @@ def skipped_blocks(config) -> list[int]:
     return sorted(config.skipped_attention_blocks or ())
 
 
-def prepare_folded(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
+def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
     """Write the config of the stock architecture; what its weights are. It has no place for maps."""
     assert not maps
     own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
@@ -328,7 +328,7 @@ def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, to
     }
 
 
-def load_folded(folder: Path, **options):
+def load(folder: Path, **options):
     """An export as a transformers model; every tensor must be read, and none be missing."""
     if FAMILIES[AutoConfig.from_pretrained(folder).model_type].caps_attention:
         options |= {"attn_implementation": "eager"}

@@ -13,12 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files
 from hopscotch_common.checkpoints import card
-from hopscotch_common.errors import HopscotchError, InputError, logger
+from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import decilm, folding
 from hopscotch_common.loading import weights
 from hopscotch_common.loading.loader import device_map, resolve_device
 from hopscotch_common.loading.tokenization import copy_tokenizer
-from hopscotch_common.training.batches import is_out_of_memory
 
 REPORT_FILE = "hopscotch_export.json"
 CONTINUATION_TOKENS = 24
@@ -40,23 +39,10 @@ CONVERSATIONS = (
 TOLERANCE = 1e-2  # relative logit error in float32, which folding adds
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format that is a folder. prepare writes its config and says what its weights are.
-
-    check: raises InputError for a (stock or Hopscotch) config and a `replacement_rank` that the format cannot
-    hold. load: an export as a model, with options of `from_pretrained`.
-    """
-
-    prepare: Callable[[Path, object, torch.Tensor, dict], folding.Target]
-    check: Callable[[object, int], None]
-    load: Callable
-
-
-FORMATS = {
-    "folded": Format(folding.prepare_folded, folding.check_foldable, folding.load_folded),
-    "nemotron_nas": Format(decilm.prepare_nemotron_nas, decilm.check_representable, decilm.load_exported),
-}
+# Each has `prepare`, which writes a format's config and says what its weights are; `check`, which raises
+# InputError for a (stock or Hopscotch) config and a `replacement_rank` that it cannot hold; and `load`, an
+# export as a model, with options of `from_pretrained`.
+FORMATS = {"folded": folding, "nemotron_nas": decilm}
 
 
 def check_exports(formats: Sequence[str], config, target: Path, replacement_rank: int = 0) -> None:
@@ -140,21 +126,13 @@ def _check(checkpoint: Path, config, folder: Path, format: str, tolerance: float
         gc.collect()
         return ask(load(where, dtype=dtype, device_map=place), prompts)
 
-    try:
-        source = ask_of(checkpoints.load_checkpoint, checkpoint, dtype=torch.float32)
-        exported = ask_of(FORMATS[format].load, folder, dtype=torch.float32)
-        result = compare(source, exported, real_text)
-        noise = 0.0
-        if tolerance is None and not result.relative_logit_error <= TOLERANCE:
-            own = ask_of(checkpoints.load_checkpoint, checkpoint, dtype="auto")
-            noise = compare(source, own, real_text).relative_logit_error
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise HopscotchError(
-            f"{folder.name}: out of memory in the check of the export, which runs in float32; "
-            "export again with --device cpu or split"
-        ) from error
+    source = ask_of(checkpoints.load_checkpoint, checkpoint, dtype=torch.float32)
+    exported = ask_of(FORMATS[format].load, folder, dtype=torch.float32)
+    result = compare(source, exported, real_text)
+    noise = 0.0
+    if tolerance is None and not result.relative_logit_error <= TOLERANCE:
+        own = ask_of(checkpoints.load_checkpoint, checkpoint, dtype="auto")
+        noise = compare(source, own, real_text).relative_logit_error
     tolerance = TOLERANCE + noise if tolerance is None else tolerance
     check_tolerance(result, tolerance, format)
     return {"tolerance": tolerance, "dtype_noise": noise, "summary": str(result)} | asdict(result)

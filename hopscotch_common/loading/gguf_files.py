@@ -78,7 +78,10 @@ def unpack_once(gguf: Path, target: Path, dtype: str) -> None:
     files.check_name(target, f"{gguf}: its folder")
     needed = sum(int(tensor.n_elements) for tensor in reader.tensors) * getattr(torch, dtype).itemsize
     logger.info("unpacking %s into %s (once): %.2f GB", gguf.name, target, needed / 1e9)
-    files.build_once(target, lambda temporary: unpack(gguf, *described, temporary, getattr(torch, dtype)))
+    with files.locked(target, wait=True):  # of several processes one does it
+        if not target.is_dir():
+            with files.atomic_folder(target) as temporary:
+                unpack(gguf, *described, temporary, getattr(torch, dtype))
 
 
 def open_gguf(path: Path, remedy: str = REMEDY) -> GGUFReader:

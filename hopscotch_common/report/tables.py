@@ -17,8 +17,7 @@ NUMBER = re.compile(r"([-+]?[\d,]*\.?\d+( ± [\d.]+)?|skipped)?")
 
 def plain_text(name: object, most: int = 70) -> str:
     """A name as one printable line of at most so many characters."""
-    line = printable(str(name))
-    return line if len(line) <= most else f"{line[: most // 2 - 1]}…{line[-most // 2 :]}"
+    return printable(str(name), most)
 
 
 @dataclass(frozen=True)

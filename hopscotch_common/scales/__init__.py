@@ -182,9 +182,3 @@ def from_state_dict(tensors: dict[str, torch.Tensor], num_layers: int) -> torch.
         for layer in range(num_layers)
     ]
     return torch.stack(rows)
-
-
-def count_parameters(model) -> tuple[int, int]:
-    """(trainable, frozen) numbers of parameters."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters()) - trainable

@@ -170,11 +170,11 @@ class Search:
             self.bar.restored((len(candidate.losses) - done) / count)
             ends = candidate.diverged is not None or len(candidate.losses) == look
             (advanced if ends else waiting).append(candidate)
-        for together, _ in rounds(len(waiting), count):
+        for together, time in rounds(len(waiting), count):
             group = self.processes.group(together)
             mine = waiting[group.index]
             self.bar.on_candidate(mine.block)
-            on_batch = functools.partial(self.bar.move, group.time_share)
+            on_batch = functools.partial(self.bar.move, time)
             trained = self.trainer.train(skipped, mine, look, group, on_batch)
             for candidate in self.processes.gather(trained if group.rank == 0 else None):
                 if candidate is not None:

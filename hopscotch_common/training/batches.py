@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from transformers import DataCollatorWithFlattening
 
-from hopscotch_common.errors import InputError, TrainingError, logger
+from hopscotch_common.errors import InputError, TrainingError, is_out_of_memory, logger
 from hopscotch_common.files import read_jsonl
 from hopscotch_common.training import TrainingOptions
 
@@ -140,9 +140,11 @@ def split_samples(
         )
     count = max(round(len(samples) * validation_split), 1)
     held_out: set[int] = set()
-    for group in random.Random(seed).sample(groups, min(count, len(groups) - 1)):
-        if len(held_out) < count:
+    chosen = random.Random(seed).sample(groups, min(count, len(groups) - 1))
+    for group in chosen:
+        if len(held_out) + len(group) <= count:
             held_out.update(group)
+    held_out = held_out or set(min(chosen, key=len))
     return (
         [sample for i, sample in enumerate(samples) if i not in held_out],
         [sample for i, sample in enumerate(samples) if i in held_out],
@@ -171,21 +173,11 @@ def _asking_the_same(samples: Sequence[Sample]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How samples become the rows of a minibatch.
-
-    packed: joined into one row without padding, for attention kernels that take sequence borders
-    (flash attention); otherwise a row each, padded on the right with pad_token_id.
-    """
-
-    packed: bool = False
-    pad_token_id: int = 0
-
-
-@dataclass(frozen=True)
 class Minibatch:
     """A part of a batch that runs at once, without the first `prefix_length` tokens of its samples.
 
+    packed: its samples are joined into one row, for attention kernels that take sequence borders (flash
+    attention); otherwise they are a row each, padded on the right, which nothing looks up.
     inputs: what the base model takes: input_ids [rows, length] and, where rows are padded, an
     attention_mask [rows, length]; for packed rows position_ids [1, length] and their borders as flash
     attention takes them.
@@ -195,13 +187,13 @@ class Minibatch:
 
     samples: tuple[Sample, ...]
     prefix_length: int
-    layout: Layout
+    packed: bool
     inputs: dict
     predicting: torch.Tensor
     targets: torch.Tensor
 
     @staticmethod
-    def of(samples: Sequence[Sample], layout: Layout, prefix_length: int = 0) -> "Minibatch":
+    def of(samples: Sequence[Sample], packed: bool = False, prefix_length: int = 0) -> "Minibatch":
         """The tensors of some samples, by transformers' and instructlab-training's collate functions."""
         from instructlab.training.sampler import padded_mb_collate_fn
 
@@ -213,11 +205,11 @@ class Minibatch:
             }
             for sample in samples
         ]
-        if layout.packed:  # without the borders, transformers looks for them in every layer
+        if packed:  # without the borders, transformers looks for them in every layer
             inputs = dict(DataCollatorWithFlattening(return_flash_attn_kwargs=True)(items))
             labels = inputs.pop("labels")
         else:
-            item = padded_mb_collate_fn(items, None, layout.pad_token_id)
+            item = padded_mb_collate_fn(items, None, 0)
             inputs, labels = {"input_ids": item["input_ids"]}, item["labels"]
             if not bool(item["attention_mask"].all()):  # else the kernel's own causal mask is faster
                 inputs["attention_mask"] = item["attention_mask"]
@@ -225,7 +217,7 @@ class Minibatch:
         next_labels[:, :-1] = labels[:, 1:]  # a packed sample's first label is -100: none crosses
         next_labels = next_labels.flatten()
         predicting = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
-        return Minibatch(tuple(samples), prefix_length, layout, inputs, predicting, next_labels[predicting])
+        return Minibatch(tuple(samples), prefix_length, packed, inputs, predicting, next_labels[predicting])
 
     @property
     def num_tokens(self) -> int:
@@ -240,13 +232,13 @@ class Minibatch:
         """Two minibatches of half the samples each."""
         half = len(self.samples) // 2
         return [
-            Minibatch.of(part, self.layout, self.prefix_length)
+            Minibatch.of(part, self.packed, self.prefix_length)
             for part in (self.samples[:half], self.samples[half:])
         ]
 
     def whole(self) -> "Minibatch":
         """The same samples with their prefix in each row."""
-        return Minibatch.of(self.samples, self.layout) if self.prefix_length else self
+        return Minibatch.of(self.samples, self.packed) if self.prefix_length else self
 
     def to(self, device) -> "Minibatch":
         """On a device; with CUDA the copies do not wait for the work that is queued there."""
@@ -279,7 +271,7 @@ def make_batches(
     shuffle: bool = True,
     rank: int = 0,
     world_size: int = 1,
-    layout: Layout = Layout(),
+    packed: bool = False,
     share_prefix: bool = False,
 ) -> list[Batch]:
     """An epoch's batches, in the order that (options.seed, epoch) gives.
@@ -300,7 +292,7 @@ def make_batches(
     too_long = next((sample for sample in samples if len(sample) > max_tokens), None)
     if too_long is not None:
         raise InputError(f"{too_long.where}: {len(too_long)} tokens do not fit a budget of {max_tokens}")
-    pack = batch_lengths_to_minibatches_lpt if layout.packed else batch_lengths_to_minibatches_padded
+    pack = batch_lengths_to_minibatches_lpt if packed else batch_lengths_to_minibatches_padded
     sampler = EpochSampler(len(samples), seed=options.seed, epoch=epoch)
     order = list(sampler) if shuffle else list(range(len(samples)))
     batches = []
@@ -311,7 +303,7 @@ def make_batches(
         parts = [[chosen[i] for i in indices if i >= 0] for indices in rows]  # -1: nothing for this one
         batches.append(
             Batch(
-                [Minibatch.of(part, layout, len(prefix)) for part in parts if part],
+                [Minibatch.of(part, packed, len(prefix)) for part in parts if part],
                 sum(sample.num_loss_counted_tokens for sample in chosen),
                 torch.tensor([prefix]) if prefix else None,
             )
@@ -385,8 +377,3 @@ def _unless_out_of_memory(function: Callable[[Minibatch], Result], minibatch: Mi
             raise
     torch.cuda.empty_cache()  # here, where the error no longer holds the frames that hold the tensors
     return None
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is torch's way to say so, which differs by device."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -23,14 +23,12 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes,
 class Group:
     """Processes that share each batch. index: which of the groups; rank and size: in the group.
 
-    time_share: what a batch takes in the smallest of the groups, as a share of its time in one process.
     reduce: sums a tensor over the group, in place; None where a process is alone.
     """
 
     index: int = 0
     rank: int = 0
     size: int = 1
-    time_share: float = 1.0
     reduce: Reduce | None = None
 
 
@@ -69,7 +67,7 @@ class Processes:
                 self._made[number], _ = torch.distributed.new_subgroups_by_enumeration(members, TIMEOUT)
             reduce = functools.partial(self._sum, number) if len(members[mine]) > 1 else None
             place = (mine, members[mine].index(self.rank), len(members[mine]))
-            self._groups[number] = Group(*place, 1 / min(map(len, members)), reduce)
+            self._groups[number] = Group(*place, reduce)
         return self._groups[number]
 
     def _sum(self, number: int, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from transformers import DynamicCache
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged, TrainingError
+from hopscotch_common.errors import Diverged, is_out_of_memory
 from hopscotch_common.scales.modeling_hopscotch import scaled_logits, scaled_logits_slope
-from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample, is_out_of_memory
+from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
 from hopscotch_common.training.distributed import Reduce
 
 LOGIT_ROWS = 256  # rows of logits alive at once
@@ -174,21 +174,10 @@ class SharedPrefix:
             mask = torch.cat([mask.new_ones(rows, self.length), mask], dim=1)
         return minibatch.inputs | {"attention_mask": mask, "past_key_values": cache}
 
-    def gradients(self, inputs: Sequence[torch.Tensor], arrived: Sequence[torch.Tensor], where: str) -> tuple:
-        """The gradients by `inputs` of what came out of minibatches, given those that arrived at the leaves.
-
-        Raises TrainingError when they do not fit into memory.
-        """
+    def gradients(self, inputs: Sequence[torch.Tensor], arrived: Sequence[torch.Tensor]) -> tuple:
+        """By `inputs`, of what came out of minibatches, given the gradients that arrived at the leaves."""
         arrived = [found.to(leaf.dtype) for found, leaf in zip(arrived, self.leaves, strict=True)]
-        try:
-            return torch.autograd.grad(self._computed, inputs, arrived, materialize_grads=True)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"{where}: out of memory in the {self.length} tokens that all answers share; "
-                "use --gradient_checkpointing"
-            ) from error
+        return torch.autograd.grad(self._computed, inputs, arrived, materialize_grads=True)
 
 
 def compute_prefix(model, batch: Batch) -> tuple[SharedPrefix | None, list[Minibatch]]:

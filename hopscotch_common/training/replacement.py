@@ -105,6 +105,8 @@ def solve(sums: Sums, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
 
     Raises LinAlgError where the sums are not finite.
     """
+    if not all(bool(tensor.isfinite().all()) for tensor in sums):  # eigh would return NaNs without a word
+        raise torch.linalg.LinAlgError("sums that are not finite")
     inputs, products, energies = (tensor.double() for tensor in sums)
     ridge = RIDGE * inputs.diagonal().mean()
     factor = torch.linalg.cholesky(inputs + ridge * torch.eye(len(inputs)).to(inputs))

@@ -13,10 +13,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged, TrainingError, logger
+from hopscotch_common.errors import Diverged, logger
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.batches import Batch, Layout, Minibatch, MinibatchRunner, Sample, make_batches
+from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample, make_batches
 from hopscotch_common.training.distributed import Group, Reduce
 from hopscotch_common.training.loss import HeldOut, Originals, compute_prefix, evaluate, summed_loss
 from hopscotch_common.training.replacement import fit_maps
@@ -55,14 +55,12 @@ class EpochBatches:
         recurrent = len(attention_blocks(model.config)) < model.config.num_hidden_layers
         # A recurrent layer carries its state along a row, over the borders of what is packed.
         packed = "flash" in (model.config._attn_implementation or "") and not recurrent
-        padding = model.config.pad_token_id
-        layout = Layout(packed, padding if padding in range(model.config.vocab_size) else 0)
-        budget = token_budget(model, samples, layout, options.max_tokens_per_batch)
+        budget = token_budget(model, samples, packed, options.max_tokens_per_batch)
         self.max_tokens = min(gather_object([budget]))
         share_prefix = not (packed or recurrent or options.gradient_checkpointing or options.compile_layers)
         self._length = math.ceil(len(samples) / options.batch_size)
         self._make = functools.partial(
-            make_batches, samples, options, self.max_tokens, layout=layout, share_prefix=share_prefix
+            make_batches, samples, options, self.max_tokens, packed=packed, share_prefix=share_prefix
         )
 
     def __len__(self) -> int:
@@ -77,7 +75,7 @@ class EpochBatches:
         return self._make(shuffle=False, rank=rank, world_size=world_size)
 
 
-def token_budget(model, samples: Sequence[Sample], layout: Layout, requested: int | None) -> int:
+def token_budget(model, samples: Sequence[Sample], packed: bool, requested: int | None) -> int:
     """Tokens that run at once: as requested, else by device, and never below the longest sample.
 
     On a GPU a probe measures the memory that a token takes in a training step. Of a model that is
@@ -89,7 +87,7 @@ def token_budget(model, samples: Sequence[Sample], layout: Layout, requested: in
     devices = gpus_of(model)
     if not devices:
         return max(CPU_TOKENS, longest)
-    taken = bytes_per_token(model, samples, layout, devices)
+    taken = bytes_per_token(model, samples, packed, devices)
     budgets = {device: int(MARGIN * free_bytes(device) / taken[device]) for device in devices}
     tightest = min(budgets, key=budgets.get)
     budget = max(budgets[tightest], longest)
@@ -111,22 +109,16 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def bytes_per_token(model, samples: Sequence[Sample], layout: Layout, devices) -> dict[torch.device, float]:
+def bytes_per_token(model, samples: Sequence[Sample], packed: bool, devices) -> dict[torch.device, float]:
     """Peak memory above the weights of one training step, a token, on each of the (CUDA) devices."""
     ids = list(itertools.islice(itertools.cycle(max(samples, key=len).input_ids), PROBE_TOKENS))
-    minibatch = Minibatch.of([Sample(ids, ids)], layout).to(model.device)
+    minibatch = Minibatch.of([Sample(ids, ids)], packed).to(model.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     before = {}
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
         before[device] = torch.cuda.memory_allocated(device)
-    try:
-        torch.autograd.grad(summed_loss(model, minibatch), parameters, allow_unused=True)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of memory in a training step of {PROBE_TOKENS} tokens; use --gradient_checkpointing, "
-            "--device split or --dtype bfloat16"
-        ) from error
+    torch.autograd.grad(summed_loss(model, minibatch), parameters, allow_unused=True)
     return {d: max(1, torch.cuda.max_memory_allocated(d) - before[d]) / PROBE_TOKENS for d in devices}
 
 
@@ -248,6 +240,8 @@ class ScaleTrainer:
         """(summed loss, gradient of the mean loss by each of `parameters`), of all processes.
 
         Sums are taken in float32, and divided only at the end: the mean's gradients underflow in float16.
+        A batch with a prefix takes two stages. Each minibatch gives gradients by the parameters and by the
+        prefix's keys and values (its `leaves`), which add up; then these go back through the prefix once.
         """
         prefix, minibatches = compute_prefix(self.model, batch)
         inputs = [*self.parameters, *(prefix.leaves if prefix else [])]
@@ -268,7 +262,7 @@ class ScaleTrainer:
             add(gradients)
         arrived = sums[len(self.parameters) :]
         if arrived:
-            add(prefix.gradients(self.parameters, arrived, where))
+            add(prefix.gradients(self.parameters, arrived))
         sums = sums[: len(self.parameters)]
         if self.reduce is not None:  # in one message
             vector_to_parameters(self.reduce(parameters_to_vector([total, *sums])), [total, *sums])
