@@ -146,7 +146,7 @@ def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> 
     rank = arguments.replacement_rank or None  # a journal without it had no maps
     return {
         "model": arguments.model.source,
-        "weights": weights,
+        "tensors": weights,
         "data": data,
         **same,
         "replacement_rank": rank,

@@ -26,7 +26,6 @@ from hopscotch_common.answers.prompts import (
     ANSWER_IDS,
     HUB_PROMPTS,
     KIND,
-    LATER_SETTINGS,
     LOCAL_PROMPTS,
     PROMPT_IDS,
     REMEDY,
@@ -182,13 +181,13 @@ def main(argv: list[str] | None = None) -> int:
     stop_ids = tokenization.stop_token_ids(args.model.folder(weights=False), tokenizer)
     settings = {
         "model": args.model.source,
-        "weights": weights.fingerprint(args.model.folder()),
+        "tensors": weights.fingerprint(args.model.folder()),
         "dtype": args.dtype,
         "max_tokens": args.max_tokens,
         "chat_template": tokenization.template_fingerprint(tokenizer),
         "stop_tokens": sorted(stop_ids),
     }
-    with Log(partial_file, settings, KIND, REMEDY, LATER_SETTINGS) as log:
+    with Log(partial_file, settings, KIND, REMEDY) as log:
         partial = PartialAnswers(log, prompts)
         missing = partial.missing()
         logger.info(

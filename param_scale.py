@@ -135,12 +135,12 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list
     names = ("seed", "batch_size", "validation_split", "dtype", "quantization", "granularity", "loss")
     return {
         "model": arguments.model.source,
-        "weights": weights.fingerprint(arguments.model.folder()),
+        "tensors": weights.fingerprint(arguments.model.folder()),
         "data": batches.fingerprint(samples),
         "blocks_to_skip": sorted(blocks),
         "replacement_rank": arguments.replacement_rank or None,
         **{name: getattr(arguments, name) for name in names},
-        "held_out": batches.fingerprint(held_out),
+        "held_out_data": batches.fingerprint(held_out),
     }
 
 
@@ -201,16 +201,16 @@ def save_epoch(arguments: argparse.Namespace, runs: list[dict], state) -> None:
     *earlier, folder = [epoch_folder(arguments, run["epoch"]) for run in runs]
     share_with = next(filter(checkpoints.has_weights, reversed(earlier)), None)
     run, blocks, values = runs[-1], runs[-1]["skipped_attention_blocks"], state.tensors[0]
-    if share_with is None and weights.fingerprint(arguments.model.folder()) != run["settings"]["weights"]:
+    if share_with is None and weights.fingerprint(arguments.model.folder()) != run["settings"]["tensors"]:
         raise TrainingError(
-            f"{arguments.model.source}: its files changed while scales were trained on what they were; train "
-            "again, and leave them alone meanwhile"
+            f"{arguments.model.source}: its files changed during training, so no checkpoint can be made of "
+            "them; train again"
         )
-    if not earlier:  # that of an earlier training would speak of these epochs
-        (arguments.output_dir / "report.json").unlink(missing_ok=True)
     maps = {key: rows[0] for key, rows in state.maps.items()}
     moments = {"scale_state": state.tensors} | state.maps
     checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run, moments, share_with, maps)
+    if not earlier:  # that of an earlier training would speak of these epochs
+        (arguments.output_dir / "report.json").unlink(missing_ok=True)
     scaled = run["held_out"]["scaled"]
     tail = f", held-out {scaled[MEASURES[arguments.loss]]:.4f}" if scaled else ""
     cli.result(f"Epoch {run['epoch']}: loss {run['loss']:.4f}{tail}")

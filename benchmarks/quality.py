@@ -349,7 +349,8 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser, path
     if max(arguments.counts) > len(selected):
         raise SystemExit(f"{arguments.selection}: only {len(selected)} blocks")
     names = "model dtype max_samples validation_split num_epochs learning_rate batch_size"
-    names += " tasks problems puzzles functions max_tokens data_path test_file"
+    names += " tasks problems puzzles max_tokens data_path test_file"
+    names += " functions" if "functions" in arguments.tasks else ""
     results = measuring.Results(path, measuring.settings_of(arguments, names))
     problems = {}
     if "gsm8k" in arguments.tasks:

@@ -1,4 +1,4 @@
-"""What the command lines share: argument types, flags, exit codes, logging, seeding.
+"""What the command lines share: argument types, flags, exit codes, logging.
 
 Results go to stdout, logs and progress bars to stderr. Exit codes: 0 done, 2 bad usage or input
 (one line says what, where and what to do), 130 Ctrl-C, 1 anything else. The scripts make options
@@ -171,7 +171,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> N
     )
     kernels = ["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
     add("--attn_implementation", choices=kernels, default="auto", help="auto: transformers' choice")
-    add("--seed", type=seed, default=TrainingOptions.seed, help="seed of data order and splits")
+    add(
+        "--seed",
+        type=seed,
+        default=TrainingOptions.seed,
+        help="of the order and the split of the data in steps 3 and 4a",
+    )
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float) -> None:
@@ -340,8 +345,8 @@ def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: s
 
 
 def _warn_of_another(path: Path, made_with: str | None, ref: models.ModelRef) -> None:
-    """Say where a file was made with a model of the same name in another place: perhaps another model."""
-    if made_with not in (None, ref.source):
+    """Say where a file was made with another `--model`, which may be another model."""
+    if made_with is not None and os.path.realpath(made_with) != os.path.realpath(ref.source):
         logger.warning(
             "%s: made with %s, and --model is %s: are they one model?", path, made_with, ref.source
         )

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -11,12 +10,14 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.files import check_input, locked, parse_record
 
 _HEADER = b'{"settings": {'
+# Which what earlier versions made does not name, and need not.
+LATER_SETTINGS = ("tensors", "chat_template", "stop_tokens", "held_out_data")
 
 
 def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None:
     """Raise InputError, naming the setting, unless what was made earlier was made as it is wanted now."""
     for name, value in wanted.items():
-        if written.get(name) != value:
+        if written.get(name) != value and (name in written or name not in LATER_SETTINGS):
             raise InputError(
                 f"{where}: was made with {name} = {written.get(name)}, now it is {value}; "
                 f"repeat that setting, or {remedy}"
@@ -31,15 +32,14 @@ class Log(contextlib.ExitStack):
     made with its first record, and cut only where a killed writer left half a line.
     """
 
-    def __init__(self, path: Path, settings: dict, kind: str, remedy: str, later: Collection[str] = ()):
+    def __init__(self, path: Path, settings: dict, kind: str, remedy: str):
         """kind: what it holds, for example "a search journal". remedy: what helps where it does not fit.
-        later: settings that logs of earlier versions do not name, and need not.
 
         Raises InputError for a file that is none of this kind, is torn elsewhere than at its end, or
         has other settings, and where another run holds it.
         """
         super().__init__()
-        self.path, self.settings, self.kind, self.remedy, self.later = path, settings, kind, remedy, later
+        self.path, self.settings, self.kind, self.remedy = path, settings, kind, remedy
         self.records: list[tuple[int, dict]] = []  # line number, record
         self._file: IO | None = None
         self.enter_context(locked(path))
@@ -68,10 +68,7 @@ class Log(contextlib.ExitStack):
             raise foreign from None
         if header.get("kind") != self.kind or not isinstance(header.get("settings"), dict):
             raise foreign
-        written = header["settings"]
-        unnamed = set(self.later) - set(written)
-        wanted = {name: value for name, value in self.settings.items() if name not in unnamed}
-        check_settings(written, wanted, str(self.path), self.remedy)
+        check_settings(header["settings"], self.settings, str(self.path), self.remedy)
         for number, line in enumerate(lines[1:], 2):
             self.records.append((number, parse_record(line, f"{self.path}, line {number}")))
         return whole

@@ -1,12 +1,14 @@
 """What is written: atomic, shared between epochs, complete, and read back exactly."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hopscotch_common import checkpoints, scales
@@ -61,6 +63,22 @@ def test_weights_are_the_base_weights_without_skipped_attention(tiny_folder, tmp
     assert all(torch.equal(kept[key], base[key]) for key in kept)
     run = checkpoints.read_run(tmp_path / "ckpt")
     assert run["weights"]["parameters_removed"] == sum(base[key].numel() for key in gone)
+
+
+def test_packed_weights_are_counted_as_what_they_stand_for(tiny_folder, tmp_path):
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        rows, columns = tensors.pop(key).shape
+        tensors[key.replace("weight", "qweight")] = torch.zeros(rows, columns // 8, dtype=torch.int32)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    quantised = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    save(tmp_path / "quantised", base)
+    save(tmp_path / "whole", tiny_folder())
+    found, expected = (checkpoints.read_run(tmp_path / name)["weights"] for name in ("quantised", "whole"))
+    assert found == expected
 
 
 def test_epochs_share_weights_and_outlive_one_another(tiny_folder, tmp_path):

@@ -108,16 +108,18 @@ def test_the_tokenizer_is_that_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("template", "begins", "added"),
+    ("template", "fields", "added"),
     [
-        ("{{ messages[0].content }}", True, 1),
-        ("{{ messages[0].content }}", False, 0),
-        ("{{ bos_token }}", True, 0),
+        ("{{ messages[0].content }}", dict(add_bos_token=True), 1),
+        ("{{ messages[0].content }}", dict(add_bos_token=False), 0),
+        ("{{ messages[0].content }}", dict(), 0),
+        ("{{ messages[0].content }}", dict(tokenizer_pre="llama-bpe"), 1),
+        ("{{ bos_token }}{{ messages[0].content }}", dict(add_bos_token=True), 0),
     ],
 )
-def test_a_chat_begins_as_the_file_says(tmp_path, template, begins, added):
+def test_a_chat_begins_as_the_file_says(tmp_path, template, fields, added):
     """llama.cpp puts the token before a chat, too, and some files' templates therefore leave it out."""
-    path = write_model(tiny(), tmp_path / "model.gguf", template=template, add_bos_token=begins)
+    path = write_model(tiny(), tmp_path / "model.gguf", template=template, **fields)
     tokenizer = load_tokenizer(model_ref(str(path)))
     messages = [{"role": "user", "content": "the"}]
     plain = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)

@@ -132,12 +132,13 @@ def test_what_nothing_asked_for_does_not_count(shape):
     tokenizer = tokenizer_of(template, False)
     stop = set(tokenizer.encode(ends, add_special_tokens=False))
     begins = {"role": "assistant", "content": "Hello"}
-    (sample,) = samples_of(("here", {"messages": [begins, ASKED, ANSWERED]}), tokenizer, stop)
+    before = [{"role": "system", "content": "Be brief."}] if shape.startswith("chatml") else []
+    (sample,) = samples_of(("here", {"messages": [*before, begins, ASKED, ANSWERED]}), tokenizer, stop)
     counted = [token for token in sample["labels"] if token != -100]
     assert tokenizer.decode(counted).strip() == f"It is 51.{ENDS.get(shape, ends)}"
     assert "Hello" in tokenizer.decode(sample["input_ids"])
     with pytest.raises(InputError, match="here: has an answer to nothing"):
-        samples_of(("here", {"messages": [begins]}), tokenizer, stop)
+        samples_of(("here", {"messages": [*before, begins]}), tokenizer, stop)
 
 
 ASKED = {"role": "user", "content": "17 * 3?"}

@@ -38,7 +38,7 @@ RECORDS = [
     ({"instruction": "1 + 1?", "input": "", "output": "2"}, BOTH),
     ({"instruction": None, "input": "1 + 1?", "output": "2"}, BOTH),
     ({"instruction": " ", "input": "1 + 1?", "output": "2"}, BOTH),
-    ({"instruction": [SYSTEM, ASKED], "input": ""}, [SYSTEM, ASKED]),
+    ({"instruction": [SYSTEM, ASKED], "input": " "}, [SYSTEM, ASKED]),
     ({"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}, BOTH),
     ({"system": "Be brief.", "conversations": [{"from": "human", "value": "1 + 1?"}]}, [SYSTEM, ASKED]),
 ]
@@ -130,12 +130,17 @@ def test_files_of_every_kind(tmp_path):
 
 
 def test_cells_of_a_table_are_the_text_that_stands_there(tmp_path):
-    (tmp_path / "a.csv").write_text("instruction,input,output\nDouble it,007,14\n12,,N/A\nIs it?,null,\n")
-    assert [record for _, record in read_records(tmp_path / "a.csv")] == [
+    rows = ["instruction,input,output", "Double it,007,14", "12,,N/A", "Is it?,null,", ",1 + 1?,2,", "So"]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    records = [record for _, record in read_records(tmp_path / "a.csv")]
+    assert records == [
         {"instruction": "Double it", "input": "007", "output": "14"},
         {"instruction": "12", "output": "N/A"},
         {"instruction": "Is it?", "input": "null"},
+        {"input": "1 + 1?", "output": "2"},
+        {"instruction": "So"},
     ]
+    assert messages_of(records[3], "here") == BOTH
 
 
 def test_conversations_that_ask_several_times_are_counted(tmp_path, caplog):
@@ -154,6 +159,10 @@ def test_conversations_that_ask_several_times_are_counted(tmp_path, caplog):
         ("a.json", b"[{]", "not JSON"),
         ("a.jsonl.gz", b"no gzip", "cannot be read .Not a gzipped file"),
         ("a.parquet", b"no parquet", "cannot be read"),
+        ("a.csv", b"prompt\na, b\n", "record 1: has more cells than columns"),
+        ("a.csv", b"prompt,prompt\na,b\n", "two columns have one name"),
+        ("a.csv", b'prompt\n"a" b\n', "cannot be read"),
+        ("a.csv", b"prompt\n\xff\n", "cannot be read"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):

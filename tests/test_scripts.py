@@ -336,7 +336,7 @@ def test_a_model_that_changes_while_scales_train_is_told(work, tmp_path, capsys,
     monkeypatch.setattr(EpochTraining, "epoch", changes)
     arguments = flags(folder, "--blocks_to_skip", "1", "--output_dir", "out")
     assert param_scale.main(arguments) == 1
-    assert "copy: its files changed while scales were trained" in capsys.readouterr().err
+    assert "copy: its files changed during training" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("copy*"))
 
 
@@ -393,7 +393,7 @@ def test_a_journal_of_other_settings_or_weights_is_refused(work, tmp_path, capsy
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    check_refused(block_selection, arguments, "journal.jsonl: was made with weights = ", capsys)
+    check_refused(block_selection, arguments, "journal.jsonl: was made with tensors = ", capsys)
 
 
 HALF = ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]

@@ -511,6 +511,9 @@ def test_what_asks_the_same_is_held_out_together():
         assert len(held_out) == 4 and len(training) == 16
         trained_on = {tuple(sample.input_ids[:3]) for sample in training}
         assert not trained_on & {tuple(sample.input_ids[:3]) for sample in held_out}
+    many = [sample([5, 6], [n]) for n in range(99)] + [sample([7, 8], [1])]
+    for seed in range(8):
+        assert data.split_samples(many, 0.1, seed) == (many[:99], many[99:])
     counted = [Sample([5, n, 7], [-100, n, 7]) for n in range(10)]  # texts that begin alike
     assert len(data.split_samples(counted, 0.2, seed=0)[1]) == 2
     with pytest.raises(InputError, match="ask different things, there are 1"):

@@ -7,21 +7,22 @@ from hopscotch_common.answers.records import messages_of
 from hopscotch_common.errors import InputError
 
 IGNORED = -100  # the label of what does not count
+ASKING = ("user", "tool")  # roles whose messages an answer answers
 
 
 def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[dict]:
-    """The samples {input_ids, labels} of one record: each of its answers counts once.
+    """The samples {input_ids, labels} of one record: each answer that something asked for counts once.
 
-    But for one that begins the conversation, as nothing asked for it. One sample as a rule. Where a template
-    leaves the reasoning of earlier answers out, each of these has a sample of its own, as the model said it.
-    placed: (where, record). Raises InputError for what is no conversation that ends with an answer, and for
-    what the chat template refuses or leaves out.
+    One sample as a rule. Where a template leaves the reasoning of earlier answers out, each of these has a
+    sample of its own, as the model said it. placed: (where, record). Raises InputError for what is no
+    conversation that ends with an answer, and for what the chat template refuses or leaves out.
     """
     where, record = placed
     messages = messages_of(record, where)
     if messages[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message is not the assistant's, there is no answer to train on")
-    if len(messages) == 1:
+    first = next((place for place, message in enumerate(messages) if message["role"] in ASKING), None)
+    if first is None:
         raise InputError(f"{where}: has an answer to nothing, so there is none to train on; leave it out")
     if ANSWER_IDS in record:
         return [_said(record, messages, tokenizer, where)]
@@ -34,7 +35,7 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
     whole = render(tokenizer, messages, where)
     spans, samples = [], []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index == 0:
+        if message["role"] != "assistant" or index < first:
             continue
         last = index == len(messages) - 1
         text = whole if last else render(tokenizer, messages[: index + 1], where)

@@ -16,7 +16,6 @@ LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
 KIND = "the answers of an earlier run"
 REMEDY = "remove it to start anew, or name another --output_file"
-LATER_SETTINGS = ("chat_template", "stop_tokens")  # which answers of earlier versions do not name
 BESIDE = ("reasoning_content", "tool_calls")  # the parts of a message besides its content
 ANSWER_IDS, PROMPT_IDS = "answer_token_ids", "prompt_token_ids"  # fields of step 1's answers
 

@@ -1,5 +1,6 @@
 """Records as people have them: files of several kinds, and one function that turns a record into messages."""
 
+import csv
 import gzip
 import io
 import json
@@ -61,17 +62,32 @@ def _array(content: bytes, path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _table(path: Path, kind: str) -> list[dict]:
-    from datasets import load_dataset
-    from pandas import read_csv
-
     try:
-        if kind == "csv":  # 007 and N/A are text, and only an empty cell is none
-            rows = read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-            return [{name: cell or None for name, cell in row.items()} for row in rows]
+        if kind == "csv":
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                return _cells(csv.DictReader(file, strict=True), path)
+        from datasets import load_dataset
+
         with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing left behind
             return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache).to_list()
+    except InputError:
+        raise
     except Exception as error:  # whatever the readers of so many formats raise
         raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
+
+
+def _cells(rows: csv.DictReader, path: Path) -> list[dict]:
+    """Rows of text, an empty cell as None; InputError for cells without a column of their own."""
+    csv.field_size_limit(2**31 - 1)
+    columns = rows.fieldnames or []
+    if len(set(columns)) < len(columns):
+        raise InputError(f"{path}: two columns have one name; mend it, or name another file")
+    found = []
+    for number, row in enumerate(rows, 1):
+        if any(row.pop(None, ())):
+            raise InputError(f"{path}, record {number}: has more cells than columns; quote what has commas")
+        found.append({name: cell or None for name, cell in row.items()})
+    return found
 
 
 def _rows(rows: Iterable[dict], where: str) -> Iterator[tuple[str, dict]]:
@@ -134,9 +150,10 @@ def _conversation(record: dict, where: str, field: str | None) -> tuple[list, se
                 raise InputError(f"{where}: {name!r} must be a list of messages")
             return record[name], {name}
     for prompt, answer in (("prompt", "completion"), ("question", "answer"), ("instruction", "output")):
-        if prompt not in record:
+        alone = prompt == "instruction" and {"input", "output"} <= record.keys()
+        if prompt not in record and not alone:
             continue
-        asked = record[prompt]
+        asked = record.get(prompt)
         if prompt == "instruction":
             asked = _with_input(asked, record.get("input"), where)
         messages = _as_messages(asked, prompt, where)
@@ -153,11 +170,11 @@ def _conversation(record: dict, where: str, field: str | None) -> tuple[list, se
 
 def _with_input(instruction, about, where: str):
     """An instruction and its 'input', each of which may be missing."""
-    if about is None or about == "":
+    if about is None or isinstance(about, str) and not about.strip():
         return instruction
     if not isinstance(about, str) or not isinstance(instruction, str | None):
         raise InputError(f"{where}: 'instruction' and 'input' must both be text; mend it")
-    return "\n\n".join(part for part in (instruction, about) if part and part.strip())
+    return f"{instruction}\n\n{about}" if instruction and instruction.strip() else about
 
 
 def _named(record: dict) -> str:

@@ -137,6 +137,8 @@ def _write_base(
         if kept := {key: tensor for key, tensor in tensors.items() if not is_skipped_weight(key, config)}:
             weights.save_tensors(kept, target / name)
     weights.write_index(target)
+    if stock.tie_word_embeddings and weights.has_own_head(source):
+        stock.tie_word_embeddings = False
     with torch.device("meta"):  # files of quantised weights hold other numbers
         model = AutoModelForCausalLM.from_config(stock)
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
@@ -199,7 +201,7 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
 
 
 def _scale_files(folder: Path) -> list[Path]:
-    """Where a folder's scales stand, as transformers reads it: a model saved again leaves the old file."""
+    """Where a folder's scales stand; where a model was saved again into it, the old file must not be read."""
     own, index = folder / SCALES_FILE, folder / weights.INDEX_FILE
     named = index.is_file() and SCALES_FILE in index.read_text(errors="replace")
     as_made = named and own.is_file() and not (folder / "model.safetensors").exists()

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files
 from hopscotch_common.checkpoints import card
-from hopscotch_common.errors import InputError, logger
+from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger
 from hopscotch_common.export import decilm, folding
 from hopscotch_common.loading import weights
 from hopscotch_common.loading.loader import device_map, resolve_device
@@ -54,7 +54,10 @@ def check_exports(formats: Sequence[str], config, target: Path, replacement_rank
 
 def _check_format(name: str, config, replacement_rank: int) -> None:
     if getattr(config, "quantization_config", None):
-        raise InputError(f"{name}: the model's weights are quantised, so no scales can be folded into them")
+        raise InputError(
+            f"{name}: the model's weights are quantised, so no scales can be folded into them; leave the "
+            "export out, and serve the checkpoint itself"
+        )
     FORMATS[name].check(config, replacement_rank)
 
 
@@ -108,7 +111,15 @@ def export_checkpoint(
             "checkpoint": str(checkpoint),
             "skipped_blocks": folding.skipped_blocks(config),
         }
-        report |= _check(checkpoint, config, folder, format, tolerance, device)
+        try:
+            report |= _check(checkpoint, config, folder, format, tolerance, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise HopscotchError(
+                f"{output}: out of memory in its check, which runs in float32; export again with --device "
+                "cpu or split"
+            ) from error
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         origin = card.inherited(checkpoint)
         card.write_card(folder, output.name, format, origin, config, values, run, report["summary"])

@@ -34,6 +34,7 @@ REMEDY = "give another GGUF file"
 # for it and takes GPT-2's: right for some, while others split off each digit first (llama.cpp's names).
 SPLITS_LIKE_GPT2 = (None, "default", "gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
 SPLITS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+BEGIN_TEXTS = ("llama3", "llama-v3", "llama-bpe")  # of these llama.cpp does so where the file does not say
 # Fields that transformers' readers leave out for some architectures: of the config, and of the file.
 MORE_FIELDS = {
     "sliding_window": "attention.sliding_window",
@@ -251,11 +252,14 @@ def _set_more_fields(config, reader) -> None:
 
 def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
     """Set what transformers leaves out; InputError where it would split text otherwise than the file says."""
-    if (begins := value_of(reader, "tokenizer.ggml.add_bos_token")) is not None:
-        tokenizer.add_bos_token = begins
-        if begins and not _begins_chats(tokenizer):  # llama.cpp puts it before a chat, too
-            tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     split = value_of(reader, "tokenizer.ggml.pre")
+    begins = value_of(reader, "tokenizer.ggml.add_bos_token")
+    if begins is None:  # as llama.cpp takes it then
+        begins = value_of(reader, "tokenizer.ggml.model") == "llama" or split in BEGIN_TEXTS
+    else:
+        tokenizer.add_bos_token = begins
+    if begins and not _begins_chats(tokenizer):  # llama.cpp puts it before a chat, too
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     if value_of(reader, "tokenizer.ggml.model") != "gpt2" or split in GGUF_PRE_TOKENIZER_SPLITS:
         return
     if split in SPLITS_DIGITS:
@@ -269,7 +273,7 @@ def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
 
 
 def _begins_chats(tokenizer) -> bool:
-    """Whether the chat template writes the token that begins a text; also where there is none of the two."""
+    """Whether the chat template writes the token that begins a text; true, too, without such a token."""
     if not (tokenizer.bos_token and isinstance(tokenizer.chat_template, str)):
         return True
     try:

@@ -144,7 +144,7 @@ def split_samples(
     for group in chosen:
         if len(held_out) + len(group) <= count:
             held_out.update(group)
-    held_out = held_out or set(min(chosen, key=len))
+    held_out = held_out or set(min(groups, key=len))
     return (
         [sample for i, sample in enumerate(samples) if i not in held_out],
         [sample for i, sample in enumerate(samples) if i in held_out],
@@ -157,9 +157,9 @@ def _asking_the_same(samples: Sequence[Sample]) -> list[list[int]]:
     def asked(index: int) -> list[int]:
         sample = samples[index]
         start = next(place for place, label in enumerate(sample.labels) if label != IGNORE_INDEX)
-        return (
-            sample.input_ids[:start] if start > 1 else sample.input_ids
-        )  # a text that counts from its start
+        if start > 1:
+            return sample.input_ids[:start]
+        return sample.input_ids  # a text that counts from its start
 
     groups: list[list[int]] = []
     first: list[int] = []
