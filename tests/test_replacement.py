@@ -199,6 +199,22 @@ def test_a_search_sees_the_maps(tiny_folder):
         assert found[block] == pytest.approx(sum(losses).item() / batch.num_loss_counted_tokens, rel=1e-4)
 
 
+def test_few_tokens_are_told(tiny_folder, caplog):
+    model = loaded(tiny_folder("llama"), replacement_rank=RANK)  # 32 channels
+    for samples, told in ((random_samples(2), True), (random_samples(40), False)):
+        caplog.clear()
+        fit_maps(model, make_batches(samples, 2, 80), [1, 2])
+        tokens = sum(map(len, samples))
+        assert (tokens < 4 * 32) == told
+        assert (
+            caplog.messages
+            == [
+                f"maps are fitted on {tokens} tokens, fewer than 4 for each of 32 channels: give more answers"
+            ]
+            * told
+        )
+
+
 def test_a_model_that_is_not_finite_gets_no_maps(tiny_folder):
     model = loaded(tiny_folder("llama"), replacement_rank=RANK)
     model.model.layers[0].self_attn.o_proj.weight.data.fill_(float("nan"))

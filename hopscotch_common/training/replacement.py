@@ -13,17 +13,18 @@ import torch
 from accelerate.utils import send_to_device
 
 from hopscotch_common import scales
-from hopscotch_common.errors import TrainingError
+from hopscotch_common.errors import TrainingError, logger
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner
 from hopscotch_common.training.distributed import Reduce
 
 RIDGE = 1e-3  # lambda, in means of the diagonal of X'X
+FEW_TOKENS = 4  # a channel: with fewer, maps follow what they were fitted on more than the block
 
 
 class Sums(NamedTuple):
     """Of one block, over tokens, float32 on its layer's device: X'X and X'Y, [hidden, hidden].
 
-    energies: [2], of Y'Y's trace and of the squared norms of the stream behind the block.
+    energies: [3], of Y'Y's trace, of the squared norms of the stream behind the block, and of 1: the tokens.
     """
 
     inputs: torch.Tensor
@@ -41,7 +42,8 @@ def fit_maps(
     The batches run once. For each block two float32 [hidden, hidden] sums are kept: 134 MB with 4096
     channels. reduce: sums over the processes, which have a part of every batch each.
     Returns the share of the stream behind each block that its map gets wrong: the squared norm of the
-    difference over that of the stream. Raises TrainingError for states that are not finite.
+    difference over that of the stream. Warns of few tokens. Raises TrainingError for states that are not
+    finite.
     """
     sums = collect(model, batches, blocks)
     left = {}
@@ -50,6 +52,11 @@ def fit_maps(
         if reduce is not None:
             for tensor in found:
                 reduce(tensor)
+        if block == blocks[0] and found.energies[2] < FEW_TOKENS * model.config.hidden_size:
+            logger.warning(
+                "maps are fitted on %d tokens, fewer than %d for each of %d channels: give more answers",
+                *(found.energies[2], FEW_TOKENS, model.config.hidden_size),
+            )
         rank = len(layer.replacement_down)
         try:
             down, up, wrong = solve(found, rank)
@@ -72,7 +79,7 @@ def collect(model, batches: Iterable[Batch], blocks: Sequence[int]) -> dict[int,
     sums = {}
     for block in blocks:
         device = model.model.layers[block].s_scale_attn.device
-        sums[block] = Sums(*(torch.zeros(shape, device=device) for shape in (square, square, 2)))
+        sums[block] = Sums(*(torch.zeros(shape, device=device) for shape in (square, square, 3)))
 
     def add(minibatch: Minibatch) -> bool:
         on_device = minibatch.to(model.device)
@@ -97,7 +104,8 @@ def _part(layer, stream: torch.Tensor, keywords: dict, mask: torch.Tensor | None
     x, y = layer.attention_input(stream)[rows].float(), layer.attention_branch(stream, keywords)[rows].float()
     x, y = x.flatten(0, -2), y.flatten(0, -2)
     behind = stream[rows].float().flatten(0, -2) + y
-    return Sums(x.T @ x, x.T @ y, torch.stack([y.square().sum(), behind.square().sum()]))
+    tokens = torch.tensor(float(len(x)), device=x.device)
+    return Sums(x.T @ x, x.T @ y, torch.stack([y.square().sum(), behind.square().sum(), tokens]))
 
 
 def solve(sums: Sums, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
