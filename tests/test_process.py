@@ -125,7 +125,8 @@ def test_data_of_another_tokenizer_is_refused(work, capsys):
     cli.check_data(Path("out/data.jsonl"), theirs)
 
 
-def test_long_and_short_samples_are_dropped_and_counted(work, capsys):
+def test_long_and_short_samples_are_dropped_and_counted(work, capsys, monkeypatch):
+    monkeypatch.setattr(process_gt_data, "MIN_SEQ_LEN", 40)
     tokenizer = AutoTokenizer.from_pretrained(work[1])
 
     def of_length(tokens: int):
@@ -135,21 +136,20 @@ def test_long_and_short_samples_are_dropped_and_counted(work, capsys):
         return [turns[0], ("assistant", "x" * missing)]
 
     lengths = [100, 40, 99, 101, 39]
-    write_lines([messages_of(of_length(n)) for n in lengths] + [messages_of([("assistant", "y")])])
-    assert len(expected_sample([("assistant", "y")], tokenizer)[0]) < 20
+    write_lines([messages_of(of_length(n)) for n in lengths])
     assert process_gt_data.main([*work, "--max_seq_len", "100"]) == 0
-    assert [len(sample["input_ids"]) for sample in read_samples()] == [40, 99, 39]
+    assert [len(sample["input_ids"]) for sample in read_samples()] == [40, 99]
     report = json.loads(Path("out/data_report.json").read_text())
-    assert (report["kept"], report["dropped_too_long"], report["dropped_too_short"]) == (3, 2, 1)
-    assert "3 of 6 samples kept (2 too long, 1 too short)" in capsys.readouterr().out
+    assert (report["kept"], report["dropped_too_long"], report["dropped_too_short"]) == (2, 2, 1)
+    assert "2 of 5 samples kept (2 too long, 1 too short)" in capsys.readouterr().out
 
 
-def test_when_every_sample_is_dropped_nothing_is_written(work, capsys):
+def test_when_every_sample_is_dropped_nothing_is_written(work, capsys, monkeypatch):
     check_refused(
         process_gt_data, [*work, "--max_seq_len", "30"], "no sample is left, 3 have --max_seq_len 30", capsys
     )
-    write_lines([messages_of([("assistant", "y")])])
-    check_refused(process_gt_data, work, "no sample is left, 0 .* 1 fewer than 20", capsys)
+    monkeypatch.setattr(process_gt_data, "MIN_SEQ_LEN", 1000)
+    check_refused(process_gt_data, work, "no sample is left, 0 .* 3 fewer than 1000", capsys)
     assert not Path("out").exists()
 
 

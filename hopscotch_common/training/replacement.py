@@ -52,10 +52,11 @@ def fit_maps(
         if reduce is not None:
             for tensor in found:
                 reduce(tensor)
-        if block == blocks[0] and found.energies[2] < FEW_TOKENS * model.config.hidden_size:
+        tokens = found.energies[2].item()
+        if block == blocks[0] and tokens < FEW_TOKENS * model.config.hidden_size:
             logger.warning(
                 "maps are fitted on %d tokens, fewer than %d for each of %d channels: give more answers",
-                *(found.energies[2], FEW_TOKENS, model.config.hidden_size),
+                *(tokens, FEW_TOKENS, model.config.hidden_size),
             )
         rank = len(layer.replacement_down)
         try:
@@ -104,8 +105,8 @@ def _part(layer, stream: torch.Tensor, keywords: dict, mask: torch.Tensor | None
     x, y = layer.attention_input(stream)[rows].float(), layer.attention_branch(stream, keywords)[rows].float()
     x, y = x.flatten(0, -2), y.flatten(0, -2)
     behind = stream[rows].float().flatten(0, -2) + y
-    tokens = torch.tensor(float(len(x)), device=x.device)
-    return Sums(x.T @ x, x.T @ y, torch.stack([y.square().sum(), behind.square().sum(), tokens]))
+    energies = [y.square().sum(), behind.square().sum(), torch.ones_like(x[:, 0]).sum()]
+    return Sums(x.T @ x, x.T @ y, torch.stack(energies))
 
 
 def solve(sums: Sums, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
