@@ -209,7 +209,7 @@ def converted_tensors(gguf: Path, reader: GGUFReader, model) -> Iterator[tuple[s
                     tensor_key_mapping=names,
                     parsed_parameters={"tensors": joined},
                 )
-            except (NotImplementedError, ValueError) as error:  # of a type that gguf cannot decode
+            except (NotImplementedError, ValueError) as error:  # of a type or shape that gguf cannot decode
                 raise InputError(
                     f"{gguf}: {tensor.name} cannot be read ({reason_of(error)}); {REMEDY}"
                 ) from error
@@ -258,7 +258,7 @@ def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
         begins = value_of(reader, "tokenizer.ggml.model") == "llama" or split in BEGIN_TEXTS
     else:
         tokenizer.add_bos_token = begins
-    if begins and not _begins_chats(tokenizer):  # llama.cpp puts it before a chat, too
+    if begins and tokenization.leaves_out_beginning(tokenizer):  # llama.cpp puts it before a chat, too
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     if value_of(reader, "tokenizer.ggml.model") != "gpt2" or split in GGUF_PRE_TOKENIZER_SPLITS:
         return
@@ -270,17 +270,6 @@ def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
         raise InputError(
             f"{gguf}: how its tokenizer splits text (tokenizer.ggml.pre: {split}) is not known; {REMEDY}"
         )
-
-
-def _begins_chats(tokenizer) -> bool:
-    """Whether the chat template writes the token that begins a text; true, too, without such a token."""
-    if not (tokenizer.bos_token and isinstance(tokenizer.chat_template, str)):
-        return True
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    except Exception:  # whatever a template raises at such a conversation
-        return True
-    return text.lstrip().startswith(tokenizer.bos_token)
 
 
 def _set_rope(config, reader, gguf: Path) -> None:

@@ -22,6 +22,7 @@ from hopscotch_common.scales.modeling_hopscotch import PREFIX
 
 AS_IT_IS = "PreTrainedTokenizerFast"  # TokenizersBackend's name before transformers 5, still understood
 TOKENIZER_CONFIG = "tokenizer_config.json"
+QUESTION = {"role": "user", "content": "?"}  # of a conversation that shows what a chat template writes
 PROBE = "In 2023, 650,841 apples;  two spaces,\ta tab\n\nand lines: naïve café, 你好 😀 don't x_1=3.14e-5 "
 
 
@@ -68,15 +69,25 @@ def end_of_turn(tokenizer) -> int | None:
     Files of models often name the end of a text alone, and a model that ends its turn otherwise would go on.
     """
     answer = "Ω"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # whatever a template raises at such a conversation
-        return None
+    text = _in_template(tokenizer, QUESTION, {"role": "assistant", "content": answer})
     _, found, behind = text.rpartition(answer)
     ids = tokenizer.encode(behind, add_special_tokens=False) if found else []
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return next((token for token in ids if token in special), None)
+
+
+def leaves_out_beginning(tokenizer) -> bool:
+    """Whether the chat template does not write the token that begins a text, though there is one."""
+    text = _in_template(tokenizer, QUESTION) if tokenizer.bos_token else ""
+    return bool(text) and not text.lstrip().startswith(tokenizer.bos_token)
+
+
+def _in_template(tokenizer, *messages: dict) -> str:
+    """A conversation as text; empty where the chat template refuses it, or there is none."""
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False)
+    except Exception:  # a template is code of the model's: it may raise anything
+        return ""
 
 
 def read_tokenizer(folder: Path, source: str | None = None):

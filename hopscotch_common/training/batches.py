@@ -155,11 +155,8 @@ def _asking_the_same(samples: Sequence[Sample]) -> list[list[int]]:
     """Indices of the samples in groups: what one reads before its first answer, the others begin with."""
 
     def asked(index: int) -> list[int]:
-        sample = samples[index]
-        start = next(place for place, label in enumerate(sample.labels) if label != IGNORE_INDEX)
-        if start > 1:
-            return sample.input_ids[:start]
-        return sample.input_ids  # a text that counts from its start
+        ids, start = samples[index].input_ids, _first_counted(samples[index])
+        return ids[:start] if start > 1 else ids  # else a text that counts from its start
 
     groups: list[list[int]] = []
     first: list[int] = []
