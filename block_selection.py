@@ -141,16 +141,9 @@ def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> 
 
     Not the schedule: a race only decides how far a candidate gets.
     """
-    names = ("seed", "batch_size", "learning_rate", "dtype", "loss")
+    names = ("seed", "batch_size", "learning_rate", "dtype", "loss", "replacement_rank")
     same = {name: getattr(arguments, name) for name in names}
-    rank = arguments.replacement_rank or None  # a journal without it had no maps
-    return {
-        "model": arguments.model.source,
-        "tensors": weights,
-        "data": data,
-        **same,
-        "replacement_rank": rank,
-    }
+    return {"model": arguments.model.source, "tensors": weights, "data": data} | same
 
 
 def open_journal(path: Path, settings: dict, num_batches: int, processes, resources: contextlib.ExitStack):
@@ -193,7 +186,9 @@ def main(argv: list[str] | None = None) -> int:
 
     config = read_config(arguments.model)
     flag = "--starting_skipped_blocks"
-    skipped = cli.blocks_from(arguments.starting_skipped_blocks, arguments.model, config, flag)
+    skipped = cli.blocks_from(
+        arguments.starting_skipped_blocks, arguments.model, config, flag, arguments.replacement_rank
+    )
     num_blocks = most_blocks(arguments, config, skipped)
     if arguments.search != "race" and arguments.screening != SCREENING:
         logger.warning("--screening has no effect without --search race")

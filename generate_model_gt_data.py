@@ -89,16 +89,16 @@ def answer_missing(
 def select_answers(records: dict[int, dict], keep_truncated: bool) -> tuple[list[dict], dict]:
     """(answers to write, in input order, figures). Truncated and empty answers are left out."""
     ordered = [records[index] for index in sorted(records)]
-    empty = [r for r in ordered if not r["messages"][-1]["content"].strip()]
-    truncated = [r for r in ordered if r["finish_reason"] == "length" and r not in empty]
-    dropped = empty if keep_truncated else empty + truncated
-    kept = [{k: v for k, v in r.items() if k != "index"} for r in ordered if r not in dropped]
+    truncated = [r for r in ordered if r["finish_reason"] == "length"]
+    ended = ordered if keep_truncated else [r for r in ordered if r["finish_reason"] != "length"]
+    said = [r for r in ended if r["messages"][-1]["content"].strip()]
+    kept = [{k: v for k, v in r.items() if k != "index"} for r in said]
     figures = {
         "prompts": len(ordered),
         "answers": len(kept),
         "truncated": len(truncated),
         "truncated_dropped": 0 if keep_truncated else len(truncated),
-        "empty_dropped": len(empty),
+        "empty_dropped": len(ended) - len(said),
         "generated_tokens": sum(r["num_generated_tokens"] for r in ordered),
     }
     return kept, figures
@@ -197,8 +197,9 @@ def main(argv: list[str] | None = None) -> int:
             backend,
         )
         if missing:
+            asked = [prompt_ids[i] for i in missing]
             generate = functools.partial(
-                engines.generate, args.model, [prompt_ids[i] for i in missing], args.max_tokens, options
+                engines.generate, args.model, config, backend, asked, stop_ids, args.max_tokens, options
             )
             answer_missing(partial, prompt_ids, tokenizer, generate)
         kept, figures = select_answers(partial.records, args.keep_truncated)

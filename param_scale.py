@@ -97,7 +97,9 @@ def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int]
     from hopscotch_common.training.batches import split_samples
 
     config = read_config(arguments.model)
-    blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
+    blocks = cli.blocks_from(
+        arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip", arguments.replacement_rank
+    )
     cli.check_rank(arguments.replacement_rank, config)
     files.check_writable(arguments.output_dir)
     inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
@@ -133,12 +135,12 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list
     from hopscotch_common.training import batches
 
     names = ("seed", "batch_size", "validation_split", "dtype", "quantization", "granularity", "loss")
+    names += ("replacement_rank",)
     return {
         "model": arguments.model.source,
         "tensors": weights.fingerprint(arguments.model.folder()),
         "data": batches.fingerprint(samples),
         "blocks_to_skip": sorted(blocks),
-        "replacement_rank": arguments.replacement_rank or None,
         **{name: getattr(arguments, name) for name in names},
         "held_out_data": batches.fingerprint(held_out),
     }
@@ -162,6 +164,15 @@ def train(
             folder = epoch_folder(arguments, later[0])
             logger.warning("%s and later epochs there are of an earlier training, and stay", folder)
     runs, state = processes.gather((runs, state))[0]  # only rank 0's disk is sure to hold the epochs
+    if runs and runs[-1]["epoch"] + 1 >= arguments.num_epochs:
+        rate = runs[-1]["learning_rate"]
+        if rate != arguments.learning_rate:
+            raise InputError(
+                f"--resume: all epochs are there, the last trained at {rate:g}, and none is left "
+                f"for --learning_rate {arguments.learning_rate:g}; name another --output_dir, or more "
+                "--num_epochs"
+            )
+        logger.warning("--resume: all epochs are there, so none is trained")
     model = cli.load_model(arguments)
     maps_rate = arguments.learning_rate * MAPS_RATE
     options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=maps_rate)

@@ -66,8 +66,10 @@ $launch "$here/param_scale.py" --model="$model" --data_path "data/$name-processe
     --resume ${export_formats:+--export $export_formats}
 
 step "4b. the same without training"
+maps=()
+if [ "$rank" != 0 ]; then maps=(--replacement_rank "$rank" --data_path "data/$name-processed-data/data.jsonl"); fi
 python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_block_selection.json" \
-    --replacement_rank "$rank" --data_path "data/$name-processed-data/data.jsonl"
+    ${maps[@]+"${maps[@]}"}
 
 step "what came of it"
 PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_report.json" \

@@ -58,6 +58,7 @@ def make_samples(records: list, tokenizer, stop_ids: set[int], processes: int) -
     if processes == 1:
         yield from map(work, records)
         return
+    work(records[0])  # here, so that not each process names the fields that are not used
     context = multiprocessing.get_context("fork")  # what is loaded need not be loaded again
     pool = ProcessPoolExecutor(processes, context, _start_worker)
     try:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from hopscotch_common import cli, files
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import InputError, logger
 from hopscotch_common.report import describe_run
 
 
@@ -39,11 +39,12 @@ def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dic
     """The maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
     from hopscotch_common import scales
     from hopscotch_common.training import TrainingOptions
-    from hopscotch_common.training.trainer import EpochTraining
+    from hopscotch_common.training.replacement import fit_maps
+    from hopscotch_common.training.trainer import EpochBatches
 
     samples = cli.load_samples(arguments, config)
     model = cli.load_model(arguments)
-    EpochTraining(model, blocks, samples, [], TrainingOptions(0.0)).fit_maps()
+    fit_maps(model, EpochBatches(model, samples, TrainingOptions(0.0)).in_order(), blocks)
     scales.reset(model, blocks)
     return scales.maps_of(model)
 
@@ -62,10 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.scales.modeling_hopscotch import SCALE_NAMES
 
     config = read_config(arguments.model)
-    blocks = cli.blocks_from(arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip")
+    blocks = cli.blocks_from(
+        arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip", arguments.replacement_rank
+    )
     cli.check_rank(arguments.replacement_rank, config)
     if arguments.replacement_rank and not arguments.data_path:
         raise InputError("--replacement_rank: its maps are fitted on data; give --data_path, too")
+    if arguments.data_path and not arguments.replacement_rank:
+        logger.warning("--data_path has no effect without --replacement_rank, whose maps are fitted on it")
     files.check_writable(output_dir)
     folder = output_dir / f"{arguments.model.name}_unscaled"
     resolve_device(arguments.device)

@@ -92,14 +92,13 @@ class ContinuousBatching:
     with the square of the requests at once.
     """
 
-    def __init__(self, ref, config, options: EngineOptions, longest: int):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def __init__(self, ref, config, stop_ids: set[int], options: EngineOptions, longest: int):
+        from transformers import AutoModelForCausalLM
 
-        folder = ref.folder()
         self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=options.dtype, attn_implementation="sdpa"
+            ref.folder(), dtype=options.dtype, attn_implementation="sdpa"
         ).eval()
-        self.stop_ids = stop_token_ids(folder, AutoTokenizer.from_pretrained(folder))
+        self.stop_ids = stop_ids
 
     def answers(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> Iterator[Answer]:
         """Answer each prompt with at most its limit of tokens; yields answers as they end."""
@@ -127,7 +126,8 @@ def engine(arguments: argparse.Namespace) -> dict:
     longest = max(map(len, prompts)) + arguments.max_tokens
     config = read_config(arguments.model)
     make = (ENGINES | {"continuous": ContinuousBatching})[arguments.worker]
-    loaded = make(arguments.model, config, EngineOptions(dtype=arguments.dtype), longest)
+    stop_ids = stop_token_ids(arguments.model.folder(), load_tokenizer(arguments.model))
+    loaded = make(arguments.model, config, stop_ids, EngineOptions(dtype=arguments.dtype), longest)
     list(loaded.answers([[7] * 20], [4]))  # warm up, with nothing that a prefix cache could use
     start = clocks()
     answers = list(loaded.answers(prompts, [arguments.max_tokens] * len(prompts)))

@@ -1,12 +1,15 @@
 """llama.cpp on a GGUF whose skipped attention blocks are left out: same text, how much faster?
 
     python benchmarks/gguf_llama_cpp.py --llama_cpp ~/llama.cpp --bin ~/llama.cpp/build/bin
+    python benchmarks/gguf_llama_cpp.py --llama_cpp ~/llama.cpp --bin ~/llama.cpp/build/bin \
+        --replacement_rank 16 --result benchmarks/results/gguf_maps.json
     python benchmarks/gguf_llama_cpp.py --table
 
 It takes a checkpoint of the embedded model (or yours), exports it as `folded`, has llama.cpp's converter
 make a GGUF of that, rewrites it, and then asserts that
 - the greedy text of the rewritten float32 file is that of transformers, and
-- for every type, the rewritten file's text is that of the file that it was made of,
+- for every type, the rewritten file's text is that of the file that it was made of (which with maps lacks
+  them, so that its text is another one),
 and measures prefill and decode speed of the two files, by turns. It needs llama.cpp's source (for
 convert_hf_to_gguf.py, which needs sentencepiece), and its programs llama-simple and llama-bench.
 llama.cpp's threads wait for one another busily: on a machine that is busy otherwise, its speeds
@@ -38,6 +41,7 @@ from hopscotch_common.export.gguf import rewrite_gguf
 from hopscotch_common.files import write_json
 from hopscotch_common.loading import models
 from hopscotch_common.loading.loader import read_config
+from hopscotch_common.scales.modeling_hopscotch import REPLACEMENT_NAMES
 
 COMMAND = "python benchmarks/gguf_llama_cpp.py --llama_cpp LLAMA_CPP --bin LLAMA_CPP/build/bin"  # no paths
 PROMPTS = (
@@ -48,13 +52,18 @@ PROMPTS = (
 )
 
 
-def make_checkpoint(folder: Path, skipped: list[int], seed: int) -> None:
-    """A checkpoint of the embedded model with random scales near 1."""
+def make_checkpoint(folder: Path, skipped: list[int], rank: int, seed: int) -> None:
+    """A checkpoint of the embedded model with random scales near 1, and random maps where `rank` is not 0."""
     base = models.model_ref(models.EMBEDDED)
-    layers = read_config(base).num_hidden_layers
-    values = 1 + 0.05 * torch.randn(layers, 4, generator=torch.Generator().manual_seed(seed))
-    values[skipped, 0] = 0
-    checkpoints.save_checkpoint(folder, base, skipped, values, {"seed": seed})
+    config, generator = read_config(base), torch.Generator().manual_seed(seed)
+    values = 1 + 0.05 * torch.randn(config.num_hidden_layers, 4, generator=generator)
+    hidden, maps = config.hidden_size, {}
+    if not rank:
+        values[skipped, 0] = 0
+    for block in skipped if rank else ():
+        for name, shape in zip(REPLACEMENT_NAMES, ((rank, hidden), (hidden, rank)), strict=True):
+            maps[f"model.layers.{block}.{name}"] = torch.randn(shape, generator=generator) / hidden**0.5
+    checkpoints.save_checkpoint(folder, base, skipped, values, {"seed": seed}, maps=maps)
 
 
 def transformers_texts(checkpoint: Path, folded: Path, num_tokens: int) -> list[str]:
@@ -124,8 +133,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict]:
     """Export, convert, rewrite, generate and measure in `folder`; the figures."""
     checkpoint = arguments.checkpoint or folder / "checkpoint"
     if arguments.checkpoint is None:
-        make_checkpoint(checkpoint, arguments.blocks_to_skip, arguments.seed)
-    export_checkpoint(checkpoint, "folded", folder / "folded")
+        make_checkpoint(checkpoint, arguments.blocks_to_skip, arguments.replacement_rank, arguments.seed)
+    maps = bool(checkpoints.checkpoint_config(checkpoint).replacement_rank)
+    export_checkpoint(checkpoint, "folded", folder / "folded", without_maps=maps)
     expected = transformers_texts(checkpoint, folder / "folded", arguments.num_tokens)
     figures = []
     for kind in arguments.types:
@@ -136,7 +146,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict]:
         folded_texts, folded_kv = llama_cpp_texts(arguments.bin, folded, arguments.num_tokens)
         skipped_texts, skipped_kv = llama_cpp_texts(arguments.bin, skipped, arguments.num_tokens)
         figure = {
-            "of": {"type": kind},
+            "of": {"type": kind, "maps": maps},
             "same_text_as_folded": skipped_texts == folded_texts,
             "same_text_as_transformers": skipped_texts == expected,
             "kv_cache_mib": {"folded": folded_kv, "skipped": skipped_kv},
@@ -154,7 +164,9 @@ def table(figures: list[dict]) -> list[str]:
     """Markdown: a row for each type of the weights."""
     lines = title("type", "text of the folded file", "of transformers", "KV cache", "prefill", "decode")
     for figure in figures:
-        same = ["same" if figure[f"same_text_as_{of}"] else "OTHER" for of in ("folded", "transformers")]
+        same = ["same" if figure[f"same_text_as_{of}"] else "another" for of in ("folded", "transformers")]
+        if figure["of"].get("maps"):
+            same[0] = "(no maps)"
         times = [f"{figure['speed'][phase]['ratio']} times" for phase in ("prefill", "decode")]
         lines.append(row(figure["of"]["type"], *same, figure["kv_cache_ratio"], *times))
     return lines
@@ -171,6 +183,9 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[3, 5, 9, 12, 15, 18, 21, 24],
         help="blocks that the made one skips",
+    )
+    parser.add_argument(
+        "--replacement_rank", type=int, default=0, help="rank of the random maps that the made one has"
     )
     parser.add_argument(
         "--types",
@@ -211,10 +226,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.checkpoint is None:
         settings["model"] = f"{models.ALIASES[models.EMBEDDED]}, random scales, seed {arguments.seed}"
     busy = {"load_average_5_minutes": round(os.getloadavg()[1], 1)}  # of the measurements just made
-    content = {"command": COMMAND, "machine": measuring.machine() | busy, "settings": settings}
+    command = COMMAND
+    if arguments.replacement_rank:
+        command += f" --replacement_rank {arguments.replacement_rank}"
+        settings["model"] += f", random maps of rank {arguments.replacement_rank}"
+    content = {"command": command, "machine": measuring.machine() | busy, "settings": settings}
     write_json(path, content | {"figures": figures})
     print("\n".join(table(figures)))
-    same = all(figure["same_text_as_folded"] for figure in figures)
+    same = all(figure["same_text_as_folded"] or figure["of"]["maps"] for figure in figures)
     same = same and all(f["same_text_as_transformers"] for f in figures if f["of"]["type"] == "f32")
     return 0 if same else 1
 

@@ -320,7 +320,6 @@ def all_sections(bench: Bench) -> dict[str, Section]:
         "training, kl": Section(40, partial(training, bench, loss="kl")),
         "training, kl and maps": Section(40, partial(training, bench, **maps)),
         "training, checkpointing": Section(30, partial(training, bench, gradient_checkpointing=True)),
-        "training, compile": Section(90, partial(training, bench, compile_layers=True)),
     }
 
 

@@ -5,9 +5,9 @@
 
 For 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one, in transformers
 and in vLLM, with one prompt at a time or --rows of them. The numbers of blocks take turns in every
-round; figures are medians over rounds. What a block's attention costs is measured where nothing is
-skipped, by timing the modules (norm and attention), so that it owes nothing to the skipping. `gained`
-is the time that skipping saves over the time that the skipped modules took. Where the machine's speed
+round, of which another one begins each; figures are medians over rounds. In transformers they are held
+against the stock model, which has no scales to multiply by. What a block's attention costs is measured
+there, by timing the modules (norm and attention), so that it owes nothing to the skipping. `gained` is the time that skipping saves over the time that the skipped modules took. Where the machine's speed
 drifts, many rounds of one repeat cancel it best. Results go to benchmarks/results/inference_cpu.json.
 
     pip install --no-deps .
@@ -121,14 +121,17 @@ def measure(run, arguments: argparse.Namespace, layers=None) -> dict:
 
 @torch.inference_mode()
 def transformers_rounds(arguments: argparse.Namespace, folder: str) -> list[dict]:
-    """One model, whose blocks are switched off; a measurement of each number of blocks a round."""
-    from transformers import DynamicCache
+    """The stock model, and ours with blocks switched off; a measurement of each number of blocks a round."""
+    from transformers import AutoModelForCausalLM, DynamicCache
 
-    model = load_model(model_ref(folder), dtype=arguments.dtype, device="cpu")
-    layers = model.model.layers
-    prompt = torch.randint(3, model.config.vocab_size, (arguments.rows, arguments.prompt_tokens))
+    ours = load_model(model_ref(folder), dtype=arguments.dtype, device="cpu")
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=arguments.dtype).eval()
+    num_layers = len(ours.model.layers)
+    prompt = torch.randint(3, ours.config.vocab_size, (arguments.rows, arguments.prompt_tokens))
+    names = ["stock", *map(str, arguments.counts)]
 
     def run(new_tokens: int):
+        model = stock if name == "stock" else ours
         cache = DynamicCache()
         model(prompt, past_key_values=cache, logits_to_keep=1)
         for _ in range(new_tokens - 1):
@@ -136,14 +139,16 @@ def transformers_rounds(arguments: argparse.Namespace, folder: str) -> list[dict
         return cache
 
     rounds = []
-    run(2)
-    for _ in range(arguments.rounds):
-        rounds.append({})
-        for count in arguments.counts:
-            scales.reset(model, measuring.spread(count, len(layers)))
-            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in run(1).layers)
-            result = measure(run, arguments, layers if count == 0 else None)
-            rounds[-1][str(count)] = {"kv_bytes_per_token": size / prompt.numel()} | result
+    for number in range(arguments.rounds):
+        first = number % len(names)
+        found = {}
+        for name in names[first:] + names[:first]:
+            if name != "stock":
+                scales.reset(ours, measuring.spread(int(name), num_layers))
+            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in run(2).layers)
+            result = measure(run, arguments, stock.model.layers if name == "stock" else None)
+            found[name] = {"kv_bytes_per_token": size / (prompt.numel() + arguments.rows)} | result
+        rounds.append({name: found[name] for name in names})
     return rounds
 
 
@@ -256,12 +261,12 @@ def table(figures: list[dict], settings: dict) -> list[str]:
                     if name == first:
                         share = median([c / a for c, a in zip(block, whole, strict=True)])
                         gained = f"a block takes {share:.1%}"
-                    else:
+                    elif name != "0":
                         saved = zip(whole, own, block, strict=True)
                         gained = cell([(a - b) / (int(name) * c) for a, b, c in saved])
                 cells += [f"{tokens / median(own):.1f}", times, gained]
             kv, whole_kv = (rounds[0][which]["kv_bytes_per_token"] for which in (name, first))
-            size = f"{weights[name] / weights[first]:.2f}" if name in weights else "-"
+            size = f"{weights[name] / weights['0']:.2f}" if name in weights else "-"
             lines.append(row(*figure["of"].values(), name, *cells, f"{kv / whole_kv:.2f}", size))
     return lines
 

@@ -50,7 +50,8 @@ class Results:
     """A result file that grows: written again after each figure, and taken up by the next run.
 
     settings: what all figures depend on. A file of other settings is refused, with what differs.
-    The file holds command, machine, `settings`, and `figures`, a list of {"of": …} | what was measured.
+    The file holds command and machine (of the last run), `settings`, and `figures`, a list of {"of": …} |
+    what was measured, each with the processor and the day of its own run.
     """
 
     def __init__(self, path: Path, settings: dict):
@@ -68,6 +69,7 @@ class Results:
         found = next((figure for figure in self.figures if figure["of"] == of), None)
         if found is None:
             found = {"of": of} | work(*arguments)
+            found |= {"measured": f"{processor_name()}, {time.strftime('%Y-%m-%d')}"}
             print(found, file=sys.stderr, flush=True)
             self.figures.append(found)
             save_as(self.path, {"settings": self.settings, "figures": self.figures})
@@ -218,6 +220,7 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
     kept = []  # so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # else it holds the graph that holds it, and both stay
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()

@@ -26,6 +26,7 @@ with as many blocks skipped (of --less_in, another result file).
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -46,11 +47,13 @@ from problems import Problem, gsm8k, puzzles
 from hopscotch_common.answers.engines import kv_bytes_per_token
 from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import write_json
+from hopscotch_common.files import lines_of, write_atomic, write_json
 from hopscotch_common.loading.loader import read_config
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.report import plots
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.batches import load_samples, split_samples
 
 TASKS = {"gsm8k": "GSM8K", "puzzles": "puzzles", "functions": "functions"}  # and what tables call them
 Task = Sequence[Problem | FunctionProblem]
@@ -128,7 +131,7 @@ def make(arguments: argparse.Namespace, blocks: list[int], variant: str, folder:
     words += ["--replacement_rank", rank] if rank else ["--export", export_format(blocks)] if export else []
     exported = "" if rank else f"_{export_format(blocks)}"
     if variant == "unscaled" or variant.startswith("rank"):
-        words += ["--data_path", arguments.data_path, "--dtype", arguments.dtype] if rank else []
+        words += ["--data_path", trained_on(arguments, folder), "--dtype", arguments.dtype] if rank else []
         run_script("unscaled_ckpt.py", *words)
         return folder / f"{name}_unscaled{exported}"
     granularity, loss, *_ = variant.split("-")
@@ -139,6 +142,17 @@ def make(arguments: argparse.Namespace, blocks: list[int], variant: str, folder:
     run_script("param_scale.py", *words)
     best = json.loads((folder / "report.json").read_text())["best_epoch"]
     return folder / f"{name}_scaled{exported or f'_epoch_{best}'}"
+
+
+def trained_on(arguments: argparse.Namespace, folder: Path) -> Path:
+    """A file of the answers that `param_scale.py` trains on, so that fitted maps are what it starts from."""
+    config = read_config(arguments.model)
+    samples = load_samples(arguments.data_path, config.vocab_size, max_samples=arguments.max_samples)
+    training, _ = split_samples(samples, arguments.validation_split, TrainingOptions.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "trained_on.jsonl"
+    write_atomic(path, lines_of([{"input_ids": each.input_ids, "labels": each.labels} for each in training]))
+    return path
 
 
 def held_out(report: dict) -> dict[str, dict]:
@@ -211,6 +225,19 @@ def difference(right: str, reference: str) -> tuple[float, float]:
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
+def made_with(arguments: argparse.Namespace, blocks: list[int], variant: str) -> dict:
+    """What the answers of a variant depend on, so that none of another run are taken for them."""
+    names = "dtype problems puzzles functions max_tokens test_file"
+    if variant != "original":
+        names += " data_path max_samples validation_split" if rank_of(variant) or "-" in variant else ""
+        names += " num_epochs learning_rate batch_size" if "-" in variant else ""
+    values = {name: getattr(arguments, name) for name in names.split()} | {"blocks": blocks}
+    for name in ("test_file", "data_path"):
+        if values.get(name):
+            values[name] = hashlib.sha256(values[name].read_bytes()).hexdigest()
+    return values
+
+
 def figures_of(
     arguments: argparse.Namespace,
     blocks: list[int],
@@ -221,7 +248,10 @@ def figures_of(
     """Train, export, ask, score: all figures of one variant. What lies in `folder` is not made again."""
     start = time.perf_counter()
     answers, figures, served = folder / "answers.json", {}, arguments.model.folder()
-    replies = json.loads(answers.read_text()) if answers.is_file() else {}
+    depends_on = made_with(arguments, blocks, variant)
+    replies = json.loads(answers.read_text()) if answers.is_file() else {"made with": depends_on}
+    if replies.get("made with") != depends_on:
+        raise SystemExit(f"{answers}: of other settings than these; move it away, or name another --work")
     missing = {task: of_task for task, of_task in problems.items() if task not in replies}
     trained = "-" in variant
     if trained or missing and variant != "original":
@@ -249,7 +279,7 @@ def table(figures: Sequence[dict], less: str = "original", others: Sequence[dict
     if elsewhere.
     """
     tasks = [task for task in TASKS if any(task in figure for figure in figures)]
-    columns = [column for task in tasks for column in (f"{TASKS[task]}, %", f"less {less}'s")]
+    columns = [column for task in tasks for column in (f"{TASKS[task]}, %", f"less {less}'s", "cut off")]
     lines = title("blocks", "scales", *columns, "perplexity", "KL", "agreement")
     order = ["original", *VARIANTS]
     for figure in sorted(figures, key=lambda f: (len(f["of"]["blocks"]), order.index(f["of"]["variant"]))):
@@ -270,9 +300,9 @@ def table(figures: Sequence[dict], less: str = "original", others: Sequence[dict
 
 def _accuracy_cells(task: dict | None, reference: dict | None) -> list[str]:
     if task is None:
-        return ["-", "-"]
+        return ["-", "-", "-"]
     share, error = accuracy(task["right"])
-    cells = [f"{100 * share:.1f} ± {100 * error:.1f}", "-"]
+    cells = [f"{100 * share:.1f} ± {100 * error:.1f}", "-", task["truncated"]]
     if reference is not None and reference is not task:
         mean, error = difference(task["right"], reference["right"])
         cells[1] = f"{100 * mean:+.1f} ± {100 * error:.1f}"

@@ -204,7 +204,6 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
         action="store_true",
         help="recompute activations in the backward pass: less memory, a third more computation",
     )
-    add("--compile", action="store_true", help="torch.compile each decoder layer; not measured on a GPU yet")
 
 
 def add_validation_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
@@ -220,8 +219,7 @@ def add_validation_argument(parser: argparse.ArgumentParser, purpose: str) -> No
 def training_options(arguments: argparse.Namespace) -> TrainingOptions:
     """The options of `add_training_arguments`, with `--seed`."""
     names = ("learning_rate", "batch_size", "max_tokens_per_batch", "gradient_checkpointing", "seed", "loss")
-    named_alike = {name: getattr(arguments, name) for name in names}
-    return TrainingOptions(compile_layers=arguments.compile, **named_alike)
+    return TrainingOptions(**{name: getattr(arguments, name) for name in names})
 
 
 def flags_of_all(arguments: argparse.Namespace) -> dict:
@@ -234,16 +232,22 @@ def load_model(arguments: argparse.Namespace):
     """The model of `--model` with scales, and with maps of `--replacement_rank`, as the flags say."""
     from hopscotch_common.loading.loader import load_model
 
-    scaling = (getattr(arguments, "quantization", None), getattr(arguments, "granularity", "layer"))
-    flags = (arguments.dtype, arguments.device, arguments.attn_implementation, *scaling)
-    return load_model(arguments.model, *flags, arguments.replacement_rank)
+    return load_model(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        attn_implementation=arguments.attn_implementation,
+        quantization=getattr(arguments, "quantization", None),
+        scale_granularity=getattr(arguments, "granularity", "layer"),
+        replacement_rank=arguments.replacement_rank,
+    )
 
 
 def check_data(data_path: Path, model: models.ModelRef) -> None:
     """Raise InputError for data of step 2 whose report tells of another tokenizer than the model's.
 
-    Nothing is compared where no such report stands beside it: that of an earlier version names no tokenizer,
-    and a file of another name than step 2's may be anybody's.
+    Nothing is compared where no such report stands beside it: a file of another name than step 2's may be
+    anybody's.
     """
     from hopscotch_common.loading import tokenization
 
@@ -296,21 +300,40 @@ def check_rank(rank: int, config) -> None:
         raise InputError(f"--replacement_rank {rank}: at most {config.hidden_size}, the model's hidden size")
 
 
+def _warn_of_other_maps(content: dict, rank: int, path: Path, flag: str) -> None:
+    """Warn where blocks were searched with maps in their place, and none will stand there, or the reverse."""
+    given = content.get("arguments")
+    searched = given.get("replacement_rank", 0) if isinstance(given, dict) else 0
+    if bool(searched) != bool(rank):
+        logger.warning(
+            "%s %s: its blocks were chosen with --replacement_rank %s, and now it is %s",
+            flag,
+            path,
+            searched,
+            rank,
+        )
+
+
 def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--blocks_to_skip`; `blocks_from` reads it."""
     what = "attention blocks to skip: indices, or the path of a report of block_selection.py"
     parser.add_argument("--blocks_to_skip", nargs="+", required=True, metavar="BLOCK", help=what)
 
 
-def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str) -> list[int]:
+def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str, rank: int) -> list[int]:
     """Block indices of a command line: numbers, or the path of one selection report.
 
-    Raises InputError for a report of another model, and for indices that the model cannot skip.
+    rank: of the maps that will stand in their place. Raises InputError for a report of another model, and for
+    indices that the model cannot skip.
     """
     from hopscotch_common.scales.modeling_hopscotch import check_skipped_blocks
 
     if len(words) == 1 and (reports := reports_among(words)):
         blocks = _blocks_of_report(reports[0], ref, config.num_hidden_layers, flag)
+        if not blocks and flag == "--blocks_to_skip":
+            raise InputError(f"{reports[0]}: names no block to skip; search for more, or give indices")
+        if blocks:
+            _warn_of_other_maps(files.read_json(reports[0]), rank, reports[0], flag)
     else:
         try:
             blocks = [int(word) for word in words]

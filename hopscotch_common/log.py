@@ -10,14 +10,12 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.files import check_input, locked, parse_record
 
 _HEADER = b'{"settings": {'
-# Which what earlier versions made does not name, and need not.
-LATER_SETTINGS = ("tensors", "chat_template", "stop_tokens", "held_out_data")
 
 
 def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None:
     """Raise InputError, naming the setting, unless what was made earlier was made as it is wanted now."""
     for name, value in wanted.items():
-        if written.get(name) != value and (name in written or name not in LATER_SETTINGS):
+        if written.get(name) != value:
             raise InputError(
                 f"{where}: was made with {name} = {written.get(name)}, now it is {value}; "
                 f"repeat that setting, or {remedy}"

@@ -119,3 +119,10 @@ def test_what_is_set_in_the_config_of_a_cache_is_set_in_the_models(make):
     assert model.config.tie_word_embeddings and model.config.num_hidden_layers == 2
     assert view.num_hidden_layers == 1 and "hopscotch" in repr(view)
     assert "uncached_layers" not in model.config.to_dict()
+
+
+def test_continuous_batching_of_full_and_sliding_layers_is_refused(tiny_folder):
+    """It numbers layers as the whole config does, and would let a full one forget what a window passed."""
+    model = skipping_model(tiny_folder("qwen2", **MIXED), "qwen2", [0], **MIXED)
+    with pytest.raises(ValueError, match="continuous batching cannot skip blocks"):
+        model.init_continuous_batching()

@@ -99,7 +99,7 @@ def test_with_maps_it_names_what_loads_them(base, tmp_path):
     text = read(checkpoint).text
     assert "a linear map of rank 2" in text and "but these maps and the scales" in text
     assert "| maps in their place, as fitted | 0.5000 |" in text and "| maps and scales, trained |" in text
-    assert "mlx-lm" in text and "llama.cpp" not in text and "no scales" not in text
+    assert "For llama.cpp and mlx-lm, export it" in text and "no scales" not in text
     formats.export_checkpoint(checkpoint, "nemotron_nas", tmp_path / "nas", device="cpu")
     found = read(tmp_path / "nas")
     text = found.text

@@ -137,7 +137,12 @@ def test_folded_folder_is_stock(tmp_path, base):
     config = json.loads((tmp_path / "folded/config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
     skips = {"per_layer_config": {str(layer): {"skip": ["attention"]} for layer in (0, 2)}}
-    assert config == json.loads((base("qwen2") / "config.json").read_text()) | skips
+    old = {
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+    }  # read before transformers 5
+    assert config == json.loads((base("qwen2") / "config.json").read_text()) | skips | old
     loaded = load_folded(tmp_path / "folded")
     assert relative_error(logits(loaded), expected) < 1e-3
     assert [layer.skip for layer in loaded.config.per_layer_config] == [["attention"], [], ["attention"], []]
@@ -145,6 +150,18 @@ def test_folded_folder_is_stock(tmp_path, base):
     for layer in range(LAYERS):
         zero = not tensors[f"model.layers.{layer}.self_attn.o_proj.weight"].any()
         assert zero == (layer in (0, 2))
+
+
+def test_a_folded_config_says_its_rope_scaling_as_older_readers_want_it(tmp_path, base):
+    rope = dict(rope_type="linear", factor=2.0, rope_theta=5e5)
+    folder = shutil.copytree(base("llama"), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    checkpoint = save(tmp_path, folder, [1], random_scales(0, 0.9, 1.1))
+    formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded")
+    config = json.loads((tmp_path / "folded/config.json").read_text())
+    assert config["rope_theta"] == 5e5 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert AutoConfig.from_pretrained(tmp_path / "folded").rope_parameters == rope
 
 
 def test_weights_keep_their_dtype_and_their_files(tmp_path, base):

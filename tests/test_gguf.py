@@ -9,16 +9,19 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import stock_config
+from conftest import byte_tokenizer, stock_config
 from gguf import GGUFReader, GGUFValueType
 from gguf.quants import dequantize
-from gguf_models import random_model, write_model
+from gguf_models import deci_logits, random_model, write_model
 from transformers import AutoModelForCausalLM
 
+from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import __main__ as export
+from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.export.gguf import rewrite_gguf
 from hopscotch_common.loading.loader import hopscotch_config
+from hopscotch_common.loading.models import ModelRef
 
 WIDTH = dict(intermediate_size=64)  # rows that blocks of 32 divide
 ATTENTION = ("attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_output.weight")
@@ -126,7 +129,52 @@ def test_qwen2_gets_the_rotary_order_of_deci(tmp_path, kind):
             np.testing.assert_array_equal(new, old, name)
 
 
-@pytest.mark.parametrize("family", ["mistral", "granite", "qwen2"])
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize(
+    ("family", "skipped", "kind", "tolerance"),
+    [("llama", [0, 2], "F32", 1e-4), ("qwen2", [1, 3], "F32", 1e-4), ("mistral", [1], "Q8_0", 0.05)],
+)
+def test_llama_cpp_would_compute_what_the_checkpoint_does(tmp_path, family, skipped, kind, tolerance, maps):
+    """All the way: a checkpoint with scales a channel, its folded export, a GGUF of that, rewritten."""
+    sizes = WIDTH | dict(hidden_size=64) | (dict(layer_types=None) if family == "qwen2" else {})
+    random_model(AutoModelForCausalLM, stock_config(family, **sizes)).save_pretrained(tmp_path / "base")
+    values = torch.empty(4, 2 * 64 + 2).uniform_(0.8, 1.2, generator=torch.Generator().manual_seed(0))
+    values[0, -1] = -1.1  # s_mlp: the stream changes its sign
+    shapes = {"down": (3, 64), "up": (64, 3)}
+    placed = {
+        f"model.layers.{i}.replacement_{name}": 0.3 * torch.randn(shape)
+        for i in skipped
+        for name, shape in shapes.items()
+    }
+    if not maps:
+        scales.columns(values)["b_scale_attn"][skipped] = 0.0
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    base = ModelRef("tiny", str(tmp_path / "base"))
+    checkpoint, folded = tmp_path / "checkpoint", tmp_path / "folded"
+    checkpoints.save_checkpoint(checkpoint, base, skipped, values, {}, maps=placed if maps else None)
+    export_checkpoint(checkpoint, "folded", folded, device="cpu", without_maps=maps)
+    write_model(AutoModelForCausalLM.from_pretrained(folded), tmp_path / "folded.gguf", kind)
+    report = rewrite_gguf(checkpoint, tmp_path / "folded.gguf", tmp_path / "skipped.gguf")
+    assert (report["maps"], report["kv_cache_blocks"]) == (len(skipped) * maps, 4 - len(skipped))
+    ids = [5, 99, 7, 42, 250, 8, 8, 130]
+    with torch.inference_mode():
+        expected = checkpoints.load_checkpoint(checkpoint)(torch.tensor([ids])).logits[0]
+    error = (deci_logits(tmp_path / "skipped.gguf", ids) - expected).norm() / expected.norm()
+    assert error < tolerance
+    if maps and kind == "F32":
+        values[2, -1] = 1.01  # another epoch's
+        checkpoints.save_checkpoint(checkpoint, base, skipped, values, {}, maps=placed)
+        with pytest.raises(InputError, match="blk.3.ffn_down.weight has other scales in it"):
+            rewrite_gguf(checkpoint, tmp_path / "folded.gguf", tmp_path / "mixed.gguf")
+    if maps:
+        stored = {
+            tensors(tmp_path / "skipped.gguf")[f"blk.{i}.attn_output.weight"].tensor_type.name
+            for i in skipped
+        }
+        assert stored == {kind} and not (folded / "README.md").exists()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_a_llama_shaped_file_will_do_for_other_families(tmp_path, family):
     checkpoint, folded = make_checkpoint(tmp_path / "ck", family), make_folded(tmp_path / "folded.gguf")
     rewrite_gguf(checkpoint, folded, tmp_path / "skipped.gguf")
@@ -143,8 +191,8 @@ def test_a_llama_shaped_file_will_do_for_other_families(tmp_path, family):
         ({}, {"head_count_kv": [2, 0, 2, 0]}, "llama.attention.head_count_kv is \\[2, 0, 2, 0\\]"),
         ({}, {"architecture": "gemma"}, "architecture 'gemma', which no GGUF of a llama checkpoint has"),
         ({}, {"architecture": "deci"}, "is a rewritten GGUF already"),
-        ({"family": "granite"}, {"architecture": "granite"}, "none of Granite's multipliers"),
-        ({"family": "qwen3"}, {"architecture": "qwen3"}, "q and k norms of qwen3"),
+        ({"family": "granite"}, {"architecture": "granite"}, "holds no layers of granite"),
+        ({"family": "qwen3"}, {"architecture": "qwen3"}, "holds no layers of qwen3"),
         ({}, {"zero": [1]}, "blk.3.attn_output is not zero, but block 3 is skipped"),
         ({}, {"zero": [1], "kind": "Q4_0"}, "blk.3.attn_output is not zero, but block 3 is skipped"),
         ({}, {"zero": [1, 2, 3]}, "blk.2.attn_output.weight is zero, but block 2 is not skipped"),

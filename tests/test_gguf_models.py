@@ -12,7 +12,7 @@ import torch
 from conftest import stock_config
 from gguf import GGUFReader, RopeScalingType
 from gguf.quants import dequantize
-from gguf_models import random_model, write_model
+from gguf_models import add_tokenizer, random_model, write_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -93,7 +93,7 @@ def test_the_unpacked_model_is_the_original(tmp_path, family, changes):
 
 def test_the_tokenizer_is_that_of_the_file(tmp_path):
     """Digits split off as smollm does it, a text begun as the file says, and an answer ended at the end of a
-    turn, too; its neighbours change nothing."""
+    turn, too; its neighbours change nothing. A stranger reads the folder alike."""
     special = dict(add_bos_token=True, eot_token_id=5)
     path = write_model(tiny(), tmp_path / "model.gguf", tokenizer_pre="smollm", **special)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -102,6 +102,8 @@ def test_the_tokenizer_is_that_of_the_file(tmp_path):
     assert stop_token_ids(ref.folder(), tokenizer) == {2, 5}
     assert parts(tokenizer, "\n\n12  3") == ["ĊĊ", "1", "2", "ĠĠ", "3"]  # as in SmolLM2's own tokenizer.json
     assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id
+    stranger = AutoTokenizer.from_pretrained(ref.folder())
+    assert stranger("12 the").input_ids == tokenizer("12 the").input_ids
     plain = load_tokenizer(model_ref(str(write_model(tiny(), tmp_path / "plain.gguf"))))
     assert parts(plain, "\n\n12  3") == ["Ċ", "Ċ", "12", "Ġ", "Ġ3"]
     assert plain("the").input_ids[0] != plain.bos_token_id
@@ -124,6 +126,8 @@ def test_a_chat_begins_as_the_file_says(tmp_path, template, fields, added):
     messages = [{"role": "user", "content": "the"}]
     plain = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
     assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.bos_token * added + plain
+    begins = fields.get("add_bos_token", "tokenizer_pre" in fields)  # plain text, too
+    assert (tokenizer("the").input_ids[0] == tokenizer.bos_token_id) == begins
 
 
 def test_a_checkpoint_stops_where_the_files_template_ends_a_turn(tmp_path):
@@ -131,6 +135,51 @@ def test_a_checkpoint_stops_where_the_files_template_ends_a_turn(tmp_path):
     template = "{% for m in messages %}{{ m.content }}<|im_start|>{% endfor %}"
     folder = model_ref(str(write_model(tiny(), tmp_path / "model.gguf", template=template))).folder()
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 3]
+
+
+def test_all_that_ends_an_answer_in_llama_cpp_does_here(tmp_path):
+    def tokens(writer):
+        add_tokenizer(writer, ["<|endoftext|>", "<|eom_id|>", "<|image|>"], eom_token_id=262)
+
+    folder = model_ref(str(write_model(tiny(), tmp_path / "model.gguf", tokens=tokens))).folder()
+    assert set(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == {2, 261, 262}
+
+
+@pytest.mark.parametrize(("prefix", "read"), [(None, "▁hi"), (True, "▁hi"), (False, "hi")])
+def test_sentencepiece_reads_as_llama_cpp_does(tmp_path, prefix, read):
+    """Which puts a space before what follows a special token, too."""
+    pieces = [*"▁hi[]", "hi", "▁h", "▁hi"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+
+    def add(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(pieces))])
+        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * len(pieces)])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        if prefix is not None:
+            writer.add_add_space_prefix(prefix)
+
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    path = write_model(tiny(), tmp_path / "model.gguf", template=template, tokens=add)
+    ref = model_ref(str(path))
+    for tokenizer in (load_tokenizer(ref), AutoTokenizer.from_pretrained(ref.folder())):
+        assert tokenizer.tokenize("hi</s>hi") == [read, "</s>", read]
+        assert tokenizer.decode(tokenizer.encode("hi[hi]"), skip_special_tokens=True) == "hi[hi]"
+
+
+def test_a_control_token_that_is_read_as_letters_is_refused(tmp_path):
+    template = "{% for m in messages %}<｜User｜>{{ m.content }}<|im_end|>{% endfor %}"
+
+    def tokens(writer):
+        add_tokenizer(writer, ["<｜User｜>"])
+
+    path = write_model(tiny(), tmp_path / "model.gguf", template=template, tokens=tokens)
+    with pytest.raises(
+        InputError, match=r"model.gguf: transformers reads its token 261, '<｜User｜>', as \["
+    ):
+        model_ref(str(path)).folder()
 
 
 def parts(tokenizer, text: str) -> list[str]:

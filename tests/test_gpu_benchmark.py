@@ -23,13 +23,9 @@ COMMAND = ["--config", "tiny", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """All sections; the layers that --compile would compile run as they are, as that takes half a minute.
-
-    test_training.py compiles them.
-    """
+    """All sections."""
     output = tmp_path_factory.mktemp("gpu") / "tiny.json"
-    with torch.compiler.set_stance("force_eager"):
-        assert gpu.main([*COMMAND, "--result", str(output)]) == 0
+    assert gpu.main([*COMMAND, "--result", str(output)]) == 0
     content = json.loads(output.read_text())
     figures = {f["of"]["section"]: {k: v for k, v in f.items() if k != "of"} for f in content["figures"]}
     return content | {"figures": figures, "table": gpu.table(content["figures"])}

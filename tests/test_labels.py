@@ -11,10 +11,9 @@ import sys
 import pytest
 from conftest import ROOT, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from hopscotch_common.answers.labels import samples_of
-from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.errors import InputError
 
 MARKS = ["<s>", "</s>", "<end_of_turn>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]"]
@@ -142,30 +141,18 @@ def test_what_nothing_asked_for_does_not_count(shape):
 
 
 ASKED = {"role": "user", "content": "17 * 3?"}
-CALL = {"type": "function", "function": {"name": "calc", "arguments": {"e": "17*3"}}}
-CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-TOLD, ANSWERED = {"role": "tool", "content": "51"}, {"role": "assistant", "content": "It is 51."}
+ANSWERED = {"role": "assistant", "content": "It is 51."}
 REASONED = {**ANSWERED, "reasoning_content": "10 * 3 + 7 * 3"}
-CALLING = EACH.format(
-    "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
-    "{{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n",
-    "<|im_start|>assistant\n",
-)
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "left_out"),
     [
         (CHATML, [ASKED, REASONED], "reasoning_content"),
-        (CHATML, [ASKED, CALLED, TOLD, ANSWERED], "tool_calls"),
-        (CHATML, [ASKED, CALLED], "tool_calls"),
         (CHATML, [ASKED, REASONED, ASKED, ANSWERED], "reasoning_content"),
         (CHATML, [ASKED, {**ANSWERED, "reasoning_content": "\n", "tool_calls": []}], None),
         (THINKING, [ASKED, REASONED], None),
         (THINKING, [ASKED, REASONED, ASKED, ANSWERED], None),  # once as it was said, and then left out
-        (THINKING, [ASKED, CALLED, TOLD, ANSWERED], "tool_calls"),
-        (CALLING, [ASKED, CALLED, TOLD, ANSWERED], None),
-        (CALLING, [ASKED, {**CALLED, "reasoning_content": "Hm."}, TOLD, ANSWERED], "reasoning_content"),
     ],
 )
 def test_what_the_template_has_no_place_for_is_refused(template, messages, left_out):
@@ -173,89 +160,42 @@ def test_what_the_template_has_no_place_for_is_refused(template, messages, left_
     if left_out is None:
         assert samples_of(("here", {"messages": messages}), tokenizer, set())
         return
-    message = f"^here: the model's chat template leaves out '{left_out}' of the assistant message; .* give"
+    message = f"^here: the model's chat template leaves out '{left_out}' of the last message; .* give"
     with pytest.raises(InputError, match=message):
         samples_of(("here", {"messages": messages}), tokenizer, set())
 
 
-def test_so_it_is_in_prompts():
-    config = LlamaConfig(vocab_size=300)
-    asked = Prompt([ASKED, {**CALLED, "reasoning_content": "Hm."}, TOLD], "here")
-    for template in (CHATML, THINKING):
-        with pytest.raises(InputError, match="^here: the model's chat template leaves out 'tool_calls'"):
-            tokenize([asked], tokenizer_of(template, False), config)
-    tokenizer = tokenizer_of(CALLING, False)  # earlier reasoning, some leave out on purpose
-    text = (
-        "<|im_start|>user\n17 * 3?<|im_end|>\n<|im_start|>assistant\n"
-        '<call>calc {"e": "17*3"}</call><|im_end|>'
-        "\n<|im_start|>tool\n51<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert tokenize([asked], tokenizer, config) == [tokenizer.encode(text)]
-    record = {"messages": [*asked.messages, ANSWERED], "answer_token_ids": tokenizer.encode("It is 51.")}
-    (sample,) = samples_of(("here", record), tokenizer, set())
-    assert sample["input_ids"] == tokenizer.encode(text + "It is 51.")
-    with pytest.raises(InputError, match="leaves out 'tool_calls'"):
-        samples_of(("here", record), tokenizer_of(CHATML, False), set())
-
-
-CONCATENATING = CALLING.replace("c.function.arguments | tojson", "'' + c.function.arguments")
-PRINTING = CALLING.replace("c.function.arguments | tojson", "c.function.arguments")
-ASKING = CALLING.replace("{{ m.content }}", "{% if 'tool_calls' in m %}<calls>{% endif %}{{ m.content }}")
-
-
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize(
-    ("template", "text", "written"),
-    [
-        (CALLING, '{"e": "17*3"}', '{"e": "17*3"}'),
-        (CALLING, '{"e":"é", "deep": {"l": [1, null]}}', '{"e": "é", "deep": {"l": [1, null]}}'),
-        (CALLING, " ", "{}"),
-        (CONCATENATING, '{"e":"17*3"}', '{"e":"17*3"}'),
-        (PRINTING, '{"e":"17*3"}', '{"e":"17*3"}'),
-    ],
+THINKS = EACH.format(
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n[THINK]\n"
 )
-def test_arguments_of_tool_calls_may_be_texts_of_json(template, text, written, nested):
-    if not nested:
-        template = template.replace("c.function", "c")
-    function = {"name": "calc", "arguments": text}
-    call = {"id": "1", "type": "function", "function": function} if nested else function
-    record = {"messages": [ASKED, {**CALLED, "tool_calls": [call]}, TOLD, ANSWERED]}
-    tokenizer, before = tokenizer_of(template, False), json.dumps(record)
-    (sample,) = samples_of(("here", record), tokenizer, set(tokenizer.encode("<|im_end|>")))
-    assert tokenizer.decode([label for label in sample["labels"] if label != -100]) == (
-        f"<call>calc {written}</call><|im_end|>It is 51.<|im_end|>"
-    )
-    assert json.dumps(record) == before
-    (ids,) = tokenize([Prompt(record["messages"][:3], "here")], tokenizer, LlamaConfig(vocab_size=300))
-    assert sample["input_ids"][: len(ids)] == ids
-
-
-@pytest.mark.parametrize("calls", [[], None])
-def test_no_tool_calls_are_as_if_they_were_not_named(calls):
-    tokenizer = tokenizer_of(ASKING, False)
-    plain = samples_of(("here", {"messages": [ASKED, ANSWERED]}), tokenizer, set())
-    record = {"messages": [ASKED, {**ANSWERED, "tool_calls": calls}]}
-    assert samples_of(("here", record), tokenizer, set()) == plain
-    assert "<calls>" not in tokenizer.decode(plain[0]["input_ids"])
+BEHIND = PHI + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
+OTHERWISE = EACH.format(  # the last message in brackets
+    "<|im_start|>{{ m.role }}\n{{ '(' if loop.last }}{{ m.content }}{{ ')' if loop.last }}<|im_end|>\n",
+    "<|im_start|>assistant\n",
+)
 
 
 @pytest.mark.parametrize(
-    ("calls", "message"),
+    ("template", "ends", "answer", "said"),
     [
-        (
-            [{"function": {"name": "f", "arguments": "{e: 1}"}}],
-            "the arguments of a tool call: not JSON .*mend",
-        ),
-        ([{"function": {"name": "f", "arguments": "[1]"}}], "must be a JSON object, not list; mend"),
-        ([{"name": "f", "arguments": '{"e": NaN}'}], "NaN is not a JSON number"),
-        ("f()", "'tool_calls' must be a list of objects; mend"),
-        (["f()"], "'tool_calls' must be a list of objects; mend"),
+        (THINKS, "<|im_end|>", "[THICK] 4", "[THICK] 4<|im_end|>"),  # begins as the generation prompt goes on
+        (THINKS, "<|im_end|>", "[THINK]\nHm.[/THINK] 4", "Hm.[/THINK] 4<|im_end|>"),
+        (BEHIND, "<|end|>", "text", "text<|end|>"),  # a part of what stands behind the answer
+        (BEHIND, "<|end|>", "d", "d<|end|>"),
     ],
 )
-def test_tool_calls_that_cannot_be_read_are_refused(calls, message):
-    record = {"messages": [ASKED, {**CALLED, "tool_calls": calls}]}
-    with pytest.raises(InputError, match=f"^here: .*{message}"):
-        samples_of(("here", record), tokenizer_of(CALLING, False), set())
+def test_all_of_an_answer_counts_and_nothing_else(template, ends, answer, said):
+    tokenizer = tokenizer_of(template, False)
+    record = {"messages": [ASKED, {"role": "assistant", "content": answer}]}
+    (sample,) = samples_of(("here", record), tokenizer, set(tokenizer.encode(ends)))
+    assert tokenizer.decode([token for token in sample["labels"] if token != -100]) == said
+
+
+def test_a_conversation_that_the_answer_changes_is_refused():
+    tokenizer = tokenizer_of(OTHERWISE, False)
+    twice = [ASKED, {"role": "assistant", "content": "Let me see."}, ANSWERED]
+    with pytest.raises(InputError, match="^here: .* writes what stands before answer 2 otherwise .*; join"):
+        samples_of(("here", {"messages": twice}), tokenizer, set(tokenizer.encode("<|im_end|>")))
 
 
 def test_a_plain_conversation_is_rendered_no_more_often_than_it_takes(monkeypatch):
@@ -327,7 +267,7 @@ def test_the_prompt_is_the_one_that_the_model_read():
     """Which a template with a date, or one that has changed, would not make again."""
     dated = "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML
     tokenizer = tokenizer_of(dated, False)
-    turns = [("user", " 1 + 1? "), ("assistant", "<think>\nHm\n</think>\n\nadd(1, 1)"), ("tool", "2 é")]
+    turns = [("user", " 1 + 1? "), ("assistant", "<think>\nHm\n</think>\n\nadd(1, 1)"), ("user", "2 é")]
     text = "<|im_start|>system\n04 Jul 2001<|im_end|>\n"
     text += "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     prompt = tokenizer.encode(text + "<|im_start|>assistant\n")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import stock_config
 from measuring import saved_bytes
 from torch.testing import assert_close
@@ -128,6 +129,23 @@ def test_recomputed_modules_equal_stock(rows_at_once, make, dtype):
     (gradient,) = torch.autograd.grad(module(inputs), inputs, upstream)
     tolerance = {} if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
     assert_close(gradient, expected_gradient, **tolerance)
+
+
+def test_recomputed_modules_run_under_the_hooks_of_a_split_model():
+    """accelerate's hooks keep a module's forward from before."""
+    norm = randomise(LlamaRMSNorm(32), torch.bfloat16)
+    add_hook_to_module(norm, AlignDevicesHook())
+    inputs = torch.randn(2, 5, 32, dtype=torch.bfloat16, requires_grad=True)
+
+    def saved() -> set[torch.dtype]:
+        found = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.add(t.dtype), lambda t: t):
+            norm(inputs)
+        return found
+
+    assert torch.float32 in saved()
+    recomputation.recompute_elementwise(torch.nn.ModuleList([norm]))
+    assert saved() == {torch.bfloat16}
 
 
 def test_a_norm_that_trains_gets_its_gradient():

@@ -10,6 +10,7 @@ from conftest import byte_tokenizer, check_refused
 
 import generate_model_gt_data
 import process_gt_data
+from hopscotch_common.answers import records
 from hopscotch_common.answers.prompts import find_prompts, prompt_of
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError
@@ -81,15 +82,20 @@ def test_what_cannot_be_read_is_refused_by_name(record, message):
         prompt_of(record, "here")
 
 
-def test_earlier_answers_stay_where_a_tool_follows_them_up():
-    call = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"function": {"name": "add", "arguments": {}}}],
-    }
-    tool = {"role": "tool", "content": "2"}
-    assert prompt_of({"messages": [ASKED, call, tool, SAID]}, "here").messages == [ASKED, call, tool]
-    assert prompt_of({"messages": [ASKED, SAID, ASKED, SAID]}, "here").messages == [ASKED, ASKED]
+def test_tools_are_refused_and_answers_left_out():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    for messages in ([ASKED, call], [ASKED, {"role": "tool", "content": "2"}, SAID]):
+        with pytest.raises(InputError, match="^here: calls tools, which is not supported"):
+            prompt_of({"messages": messages}, "here")
+    none = SAID | {"tool_calls": [], "function_call": None}  # as OpenAI's answers have them
+    assert prompt_of({"messages": [ASKED, none, ASKED, SAID]}, "here").messages == [ASKED, ASKED]
+
+
+def test_an_input_that_is_no_instruction_s_is_named_as_not_used(caplog):
+    records._named_before.discard("input")
+    with caplog.at_level("INFO", "hopscotch"):
+        (asked,) = prompt_of({"prompt": "Translate:", "input": "Bonjour"}, "here").messages
+    assert asked["content"] == "Translate:" and 'not used, in the records: "input"' in caplog.text
 
 
 def write_all(folder: Path, records: list[dict]) -> list[Path]:
@@ -143,6 +149,16 @@ def test_cells_of_a_table_are_the_text_that_stands_there(tmp_path):
     assert messages_of(records[3], "here") == BOTH
 
 
+def test_files_and_folders_without_records_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\n")
+    with pytest.raises(InputError, match="a.csv: holds no records"):
+        list(read_records(tmp_path / "a.csv"))
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "a.jsonl").write_text('{"question": "1 + ')
+    with pytest.raises(InputError, match="torn cannot be read .*--input_file"):
+        list(hub_records(str(tmp_path / "torn"), None, "train"))
+
+
 def test_conversations_that_ask_several_times_are_counted(tmp_path, caplog):
     several, one = {"messages": [ASKED, SAID, ASKED, SAID]}, {"messages": [SYSTEM, ASKED, SAID]}
     (tmp_path / "a.json").write_text(json.dumps([several, one, several]))
@@ -194,5 +210,8 @@ def test_the_scripts_take_them(tiny_folder, tmp_path, monkeypatch, capsys):
         ]
         assert sample["input_ids"] == prompt + answer["answer_token_ids"]
     check_refused(
-        generate_model_gt_data, [*common, "--dataset", "no/such"], "no/such cannot be fetched", capsys
+        generate_model_gt_data,
+        [*common, "--dataset", "no/such"],
+        "no/such cannot be read from the Hugging Face hub",
+        capsys,
     )

@@ -20,7 +20,6 @@ from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError, TrainingError
 from hopscotch_common.export import decilm
 from hopscotch_common.export.formats import export_checkpoint
-from hopscotch_common.export.gguf import rewrite_gguf
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, RECURRENT_TYPES, attention_types
 from hopscotch_common.search.candidates import untrained_losses
@@ -288,8 +287,6 @@ def test_maps_are_exported_as_matrices(tiny_folder, tmp_path, family, blocks, gr
     assert report["relative_logit_error"] < 1e-3
     with pytest.raises(InputError, match="folded has no place for maps"):
         export_checkpoint(tmp_path / "c", "folded", tmp_path / "folded", device="cpu")
-    with pytest.raises(InputError, match="has maps in its skipped blocks' place"):
-        rewrite_gguf(tmp_path / "c", tmp_path / "none.gguf", tmp_path / "out.gguf")
 
 
 def test_an_export_that_no_engine_runs_is_refused(tiny_folder):

@@ -155,7 +155,6 @@ def test_the_picture_of_a_search_shows_every_candidate():
 
 @pytest.mark.parametrize("said", [{"diverged": {"3": "epoch 0, batch 1"}}, {"losses": {"3": None, "4": 0.5}}])
 def test_a_diverged_candidate_is_drawn_at_the_edge(said):
-    """Also of an earlier release, which gave it a loss of null."""
     report = synthetic_search()
     report["iterations"][0] |= {"losses": {"4": 0.5}} | said
     run = parse(SearchRun, report)
@@ -205,7 +204,7 @@ def test_the_pictures_of_epochs_show_what_the_report_holds(made, scaled, tmp_pat
     assert points(kl, "training") and not points(entropy, "training") and not points(agreement, "training")
     assert "90.0000 ↑" in [text.get_text() for text in entropy.texts] and entropy.get_ylim()[1] < 1
     assert kl.get_ylabel().startswith("KL divergence\n")
-    assert agreement.get_ylabel().split("\n")[0] == "agreement with the original"
+    assert agreement.get_ylabel().split("\n")[0] == "agreement: the answers' tokens that are"
 
 
 def test_the_map_shows_the_scales_of_the_best_epoch(made):

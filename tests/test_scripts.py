@@ -258,6 +258,14 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
         assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
     report = json.loads((tmp_path / "parts/report.json").read_text())
     assert not gone.exists() and [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
+    capsys.readouterr()
+    again = [*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]
+    assert param_scale.main(again) == 0
+    assert "all epochs are there, so none is trained" in capsys.readouterr().err
+    message = (
+        "all epochs are there, the last trained at 0.01, and none is left for --learning_rate 0.02; name"
+    )
+    check_refused(param_scale, [*again, "--learning_rate", "0.02"], message, capsys)
     (other,) = {"layer", "channel"} - {granularity}
     others = dict(granularity=other, loss="kl", seed=7, batch_size=5, validation_split=0.25, dtype="bfloat16")
     for name, value in others.items():
@@ -307,6 +315,26 @@ def test_resume_leaves_the_epochs_of_an_earlier_training(work, tmp_path, capsys)
     )
     assert [epoch["learning_rate"] for epoch in mine["epochs"]] == [0.001] * 4
     assert mine["epochs"] == theirs["epochs"]
+
+
+def test_blocks_that_were_searched_with_maps_are_told_of_where_none_will_stand(work, tmp_path, capsys):
+    report = {
+        "model": work.name,
+        "num_layers": 4,
+        "skipped_blocks": [1],
+        "arguments": {"replacement_rank": 2},
+    }
+    (tmp_path / "maps.json").write_text(json.dumps(report))
+    common = ["--model", str(work), "--blocks_to_skip", "maps.json", "--data_path", "data.jsonl"]
+    assert unscaled_ckpt.main([*common, "--replacement_rank", "3"]) == 0
+    assert "chosen with --replacement_rank" not in capsys.readouterr().err
+    assert unscaled_ckpt.main(common) == 0
+    told = capsys.readouterr().err
+    assert "maps.json: its blocks were chosen with --replacement_rank 2, and now it is 0" in told
+    assert "--data_path has no effect without --replacement_rank" in told
+    (tmp_path / "none.json").write_text(json.dumps(report | {"skipped_blocks": []}))
+    none = ["--model", str(work), "--blocks_to_skip", "none.json"]
+    check_refused(unscaled_ckpt, none, "none.json: names no block to skip; search", capsys)
 
 
 def test_an_epoch_whose_weights_are_gone_is_not_shared(work, tmp_path):

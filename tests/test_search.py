@@ -292,19 +292,15 @@ def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
 
 
 def test_a_race_goes_on_from_another_ones_looks(tiny_folder, tmp_path):
-    """Also from those of earlier versions, whose journals name more settings, and the original's loss."""
     batches = epoch(12, 2)
     path, settings = tmp_path / "journal.jsonl", dict(confidence=math.inf)
     iterate(tiny_folder(), batches, rule=Schedule(first_look=2, confidence=1.0), journal=path)
-    header, *records = path.read_text().splitlines()
-    header = json.loads(header)
-    header["settings"] |= {"first_look": 2, "confidence": 1.0}
-    path.write_text("\n".join([json.dumps(header), '{"original": 5.5}', *records]) + "\n")
+    written = path.read_text()
     for look in (1, 3):
         race = Schedule(first_look=look, **settings)
         found = iterate(tiny_folder(), batches, rule=race, journal=path)
         assert found == iterate(tiny_folder(), batches, rule=race)
-    assert path.read_text().splitlines()[2 : len(records) + 2] == records
+    assert path.read_text().startswith(written)
 
 
 def write_data(path, samples) -> None:

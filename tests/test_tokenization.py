@@ -191,6 +191,30 @@ def test_a_hub_id_has_its_own_rule(tmp_path):
     assert says(tmp_path / "checkpoint")[0] == by_id
 
 
+def test_an_old_map_of_special_tokens_beside_it_changes_nothing(tiny_folder, tmp_path):
+    """Of a base whose tokenizer_config.json alone somebody mended; and its code, which does not travel."""
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(base)
+    added = {str(i): token.__getstate__() for i, token in tokenizer.added_tokens_decoder.items()}
+    code = {"auto_map": {"AutoTokenizer": ["elsewhere.Own", None]}}
+    edit(base / "tokenizer_config.json", added_tokens_decoder=added, eos_token="<|im_start|>", **code)
+    (base / "special_tokens_map.json").write_text('{"eos_token": "<pad>", "bos_token": "<pad>"}')
+    expected = tokenization.load_tokenizer(model_ref(str(base)))
+    assert expected.eos_token == "<|im_start|>"
+    checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(base)), [1], torch.ones(4, 4), {})
+    verify(tmp_path / "c")
+    found = AutoTokenizer.from_pretrained(tmp_path / "c")
+    messages = [{"role": "user", "content": "hi"}]
+    for mine, theirs in ((found, expected), (tokenization.read_tokenizer(tmp_path / "c"), expected)):
+        assert (mine.eos_token, mine.bos_token) == (theirs.eos_token, theirs.bos_token)
+        assert mine.apply_chat_template(messages) == theirs.apply_chat_template(messages)
+    edit(tmp_path / "c" / "tokenizer_config.json", eos_token="<pad>")
+    with pytest.raises(InputError, match="its tokenizer has .*'eos_token': '<pad>'.* base model's"):
+        verify(tmp_path / "c")
+
+
 def test_further_chat_templates_travel_along(tiny_folder, tmp_path):
     """Hermes has one for tools; transformers keeps it in a folder."""
     base = shutil.copytree(tiny_folder(), tmp_path / "base")

@@ -129,17 +129,16 @@ def test_training_equals_a_plain_loop(tiny_folder, family, granularity, loss, pa
         assert trained[0, :b_size].std() > 1e-3  # each channel has its own
 
 
-def test_checkpointed_and_compiled_layers_train_alike_and_the_first_save_less(tiny_folder):
+def test_checkpointed_layers_train_alike_and_save_less(tiny_folder):
     batches = make_batches(random_samples(), 4, 60)
     losses, kept = [], []
-    for options in ({}, {"gradient_checkpointing": True}, {"compile_layers": True}):
+    for options in ({}, {"gradient_checkpointing": True}):
         trainer = trainer_of(tiny_folder(), [0], loss="kl", training=TrainingOptions(1e-2, **options))
         losses.append(trainer.run(batches, "epoch 0"))
         kept.append(
             saved_bytes(trainer.model, lambda t=trainer: summed_loss(t.model, batches[0].minibatches[0]))
         )
     assert_close(losses[1], losses[0])
-    assert_close(losses[2], losses[0], rtol=1e-4, atol=1e-5)
     assert 0 < kept[1] < kept[0] / 3
 
 

@@ -21,10 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
-from hopscotch_common.errors import InputError, logger
-from hopscotch_common.loading.loader import device_map, load_whole, read_config, resolve_device
+from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger
+from hopscotch_common.loading.loader import device_map, load_whole, resolve_device
 from hopscotch_common.loading.models import ModelRef, context_length
-from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 from hopscotch_common.loading.weights import stored_dtype
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX
 
@@ -45,25 +44,26 @@ class Answer:
 
 def generate(
     ref: ModelRef,
+    config,
+    backend: str,
     prompts: Sequence[list[int]],
+    stop_ids: set[int],
     max_tokens: int,
     options: EngineOptions,
     on_tokens: OnTokens = lambda count: None,
 ) -> Iterator[Answer]:
     """Answer prompts (token ids) at temperature 0; yields answers as they end, or with their batch.
 
-    An answer ends at a stop token, after max_tokens tokens, or where the model's context ends. on_tokens:
-    gets the number of tokens that all answers grew by, step by step. Raises InputError for options that do
-    not fit the machine.
+    An answer ends at one of stop_ids, after max_tokens tokens, or where the model's context ends. config: the
+    model's; backend: of `resolve_backend`. on_tokens: gets the number of tokens that all answers grew by, a
+    step at a time. Raises InputError for options that do not fit the machine.
     """
-    config = read_config(ref, checkpoint=True)
-    backend = resolve_backend(options, config)
     context = context_length(config)
     limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     assert min(limits) > 0, "`tokenize` refuses prompts that fill the context"
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     logger.info("loading the model into %s", backend)
-    engine = ENGINES[backend](ref, config, options, longest)
+    engine = ENGINES[backend](ref, config, stop_ids, options, longest)
     logger.info("reading %d prompts", len(prompts))
     yield from engine.answers(prompts, limits, on_tokens)
 
@@ -174,7 +174,7 @@ AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
 class TransformersEngine:
     """The model in transformers. longest: tokens of prompt and answer, at most (here: not needed)."""
 
-    def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
+    def __init__(self, ref: ModelRef, config, stop_ids: set[int], options: EngineOptions, longest: int):
         attention = None if options.attn_implementation == "auto" else options.attn_implementation
         if attention is None and FAMILIES[config.model_type.removeprefix(PREFIX)].caps_attention:
             attention = "eager"
@@ -188,7 +188,7 @@ class TransformersEngine:
             device_map=device_map(resolve_device(options.device)),
             attn_implementation=attention,
         )
-        self.stop_ids = stop_token_ids(ref.folder(), load_tokenizer(ref))
+        self.stop_ids = stop_ids
         self.max_tokens_per_batch = options.max_tokens_per_batch
 
     def answers(
@@ -202,7 +202,9 @@ class TransformersEngine:
             yield from decode(
                 self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch, on_tokens
             )
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise InputError(
                 f"out of memory with --max_tokens_per_batch {self.max_tokens_per_batch}: lower it; "
                 "the same command goes on from here"
@@ -279,7 +281,7 @@ def _generate(
 class VllmEngine:
     """The model in vLLM. longest: tokens of prompt and answer, at most."""
 
-    def __init__(self, ref: ModelRef, config, options: EngineOptions, longest: int):
+    def __init__(self, ref: ModelRef, config, stop_ids: set[int], options: EngineOptions, longest: int):
         _quieten_vllm()
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -297,7 +299,7 @@ class VllmEngine:
             tensor_parallel_size=size,
             **(_cpu_settings(config, dtype, options, longest) if current_platform.is_cpu() else {}),
         )
-        self.stop_ids = stop_token_ids(folder, load_tokenizer(ref))
+        self.stop_ids = stop_ids
         self.num_asked = 0
 
     def answers(
@@ -330,6 +332,10 @@ class VllmEngine:
                 said[index] += completion.token_ids
                 on_tokens(len(completion.token_ids))
                 if output.finished:
+                    if completion.finish_reason not in ("stop", "length"):
+                        raise HopscotchError(
+                            f"vLLM ended an answer by {completion.finish_reason!r}: see above"
+                        )
                     yield Answer(index, said[index], completion.finish_reason)
 
 

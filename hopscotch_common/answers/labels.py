@@ -7,7 +7,6 @@ from hopscotch_common.answers.records import messages_of
 from hopscotch_common.errors import InputError
 
 IGNORED = -100  # the label of what does not count
-ASKING = ("user", "tool")  # roles whose messages an answer answers
 
 
 def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[dict]:
@@ -21,7 +20,7 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
     messages = messages_of(record, where)
     if messages[-1]["role"] != "assistant":
         raise InputError(f"{where}: the last message is not the assistant's, there is no answer to train on")
-    first = next((place for place, message in enumerate(messages) if message["role"] in ASKING), None)
+    first = next((place for place, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise InputError(f"{where}: has an answer to nothing, so there is none to train on; leave it out")
     if ANSWER_IDS in record:
@@ -40,8 +39,14 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
         last = index == len(messages) - 1
         text = whole if last else render(tokenizer, messages[: index + 1], where)
         before = render(tokenizer, messages[:index], where, add_generation_prompt=True)
-        start = len(os.path.commonprefix([before, text]))
         encoded = encode(text)
+        start = _start(before, text, encode(before)["input_ids"], encoded)
+        asked = messages[index - 1]["content"].strip()
+        if start < before.rfind(asked) + len(asked):
+            raise InputError(
+                f"{where}: the model's chat template writes what stands before answer {index + 1} otherwise "
+                "once the answer stands there; join messages that follow one another, or leave it out"
+            )
         end = _end_of_turn(encoded, message["content"].strip(), text, start, (stop_ids, special))
         if whole[:end] == text[:end]:
             spans.append((start, end))
@@ -53,8 +58,8 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
 def _said(record: dict, messages: list[dict], tokenizer, where: str) -> dict:
     """The sample of an answer of step 1: the tokens that the model read, and those that it said.
 
-    Of an answer of an earlier version, which does not hold the first, what the chat template makes of the
-    messages. Raises InputError for tokens that are not of the messages beside them.
+    Where the first are left out, because the messages were edited, what the chat template makes of these.
+    Raises InputError for tokens that are not of the messages beside them.
     """
     *asked, said = messages
     answer = _ids(record, ANSWER_IDS, where)
@@ -106,12 +111,25 @@ def _check_prompt(ids: list[int], messages: list[dict], tokenizer, where: str) -
             )
 
 
+def _start(before: str, text: str, read: list[int], encoded) -> int:
+    """Where an answer begins in a text: behind `before`, what the model read (`read`: its ids).
+
+    Where the text does not begin so (a generation prompt may open a <think> that the template writes in no
+    answer), at the first token that differs.
+    """
+    if text.startswith(before):
+        return len(before)
+    same = len(os.path.commonprefix([read, encoded["input_ids"]]))
+    return encoded["offset_mapping"][same][0] if same < len(encoded["input_ids"]) else len(text)
+
+
 def _end_of_turn(encoded, content: str, text: str, start: int, ends: tuple[set[int], ...]) -> int:
     """Where in a text whose last answer is `content` that ends: behind the token that ends generation.
 
     ends: such tokens; where the template writes none of the first, the next that it does write.
     """
-    content_end = text.rindex(content) + len(content) if content else start
+    place = text.find(content, start)
+    content_end = (text.rindex(content) if place < 0 else place) + len(content)
     for tokens in ends:
         for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if token in tokens and end > content_end:

@@ -1,13 +1,11 @@
 """The prompts of step 1: where they come from, their token ids, and the answers kept while they come."""
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.files import parse_json
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.log import Log
 
@@ -16,7 +14,6 @@ LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
 KIND = "the answers of an earlier run"
 REMEDY = "remove it to start anew, or name another --output_file"
-BESIDE = ("reasoning_content", "tool_calls")  # the parts of a message besides its content
 ANSWER_IDS, PROMPT_IDS = "answer_token_ids", "prompt_token_ids"  # fields of step 1's answers
 
 
@@ -33,7 +30,7 @@ def render(tokenizer, messages: list[dict], where: str, **options) -> str:
 
     A developer's message is a system message where the template knows no developer. Raises InputError for
     whatever the template raises, and where it leaves out or rewrites what was asked or the last answer, its
-    reasoning and tool calls included. Of earlier answers, some leave out the reasoning.
+    reasoning included. Of earlier answers, some leave out the reasoning.
     """
     text = _in_template(tokenizer, messages, where, **options)
     for message in messages:
@@ -43,9 +40,14 @@ def render(tokenizer, messages: list[dict], where: str, **options) -> str:
                 f"{where}: the model's chat template leaves out or rewrites part of the {message['role']} "
                 "message; leave it out, or give another model"
             )
-    if not options.get("add_generation_prompt"):
-        for part in BESIDE:
-            _check_kept(tokenizer, messages, len(messages) - 1, part, text, where)
+    reasoning = messages[-1].get("reasoning_content") or ""
+    if reasoning.strip() and not options.get("add_generation_prompt"):
+        last = {name: value for name, value in messages[-1].items() if name != "reasoning_content"}
+        if _in_template(tokenizer, [*messages[:-1], last], where) == text:
+            raise InputError(
+                f"{where}: the model's chat template leaves out 'reasoning_content' of the last message; "
+                "write it into the content as the model would, leave the record out, or give another model"
+            )
     return text
 
 
@@ -54,87 +56,17 @@ def _in_template(tokenizer, messages: list[dict], where: str, **options) -> str:
     if "developer" not in tokenizer.chat_template:
         system = {"role": "system"}
         messages = [m | system if m["role"] == "developer" else m for m in messages]
-    # some templates only ask whether there is such a field
-    messages = [m if m.get("tool_calls", True) else _without(m, "tool_calls") for m in messages]
-    parsed = [_with_objects(message, where) for message in messages]
     try:
-        return tokenizer.apply_chat_template(parsed, tokenize=False, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is code of the model's: it may raise anything
-        if parsed != messages:
-            with contextlib.suppress(Exception):
-                return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         raise InputError(
             f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
         ) from error
 
 
-class _Arguments(dict):
-    """Of a tool call. A template that would write them as Python does, and not as JSON, fails at them."""
-
-    def __str__(self):
-        raise TypeError("the arguments of a tool call are an object, no text")
-
-    __repr__ = __str__
-
-
-def _with_objects(message: dict, where: str) -> dict:
-    """A copy of a message in which the arguments of tool calls are objects, if they were JSON texts.
-
-    OpenAI's format has texts, but a template that writes JSON itself would put these into quotes.
-    """
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise InputError(f"{where}: 'tool_calls' must be a list of objects; mend it")
-    return message | {"tool_calls": [_with_object(call, where) for call in calls]}
-
-
-def _with_object(call: dict, where: str) -> dict:
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _with_object(call["function"], where)}
-    text = call.get("arguments")
-    if not isinstance(text, str):
-        return call
-    place = f"{where}: the arguments of a tool call"
-    arguments = parse_json(text.strip() or "{}", place, "mend them, or leave it out")
-    if not isinstance(arguments, dict):
-        raise InputError(f"{place} must be a JSON object, not {type(arguments).__name__}; mend them")
-    return call | {"arguments": _Arguments(arguments)}
-
-
-def _without(message: dict, part: str) -> dict:
-    return {name: value for name, value in message.items() if name != part}
-
-
-def _check_kept(
-    tokenizer, messages: list[dict], index: int, part: str, text: str, where: str, **options
-) -> None:
-    """Raise InputError where a message's part (of BESIDE) changes nothing in `text`, which is of them all."""
-    message = messages[index]
-    if not str(message.get(part) or "").strip():
-        return
-    others = [*messages[:index], _without(message, part), *messages[index + 1 :]]
-    try:
-        left_out = _in_template(tokenizer, others, where, **options) == text
-    except InputError:
-        return  # the template asks for that part
-    if left_out:
-        raise InputError(
-            f"{where}: the model's chat template leaves out {part!r} of the {message['role']} message; write "
-            "it into the content as the model would, leave the record out, or give another model"
-        )
-
-
 def prompt_ids(tokenizer, messages: list[dict], where: str) -> list[int]:
-    """What the model reads before it answers: `render` with the generation prompt, as token ids.
-
-    Raises InputError for tool calls that the template leaves out, too. The reasoning before them, some
-    templates leave out on purpose.
-    """
+    """What the model reads before it answers: `render` with the generation prompt, as token ids."""
     text = render(tokenizer, messages, where, add_generation_prompt=True)
-    for index in range(len(messages)):
-        _check_kept(tokenizer, messages, index, "tool_calls", text, where, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -148,19 +80,12 @@ def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def prompt_of(record: dict, where: str, field: str | None = None) -> Prompt:
-    """What a record asks; InputError when there is nothing to answer.
-
-    Answers are left out, the last one always; of earlier ones those stay that a tool's message follows up.
-    """
+    """What a record asks, without the answers that it holds; InputError when there is nothing to answer."""
     messages = messages_of(record, where, field)
-    uses_tools = any(message["role"] == "tool" for message in messages)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not uses_tools:
-        messages = [message for message in messages if message["role"] != "assistant"]
+    messages = [message for message in messages if message["role"] != "assistant"]
     if not messages:
         raise InputError(f"{where}: only assistant messages, there is nothing to answer")
-    if messages[-1]["role"] not in ("user", "tool"):
+    if messages[-1]["role"] != "user":
         raise InputError(f"{where}: no user message after the {messages[-1]['role']} message")
     return Prompt(messages, where)
 

@@ -6,16 +6,16 @@ import io
 import json
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import as_object, check_input, lines_of_file, parse_json
 
 TABLES = {".parquet": "parquet", ".csv": "csv", ".zst": "json"}
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+MESSAGE_KEYS = ("role", "content", "reasoning_content", "name")
 UNDERSTOOD = (
     "'messages', 'conversations' (from, value), 'prompt' (text or messages; the answer in 'completion'), "
     "'question' ('answer') or 'instruction' with 'input' ('output')"
@@ -90,8 +90,10 @@ def _cells(rows: csv.DictReader, path: Path) -> list[dict]:
     return found
 
 
-def _rows(rows: Iterable[dict], where: str) -> Iterator[tuple[str, dict]]:
+def _rows(rows: Sequence[dict], where: str) -> Iterator[tuple[str, dict]]:
     """A column is there in all rows or in none, so what a record does not have is None."""
+    if not len(rows):
+        raise InputError(f"{where}: holds no records; name another, or make it again")
     for number, row in enumerate(rows, 1):
         yield f"{where}, record {number}", _without_none(row)
 
@@ -105,17 +107,16 @@ def _without_none(value):
 def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str, dict]]:
     """(where, record) of a data set on the hub, or in a folder; InputError where it cannot be had."""
     from datasets import load_dataset
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # without a network it would warn of each of its retries
     try:
         rows = load_dataset(name, config, split=split)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # whatever the hub's client and the readers of so many formats raise
+        of = "" if Path(name).exists() else " from the Hugging Face hub"
         raise InputError(
-            f"{name} cannot be fetched from the Hugging Face hub ({type(error).__name__}: "
-            f"{reason_of(error)}): give prompts with --input_file, or check --dataset, --dataset_config "
-            "and --split"
+            f"{name} cannot be read{of} ({type(error).__name__}: {reason_of(error)}): give prompts with "
+            "--input_file, or check --dataset, --dataset_config and --split"
         ) from error
     yield from _rows(rows, name)
 
@@ -123,7 +124,7 @@ def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str
 def messages_of(record: dict, where: str, field: str | None = None) -> list[dict]:
     """The conversation that a record holds, with its answer where it has one.
 
-    A message has a role of ROLES and text as its content, and may have `reasoning_content` and tool calls.
+    A message has a role of ROLES and text as its content, and may have `reasoning_content`.
     field: the one that holds text or messages, if it has another name. InputError says what was found.
     """
     for key, why in REFUSED.items():
@@ -153,16 +154,16 @@ def _conversation(record: dict, where: str, field: str | None) -> tuple[list, se
         alone = prompt == "instruction" and {"input", "output"} <= record.keys()
         if prompt not in record and not alone:
             continue
-        asked = record.get(prompt)
+        asked, used = record.get(prompt), {prompt, answer}
         if prompt == "instruction":
-            asked = _with_input(asked, record.get("input"), where)
+            asked, used = _with_input(asked, record.get("input"), where), {*used, "input"}
         messages = _as_messages(asked, prompt, where)
         completion = record.get(answer)
         if isinstance(completion, list):
             messages += completion
         elif isinstance(completion, str):
             messages.append({"role": "assistant", "content": completion})
-        return messages, {prompt, answer, "input"}
+        return messages, used
     raise InputError(
         f"{where}: has {_named(record)}, and needs {UNDERSTOOD}; name the field by --prompt_field"
     )
@@ -197,6 +198,12 @@ def _message(message, where: str) -> dict:
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise InputError(f"{where}: each message needs a 'role' and a 'content'")
+    message = {name: value for name, value in message.items() if value not in (None, [])}
+    if role == "tool" or "tool_calls" in message:
+        raise InputError(
+            f"{where}: calls tools, which is not supported: without their definitions the model would read "
+            "another text than when it made the calls; leave the record out"
+        )
     if role not in ROLES:
         raise InputError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
     if unknown := set(message) - set(MESSAGE_KEYS):
@@ -204,7 +211,7 @@ def _message(message, where: str) -> dict:
             f"{where}: the {role} message has {min(unknown)!r}, which is not understood; leave it out"
         )
     content = _text(message.get("content"), role, where)
-    if not content.strip() and not (role == "assistant" and message.get("tool_calls")):
+    if not content.strip():
         raise InputError(f"{where}: the {role} message has no content")
     return message | {"content": content}
 

@@ -123,6 +123,7 @@ def _write_base(
     weights.check_weights(source, stock)
     config = loader.hopscotch_config(stock, sorted(skipped), scales.granularity(values), scales.rank_of(maps))
     _, _, model_class = modeling_hopscotch.family_classes(stock.model_type)
+    config.dtype = config.dtype or weights.stored_dtype(source)  # else vLLM would go by the float32 scales
     config.architectures = [model_class.__name__]
     config.auto_map = modeling_hopscotch.auto_map(stock.model_type)
     config.save_pretrained(target)

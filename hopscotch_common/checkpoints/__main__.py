@@ -5,7 +5,6 @@
 Nothing of the checkpoint runs: its code is compared byte by byte, never imported.
 """
 
-import hashlib
 import os
 import sys
 from pathlib import Path
@@ -20,11 +19,6 @@ from hopscotch_common.loading.tokenization import check_tokens
 from hopscotch_common.loading.weights import INDEX_FILE, weight_map
 from hopscotch_common.scales.modeling_hopscotch import CODE, FAMILIES, PREFIX, auto_map
 
-# SHA-256 of the modeling_hopscotch.py of earlier releases, whose checkpoints are as good as ever.
-RELEASED = (
-    "7ac0b0248ea9ccdd321c0067c0059e37dfc5dfd94f1d3517438a2ac2b134f9fc",
-    "73a46dbcdeb4a7329497f411c85afb47b2f6ef8d0ed7af154b73017a621f6cef",
-)
 FETCHED = (".cache", ".git")  # left by `hf download --local-dir` and `git clone`; no loader looks there
 EXECUTABLE = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -65,8 +59,7 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
             )
     if not code.is_file():
         raise InputError(f"{code}: is missing; make the checkpoint again")
-    content = code.read_bytes()
-    if content != CODE.read_bytes() and hashlib.sha256(content).hexdigest() not in RELEASED:
+    if code.read_bytes() != CODE.read_bytes():
         raise InputError(f"{code}: differs from this project's file of that name; do not run it")
     for name, target in (config.get("auto_map") or {}).items():
         if target != known.get(name):  # "repo--module.Class" is code of another place

@@ -10,11 +10,14 @@ from hopscotch_common.errors import logger, reason_of
 from hopscotch_common.loading.models import EMBEDDED_LICENCE, ModelRef
 from hopscotch_common.report import with_error
 from hopscotch_common.scales.modeling_hopscotch import PREFIX, attention_blocks
+from hopscotch_common.vllm_plugin import family_obstacle
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja
 LICENCE_FIELDS = ("license", "license_name", "license_link", "language")
-MLX = ("llama", "mistral", "granite")  # families whose maps mlx-lm runs, in a nemotron_nas export
+# Families whose maps engines run: mlx-lm in a nemotron_nas export, llama.cpp in a GGUF.
+MLX = ("llama", "mistral", "granite")
+GGUF = ("llama", "mistral", "qwen2")
 LIBRARIES = {"checkpoint": "transformers", "folded": "transformers", "nemotron_nas": "vllm"}
 ROWS = {  # of held-out figures; the second title where maps stand in the blocks' place
     "original": ("original", "original"),
@@ -71,9 +74,17 @@ def write_card(
         rows=rows,
         check=check,
         maps=maps,
-        mlx=config.model_type.removeprefix(PREFIX) in MLX,
+        plugin=family_obstacle(config) is None,
+        exports=_exports(config.model_type.removeprefix(PREFIX), maps),
     )
     card.save(target / CARD_FILE)
+
+
+def _exports(family: str, maps: bool) -> str:
+    """For which engines a checkpoint can be exported, in words; with maps, "" where for none."""
+    if not maps:
+        return "llama.cpp and others"
+    return " and ".join(["llama.cpp"] * (family in GGUF) + ["mlx-lm"] * (family in MLX))
 
 
 def _training(config, values: torch.Tensor, run: dict) -> str:

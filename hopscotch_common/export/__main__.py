@@ -40,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="where the check runs: cpu, cuda, auto or split")
     parser.add_argument(
+        "--without_maps",
+        action="store_true",
+        help="folded: leave maps out; --format gguf puts them into what llama.cpp makes of it",
+    )
+    parser.add_argument(
         "--from", dest="folded_gguf", type=Path, help="gguf: what llama.cpp made of the folded checkpoint"
     )
     return parser
@@ -53,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--from goes with --format gguf, which needs it")
     if arguments.format == "gguf" and arguments.tolerance is not None:
         parser.error("--tolerance: a GGUF is rewritten, not compared; leave it out")
+    if arguments.without_maps and arguments.format != "folded":
+        parser.error("--without_maps goes with --format folded, the first step to a GGUF with maps")
 
     from hopscotch_common.export.formats import export_checkpoint
     from hopscotch_common.export.gguf import rewrite_gguf
@@ -62,7 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         result(json.dumps(report))
         return 0
     report = export_checkpoint(
-        arguments.checkpoint, arguments.format, arguments.output, arguments.tolerance, arguments.device
+        arguments.checkpoint,
+        arguments.format,
+        arguments.output,
+        arguments.tolerance,
+        arguments.device,
+        arguments.without_maps,
     )
     result(f"{arguments.output}: {report['summary']}")
     return 0

@@ -19,8 +19,8 @@ from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export import configuration_decilm
 from hopscotch_common.export.folding import (
     Folding,
-    LayerFactors,
     Target,
+    as_one_matrix,
     fold_factors,
     granite_multipliers,
     shapes_of,
@@ -170,7 +170,7 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     write_config(values_of_config, folder)
     factors = fold_factors(values, skipped, getattr(config, "residual_multiplier", 1.0), replaced)
     linear = {
-        f"model.layers.{block}.self_attn.linear.weight": _as_one_matrix(block, maps, factors.layers[block])
+        f"model.layers.{block}.self_attn.linear.weight": as_one_matrix(block, maps, factors)
         for block in replaced
     }
     shaped = as_hopscotch_config(values_of_config)
@@ -179,12 +179,6 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
         model = model_class(shaped)
     shapes = shapes_of(model) | {key: matrix.shape for key, matrix in linear.items()}
     return Target(Folding(config, factors, granite_multipliers(config)), shapes, linear=linear)
-
-
-def _as_one_matrix(block: int, maps: dict[str, torch.Tensor], factors: LayerFactors) -> torch.Tensor:
-    """up down of a block's map [hidden, hidden], row i times the factor that its channel i has."""
-    down, up = (maps[f"model.layers.{block}.{name}"].double() for name in REPLACEMENT_NAMES)
-    return torch.as_tensor(factors.attention_adds).double().view(-1, 1) * (up @ down)
 
 
 def load(folder: Path, **options):

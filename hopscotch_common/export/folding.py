@@ -16,6 +16,7 @@ becomes of each tensor (a Product); a format's `prepare` puts it into a Target, 
 format; `write_weights` writes the tensors so.
 """
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterable
@@ -32,7 +33,14 @@ from hopscotch_common.errors import InputError
 from hopscotch_common.loading import weights
 from hopscotch_common.loading.loader import load_whole
 from hopscotch_common.scales import columns
-from hopscotch_common.scales.modeling_hopscotch import FAMILIES, OWN_KEYS, PREFIX, SCALE_NAMES, Family
+from hopscotch_common.scales.modeling_hopscotch import (
+    FAMILIES,
+    OWN_KEYS,
+    PREFIX,
+    REPLACEMENT_NAMES,
+    SCALE_NAMES,
+    Family,
+)
 
 SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
 
@@ -86,7 +94,8 @@ def check(config, replacement_rank: int) -> None:
     if replacement_rank:
         raise InputError(
             "folded has no place for maps (--replacement_rank), as the stock class has none; export "
-            "nemotron_nas for mlx-lm, or serve the checkpoint itself, with vLLM or transformers"
+            "nemotron_nas for mlx-lm, serve the checkpoint itself, with vLLM or transformers, or make a GGUF "
+            "of it, whose first step is `hopscotch_common.export --format folded --without_maps`"
         )
 
 
@@ -118,6 +127,12 @@ def fold_factors(
             attention_adds = b_attn / between
         layers.append(LayerFactors(before, attention_adds, between, residual_multiplier * b_mlp / carried))
     return StreamFactors(tuple(layers), carried)
+
+
+def as_one_matrix(block: int, maps: dict[str, torch.Tensor], factors: StreamFactors) -> torch.Tensor:
+    """up down of a block's map [hidden, hidden], float64, row i times the factor that its channel i has."""
+    down, up = (maps[f"model.layers.{block}.{name}"].double() for name in REPLACEMENT_NAMES)
+    return torch.as_tensor(factors.layers[block].attention_adds).double().view(-1, 1) * (up @ down)
 
 
 def _check_scales(layer: int, row: dict[str, torch.Tensor]) -> None:
@@ -252,7 +267,7 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     """Write the config of the stock architecture; what its weights are. It has no place for maps."""
     assert not maps
     own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
-    own += ("transformers_version",)
+    own += ("replacement_rank", "transformers_version")
     kept = {key: value for key, value in config.to_dict().items() if key not in own}
     stock = AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **kept)
     stock.dtype = config.dtype
@@ -262,9 +277,22 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     # transformers 5.19 reads this key and acts on it in no model. One that does will leave out what is zero.
     stock.per_layer_config = {block: {"skip": ["attention"]} for block in skipped_blocks(config)} or None
     stock.save_pretrained(folder)
+    _write_old_names(folder / "config.json", stock)
     folding = Folding(stock, fold_factors(values, skipped_blocks(config)))
     renamed = get_checkpoint_conversion_mapping(stock.model_type) is not None
     return Target(folding, shapes_of(model), renamed)
+
+
+def _write_old_names(path: Path, config) -> None:
+    """Add to a config.json what readers from before transformers 5 look for, and else take a default for."""
+    values, rope = json.loads(path.read_text()), getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:  # else one for each kind of layer
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaled = scaling.get("rope_type", "default") != "default"
+        values |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
+        if "partial_rotary_factor" in rope:
+            values["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    path.write_text(json.dumps(values | {"torch_dtype": values["dtype"]}, indent=2) + "\n")
 
 
 def shapes_of(model) -> dict[str, torch.Size]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common import checkpoints, files
+from hopscotch_common import checkpoints, files, scales
 from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger
 from hopscotch_common.export import decilm, folding
@@ -80,39 +80,48 @@ def check_output(output: Path) -> None:
     files.check_name(output, "--output")
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not empty and not (output / REPORT_FILE).is_file():
-        raise InputError(f"{output} exists and is not an earlier export: name a new folder with --output")
+        raise InputError(f"{output} exists and is not an earlier export: name another, or move it away")
 
 
 def export_checkpoint(
-    checkpoint: Path, format: str, output: Path, tolerance: float | None = None, device: str = "auto"
+    checkpoint: Path,
+    format: str,
+    output: Path,
+    tolerance: float | None = None,
+    device: str = "auto",
+    without_maps: bool = False,
 ) -> dict:
     """Export a checkpoint to the folder `output`, atomically, and check it; the report.
 
     format: one of FORMATS. tolerance: the largest relative logit error in float32 (None: TOLERANCE, and
     for 16-bit weights the error that computing in 16 bits makes anyway). device: where the check
-    runs. Raises InputError for a checkpoint or scales that cannot be exported, and for an export past
-    the tolerance; nothing is left behind then.
+    runs. without_maps: leave the maps out, which a GGUF made of the export gets back. Raises InputError for a
+    checkpoint or scales that cannot be exported, and for an export past the tolerance; nothing is left
+    behind then.
     """
     config, values = checkpoints.read_checkpoint(checkpoint)
+    if without_maps and not config.replacement_rank:
+        raise InputError(f"{checkpoint}: has no maps; leave --without_maps out")
     run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
     check_output(output)
-    _check_format(format, config, config.replacement_rank)
+    maps = {} if without_maps else checkpoints.load_maps(checkpoint, config)
+    _check_format(format, config, scales.rank_of(maps))
     if config.dtype is None:
         config.dtype = weights.stored_dtype(checkpoint)
     if weights.has_own_head(checkpoint):
         config.tie_word_embeddings = False  # else the export would have one matrix for both
     with files.atomic_folder(output) as folder:
         checkpoints.copy_companions(checkpoint, folder)
-        target = FORMATS[format].prepare(folder, config, values, checkpoints.load_maps(checkpoint, config))
+        target = FORMATS[format].prepare(folder, config, values, maps)
         folding.write_weights(checkpoint, folder, config, target)
         copy_tokenizer(checkpoint, folder, wanted=run.get("tokenizer"))
         report = {
             "format": format,
             "checkpoint": str(checkpoint),
             "skipped_blocks": folding.skipped_blocks(config),
-        }
+        } | ({"without_maps": True} if without_maps else {})
         try:
-            report |= _check(checkpoint, config, folder, format, tolerance, device)
+            report |= _check(checkpoint, config, folder, format, tolerance, device, without_maps)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -121,13 +130,24 @@ def export_checkpoint(
                 "cpu or split"
             ) from error
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-        origin = card.inherited(checkpoint)
-        card.write_card(folder, output.name, format, origin, config, values, run, report["summary"])
+        if without_maps:  # no model to publish
+            logger.warning("%s: without its maps this is a step to a GGUF, and no model to use", output)
+        else:
+            origin = card.inherited(checkpoint)
+            card.write_card(folder, output.name, format, origin, config, values, run, report["summary"])
     logger.info("%s: %s", output, report["summary"])
     return report
 
 
-def _check(checkpoint: Path, config, folder: Path, format: str, tolerance: float | None, device: str) -> dict:
+def _check(
+    checkpoint: Path,
+    config,
+    folder: Path,
+    format: str,
+    tolerance: float | None,
+    device: str,
+    without_maps: bool,
+) -> dict:
     """Compare the export with its source in float32; the figures. One model is in memory at a time."""
     transformers_logging.disable_progress_bar()
     place = device_map(resolve_device(device))
@@ -137,12 +157,18 @@ def _check(checkpoint: Path, config, folder: Path, format: str, tolerance: float
         gc.collect()
         return ask(load(where, dtype=dtype, device_map=place), prompts)
 
-    source = ask_of(checkpoints.load_checkpoint, checkpoint, dtype=torch.float32)
+    def load_source(where: Path, **options):
+        model = checkpoints.load_checkpoint(where, **options)
+        for _, part in scales.named_maps(model) if without_maps else ():
+            part.data.zero_()  # then it adds nothing, as in the export
+        return model
+
+    source = ask_of(load_source, checkpoint, dtype=torch.float32)
     exported = ask_of(FORMATS[format].load, folder, dtype=torch.float32)
     result = compare(source, exported, real_text)
     noise = 0.0
     if tolerance is None and not result.relative_logit_error <= TOLERANCE:
-        own = ask_of(checkpoints.load_checkpoint, checkpoint, dtype="auto")
+        own = ask_of(load_source, checkpoint, dtype="auto")
         noise = compare(source, own, real_text).relative_logit_error
     tolerance = TOLERANCE + noise if tolerance is None else tolerance
     check_tolerance(result, tolerance, format)

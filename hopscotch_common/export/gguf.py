@@ -7,15 +7,30 @@ llama.cpp's converter makes `folded.gguf` of the `folded` export, whose skipped 
 `deci` architecture is `llama` with heads and widths given layer by layer: a layer with 0 heads has
 no attention and takes no KV cache. So the metadata is rewritten, the skipped blocks' attention
 tensors are left out, and every other tensor passes through as it is, quantised or not.
+
+A layer with heads and no KV heads has its norm and output matrix alone ("linear attention"), and takes no KV
+cache either. That is where maps go, each multiplied out to [hidden, hidden]; `folded` is then written with
+`--without_maps`.
 """
 
 from pathlib import Path
 
 import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize, quantize
 
 from hopscotch_common import checkpoints
 from hopscotch_common.errors import InputError, logger
+from hopscotch_common.export.folding import (
+    Folding,
+    StreamFactors,
+    as_one_matrix,
+    fold_factors,
+    skipped_blocks,
+)
 from hopscotch_common.files import atomic_path, check_output
+from hopscotch_common.loading import weights
 from hopscotch_common.loading.gguf_files import open_gguf, value_of
 from hopscotch_common.scales.modeling_hopscotch import PREFIX
 
@@ -26,11 +41,16 @@ SOURCES = {
     "llama": ("llama",),
     "mistral": ("llama",),
     "qwen2": ("qwen2", "llama"),
-    "granite": ("llama",),
 }
 # These pair dimension i of a head with i + head_dim / 2 in the rotary embedding; `deci` pairs
 # neighbours, as `llama` does.
 HALF_ROTATED = ("qwen2",)
+# Types that are not quantised, and how much rounding to them changes a matrix, at most: a share of its norm.
+UNQUANTISED = {
+    GGMLQuantizationType.F32: 1e-5,
+    GGMLQuantizationType.F16: 1e-3,
+    GGMLQuantizationType.BF16: 4e-3,
+}
 
 
 def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
@@ -41,12 +61,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     llama.cpp's `deci` cannot run.
     """
     config = checkpoints.checkpoint_config(checkpoint)
-    skipped = sorted(config.skipped_attention_blocks or ())
-    if config.replacement_rank:
-        raise InputError(
-            f"{checkpoint}: has maps in its skipped blocks' place, which this project writes into no GGUF; "
-            "serve the checkpoint itself, or train it with --replacement_rank 0"
-        )
+    skipped = skipped_blocks(config)
     if not skipped:
         raise InputError(f"{checkpoint} skips no attention block: use {folded_gguf} as it is")
     check_gguf_output(output, checkpoint, folded_gguf)
@@ -54,7 +69,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     _check_model(reader, folded_gguf, config)
     _check_skipped_add_zero(reader, folded_gguf, config.num_hidden_layers, skipped)
 
-    layers = _Layers(reader, skipped)
+    layers = _Layers(reader, skipped, _maps(checkpoint, config, reader))
     with atomic_path(output) as temporary:
         kept = _write(reader, layers, temporary)
     before, after = folded_gguf.stat().st_size, output.stat().st_size
@@ -62,6 +77,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
         "format": "gguf",
         "architecture": ARCHITECTURE,
         "skipped_blocks": skipped,
+        "maps": len(layers.maps),
         "kv_cache_blocks": sum(heads > 0 for heads in layers.head_counts_kv),
         "kv_cache_blocks_removed": sum(heads == 0 for heads in layers.head_counts_kv),
         "tensors": kept,
@@ -80,16 +96,56 @@ def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None
         raise InputError(f"--output {output}: exists and is no GGUF; name another file")
 
 
+def _maps(checkpoint: Path, config, reader) -> dict:
+    """The output matrices of the file, by name, that become a map [hidden, hidden] in attention's place.
+
+    In the type that they have or, where it is a quantised one, Q8_0: maps are few.
+    """
+    if not (maps := checkpoints.load_maps(checkpoint, config)):
+        return {}
+    if reader.endianess is not GGUFEndian.LITTLE:
+        raise InputError("maps are written into little-endian GGUF files only; convert without --bigendian")
+    found, blocks = {}, skipped_blocks(config)
+    factors = fold_factors(checkpoints.load_scales(checkpoint, config), blocks, replaced=blocks)
+    _check_scales(checkpoint, config, factors, reader)
+    for block in blocks:
+        tensor = _tensors(reader)[f"blk.{block}.attn_output.weight"]
+        kind = tensor.tensor_type if tensor.tensor_type in UNQUANTISED else GGMLQuantizationType.Q8_0
+        matrix = as_one_matrix(block, maps, factors).float().numpy()
+        found[tensor.name] = tensor._replace(tensor_type=kind, data=quantize(matrix, kind))
+    return found
+
+
+def _check_scales(checkpoint: Path, config, factors: StreamFactors, reader) -> None:
+    """Raise InputError where a file was made with other scales: of another epoch, say, than the maps are.
+
+    Its last down projection tells, which the scales of all layers are in; not of quantised weights.
+    """
+    layer = config.num_hidden_layers - 1
+    stored = _tensors(reader)[f"blk.{layer}.ffn_down.weight"]
+    if stored.tensor_type not in UNQUANTISED:
+        return
+    key = f"model.layers.{layer}.mlp.down_proj.weight"
+    files = map(weights.read_tensors, weights.weight_files(checkpoint))
+    ours = Folding(config, factors).fold(key, next(file[key] for file in files if key in file)).float()
+    theirs = torch.tensor(dequantize(stored.data, stored.tensor_type))
+    if (ours - theirs).norm() > UNQUANTISED[stored.tensor_type] * ours.norm():
+        raise InputError(
+            f"{stored.name} has other scales in it than {checkpoint} has: give the GGUF made of this very "
+            "checkpoint's folded export"
+        )
+
+
 class _Layers:
     """What each layer of the rewritten file has: its head counts, and which tensors it loses.
 
-    Block 0 is special: llama.cpp takes the size of a head from the number of heads of layer 0, so that
-    cannot be 0. But with heads and no KV heads, `deci` replaces attention by its norm and output
-    matrix alone ("linear attention"), here zero: no q, k and v, and no KV cache. This needs a
-    square output matrix; where it is not, block 0 keeps its attention, which adds zero.
+    maps: of `_maps`. Block 0 is special: llama.cpp takes the size of a head from the number of heads of layer
+    0, so that cannot be 0. Without a map it keeps its output matrix alone, which is zero, or where that is
+    not square, its attention, which adds zero.
     """
 
-    def __init__(self, reader, skipped: list[int]):
+    def __init__(self, reader, skipped: list[int], maps: dict):
+        self.maps = maps
         self.architecture = value_of(reader, "general.architecture")
         count = value_of(reader, f"{self.architecture}.block_count")
         self.heads = value_of(reader, f"{self.architecture}.attention.head_count")
@@ -99,16 +155,17 @@ class _Layers:
         self.head_counts_kv = [0 if i in skipped else self.heads_kv for i in range(count)]
         self.widths = [width] * count
         self.removed = tuple(f"blk.{i}.attn_" for i in skipped)
-        self.kept: tuple[str, ...] = ()
-        if 0 in skipped:
-            self.head_counts[0] = self.heads
+        linear = skipped if maps else [0] if 0 in skipped else []
+        for block in linear:
+            self.head_counts[block] = self.heads
+        if linear and not maps:
             shape = _tensors(reader)["blk.0.attn_output.weight"].shape
-            if shape[0] == shape[1]:
-                self.kept = ("blk.0.attn_norm.weight", "blk.0.attn_output.weight")
-            else:
+            if shape[0] != shape[1]:
+                linear = []
                 self.head_counts_kv[0] = self.heads_kv
                 self.removed = self.removed[1:]
                 logger.warning("block 0 keeps its attention, which adds zero: deci cannot leave it out")
+        self.kept = tuple(f"blk.{i}.attn_{name}.weight" for i in linear for name in ("norm", "output"))
 
     def has(self, name: str) -> bool:
         return name in self.kept or not name.startswith(self.removed)
@@ -134,19 +191,14 @@ def _check_model(reader, path: Path, config) -> None:
     """Raise InputError unless the file holds a model of the checkpoint's shape that `deci` can run."""
     family = config.model_type.removeprefix(PREFIX)
     architecture = value_of(reader, "general.architecture")
-    if family == "qwen3":
-        raise InputError(
-            "llama.cpp's `deci` has no place for the q and k norms of qwen3, so no GGUF can skip its blocks; "
-            f"{path} runs as it is, no faster"
-        )
     if architecture == ARCHITECTURE:
         raise InputError(f"{path} is a rewritten GGUF already: give the one made of the folded export")
-    if family == architecture == "granite":
+    if family not in SOURCES:
         raise InputError(
-            f"{path}: llama.cpp's `deci` has none of Granite's multipliers, so this GGUF cannot skip blocks; "
-            "convert an export in Llama form, with the multipliers in the weights, and give that"
+            f"llama.cpp's `deci` holds no layers of {family}, so no GGUF can skip its blocks; {path} runs as "
+            "it is, no faster"
         )
-    if architecture not in SOURCES.get(family, ()):
+    if architecture not in SOURCES[family]:
         raise InputError(
             f"{path} has architecture {architecture!r}, which no GGUF of a {family} checkpoint has; "
             "give the one made of this checkpoint's folded export"
@@ -191,8 +243,6 @@ def _check_skipped_add_zero(reader, path: Path, num_layers: int, skipped: list[i
 
 def _is_zero(tensor, path: Path, rows: int | None = None) -> bool:
     """Whether the first rows (None: all) of a tensor stand for zeros."""
-    from gguf.quants import dequantize
-
     try:
         return not dequantize(tensor.data[:rows], tensor.tensor_type).any()
     except NotImplementedError:
@@ -204,8 +254,6 @@ def _is_zero(tensor, path: Path, rows: int | None = None) -> bool:
 
 def _write(reader, layers: _Layers, path: Path) -> int:
     """Write the rewritten file; the number of tensors in it."""
-    from gguf import GGUFValueType, GGUFWriter
-
     # The writer puts version, counts and general.architecture itself.
     writer = GGUFWriter(path, ARCHITECTURE, endianess=reader.endianess)
     writer.data_alignment = int(reader.alignment)
@@ -228,7 +276,7 @@ def _write(reader, layers: _Layers, path: Path) -> int:
         key = f"{ARCHITECTURE}.{name}"
         writer.add_key_value(key, values, GGUFValueType.ARRAY, GGUFValueType.UINT32)
 
-    kept = [tensor for tensor in reader.tensors if layers.has(tensor.name)]
+    kept = [layers.maps.get(t.name, t) for t in reader.tensors if layers.has(t.name)]
     for tensor in kept:
         data = tensor.data
         writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)

@@ -18,7 +18,7 @@ import platformdirs
 import torch
 from gguf import GGUFReader, dequantize
 from huggingface_hub import split_torch_state_dict_into_shards
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import modeling_gguf_pytorch_utils as gguf_utils
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -28,13 +28,27 @@ from hopscotch_common import files
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.loading import loader, tokenization, weights
 
-LAYOUT = 5  # raised when `unpack` writes something else, so that folders from before are not used
+LAYOUT = 6  # raised when `unpack` writes something else, so that folders from before are not used
 REMEDY = "give another GGUF file"
 # How a byte-level BPE tokenizer splits text before it merges, where transformers has no regular expression
 # for it and takes GPT-2's: right for some, while others split off each digit first (llama.cpp's names).
 SPLITS_LIKE_GPT2 = (None, "default", "gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
 SPLITS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-BEGIN_TEXTS = ("llama3", "llama-v3", "llama-bpe")  # of these llama.cpp does so where the file does not say
+# Of these llama.cpp puts a BOS before a text, where the file does not say (src/llama-vocab.cpp).
+BEGIN_TEXTS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+BEGIN_TEXTS += ("jina-v5-nano", "tekken")
+# At these llama.cpp ends an answer, whatever else the file says.
+END_TEXTS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+)
+END_TEXTS += ("</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>")
+CONTROL = 3  # type of a token: has no text of its own
 # Fields that transformers' readers leave out for some architectures: of the config, and of the file.
 MORE_FIELDS = {
     "sliding_window": "attention.sliding_window",
@@ -176,15 +190,23 @@ def unpack(gguf: Path, reader: GGUFReader, model, tokenizer, target: Path, dtype
     weights.save_in_shards(target, plan, checked())
     config = model.config
     config.dtype, config.architectures = dtype, [type(model).__name__]
-    turns = (value_of(reader, "tokenizer.ggml.eot_token_id"), tokenization.end_of_turn(tokenizer))
-    stops = [token for token in dict.fromkeys((config.eos_token_id, *turns)) if token is not None]
+    named = (value_of(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom"))
+    vocabulary = {text: i for i, text in enumerate(value_of(reader, "tokenizer.ggml.tokens"))}
+    ends = (vocabulary.get(text) for text in END_TEXTS)
+    stops = dict.fromkeys((config.eos_token_id, tokenization.end_of_turn(tokenizer), *named, *ends))
+    if "<|return|>" in vocabulary:  # gpt-oss: where this ends an answer, that ends a part of it
+        stops.pop(vocabulary.get("<|end|>"), None)
+    stops = [token for token in stops if token is not None]
     generation = GenerationConfig(  # an answer ends at the end of the text and at that of a turn
         bos_token_id=config.bos_token_id,
         eos_token_id=stops[0] if len(stops) == 1 else stops or None,
         pad_token_id=config.pad_token_id,
     )
-    for part in (config, generation, tokenizer):
-        part.save_pretrained(target)
+    config.save_pretrained(target)
+    generation.save_pretrained(target)
+    tokenization.save_as_it_is(tokenizer, target)
+    if tokenization.probe(tokenization.read_tokenizer(target)) != tokenization.probe(tokenizer):
+        raise InputError(f"{gguf}: its tokenizer cannot be written so that transformers reads it; {REMEDY}")
 
 
 def converted_tensors(gguf: Path, reader: GGUFReader, model) -> Iterator[tuple[str, torch.Tensor]]:
@@ -256,14 +278,20 @@ def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
     begins = value_of(reader, "tokenizer.ggml.add_bos_token")
     if begins is None:  # as llama.cpp takes it then
         begins = value_of(reader, "tokenizer.ggml.model") == "llama" or split in BEGIN_TEXTS
-    else:
-        tokenizer.add_bos_token = begins
+    tokenizer.add_bos_token = begins
+    _check_control_tokens(tokenizer, reader, gguf)
+    backend = tokenizer.backend_tokenizer
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):  # sentencepiece
+        # llama.cpp puts a space before what follows a special token, too, and transformers at the start alone
+        spaces = [normalizers.Replace(" ", "▁")]
+        if value_of(reader, "tokenizer.ggml.add_space_prefix", True):
+            spaces.insert(0, normalizers.Prepend("▁"))
+        backend.normalizer, backend.pre_tokenizer = normalizers.Sequence(spaces), None
     if begins and tokenization.leaves_out_beginning(tokenizer):  # llama.cpp puts it before a chat, too
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     if value_of(reader, "tokenizer.ggml.model") != "gpt2" or split in GGUF_PRE_TOKENIZER_SPLITS:
         return
     if split in SPLITS_DIGITS:
-        backend = tokenizer.backend_tokenizer
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     elif split not in SPLITS_LIKE_GPT2:
@@ -272,10 +300,25 @@ def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
         )
 
 
+def _check_control_tokens(tokenizer, reader, gguf: Path) -> None:
+    """Raise InputError where a control token that the chat template writes is not read as that token."""
+    texts, kinds = (value_of(reader, f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type"))
+    for index, (text, kind) in enumerate(zip(texts, kinds, strict=False)):
+        if kind == CONTROL and text and text in tokenizer.chat_template:
+            found = tokenizer.encode(text, add_special_tokens=False)
+            if found != [index]:
+                raise InputError(
+                    f"{gguf}: transformers reads its token {index}, {text!r}, as {found}; {REMEDY}, or the "
+                    "model's own folder"
+                )
+
+
 def _set_rope(config, reader, gguf: Path) -> None:
     """Set what transformers leaves out: Llama 3's rotary scaling. InputError for other such things."""
     architecture = value_of(reader, "general.architecture")
-    kind = value_of(reader, f"{architecture}.rope.scaling.type", "none")
+    factors = ("rope.scaling.factor", "rope.scale_linear")
+    scaled = any(value_of(reader, f"{architecture}.{name}", 1.0) not in (0.0, 1.0) for name in factors)
+    kind = value_of(reader, f"{architecture}.rope.scaling.type", "linear" if scaled else "none")
     read = config.rope_parameters or {}
     if kind != "none" and read.get("rope_type", "default") == "default":
         raise InputError(f"{gguf}: transformers does not read its rotary scaling ({kind}); {REMEDY}")

@@ -173,6 +173,11 @@ def load_model(
     if ref.embedded:  # loads in a second; larger models show transformers' own bar
         transformers_logging.disable_progress_bar()
     model = load_whole(model_class, ref.folder(), **options)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(
+            f"--device {device}: {ref.source} does not fit the GPUs here, and what lies elsewhere cannot "
+            "train; use more GPUs, or --quantization"
+        )
     scales.freeze_base(model)
     return model
 

@@ -121,11 +121,13 @@ def _embedded_folder() -> Path:
 
 def _download(source: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
+    from transformers.utils import CHAT_TEMPLATE_DIR
 
     wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
     wanted += ["*.safetensors"] if weights else []
     unwanted = ["*/*", "consolidated*"]  # what lies in folders of its own; Mistral's second copy
     try:
+        snapshot_download(source, allow_patterns=f"{CHAT_TEMPLATE_DIR}/*.jinja")
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=unwanted))
     except (OSError, ValueError) as error:  # of HTTP, of the network, of a name that the hub refuses
         raise InputError(

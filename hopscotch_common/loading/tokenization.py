@@ -110,9 +110,13 @@ def read_tokenizer(folder: Path, source: str | None = None):
 
 
 def probe(tokenizer) -> dict:
-    """What tells tokenizers apart: a text with the special tokens, and its ids."""
+    """What tells tokenizers apart: a text with the special tokens, its ids, and what the ends are called."""
     text = PROBE + " ".join(tokenizer.all_special_tokens)
-    return {"text": text, "ids": tokenizer.encode(text)}
+    return {"text": text, "ids": tokenizer.encode(text), "ends": _ends(tokenizer)}
+
+
+def _ends(tokenizer) -> dict:
+    return {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
 
 
 def fingerprint(tokenizer) -> str:
@@ -145,17 +149,30 @@ def copy_tokenizer(
         )
         return None
     wanted = wanted or probe(tokenizer)
+    save_as_it_is(tokenizer, folder)
+    check_tokens(folder, wanted, tokenizer.decode(wanted["ids"]))
+    return wanted
+
+
+def save_as_it_is(tokenizer, folder: Path) -> None:
+    """Write a tokenizer's files so that readers build the same one, whatever else lies in the folder.
+
+    Without `added_tokens_decoder`, which transformers leaves out, a reader would take the special tokens of a
+    special_tokens_map.json instead, and that of a base model may be an old one.
+    """
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
         if found := as_os_error(error, folder):
             raise found from error
         raise
+    path = folder / TOKENIZER_CONFIG
+    values = read_json(path)
+    values.pop("auto_map", None)  # names code that does not travel
     if isinstance(tokenizer, TokenizersBackend):
-        path = folder / TOKENIZER_CONFIG
-        path.write_text(json.dumps(read_json(path) | {"tokenizer_class": AS_IT_IS}, indent=2) + "\n")
-    check_tokens(folder, wanted, tokenizer.decode(wanted["ids"]))
-    return wanted
+        added = {str(i): token.__getstate__() for i, token in tokenizer.added_tokens_decoder.items()}
+        values |= {"tokenizer_class": AS_IT_IS, "added_tokens_decoder": added}
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_tokens(folder: Path, wanted: dict, decoded: str | None = None) -> None:
@@ -165,6 +182,11 @@ def check_tokens(folder: Path, wanted: dict, decoded: str | None = None) -> None
         ids = found.encode(wanted["text"])
     except Exception as error:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason_of(error)})") from error
+    if (ends := _ends(found)) != wanted.get("ends", ends):
+        raise InputError(
+            f"{folder}: its tokenizer has {ends}, and the base model's {wanted['ends']}; copy the base's "
+            "tokenizer into it, or make it again"
+        )
     if ids != wanted["ids"]:
         pairs = enumerate(zip([*ids, None], [*wanted["ids"], None], strict=False))
         place, (ours, theirs) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])

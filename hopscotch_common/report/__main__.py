@@ -24,7 +24,7 @@ def build_parser() -> ArgumentParser:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="a JSON report of one of the scripts, or the output folder of param_scale.py",
+        help="a JSON report of one of the scripts, or the output folder of step 2 or 4a",
     )
     parser.add_argument(
         "--html",

@@ -45,11 +45,13 @@ CROSS_ENTROPY = "cross entropy\n(nats per token)"
 UNITS = {
     **dict.fromkeys(["loss", "ce", "cross_entropy"], CROSS_ENTROPY),
     "kl": "KL divergence\n(nats per token)",
-    "agreement": "agreement with the original\n(share of tokens)",
+    "agreement": "agreement: the answers' tokens that are\nthe first choice (share)",
 }
 CAPTIONS = {
     "distances": "How far each candidate turns the residual stream, a panel a pick: 1 less the cosine "
     "between what enters and what leaves it, a mean over tokens.",
+    "map_errors": "What the map of each candidate gets wrong, a panel a pick: the squared norm of the "
+    "difference, as a share of the residual stream's behind the block.",
     "candidates": "Loss of each candidate, a panel a pick. Whole-epoch losses can be compared with one "
     "another; a candidate that a race dropped saw fewer batches, and a cross is a loss without any training.",
     "blocks": f"Loss of the picks over the number of blocks skipped. {BEND_RULE}",
@@ -60,7 +62,7 @@ CAPTIONS = {
 DECIDED_BY = {  # how points are named
     "trained": "whole epoch",
     "untrained": "before training",
-    "cosine": "how far a block turns the stream",
+    "cosine": "how far a block turns the stream, or what its map gets wrong",
 }
 
 
@@ -68,7 +70,7 @@ def pictures(run: Run) -> dict[str, Figure]:
     """The pictures of a run, by their names in CAPTIONS; none where there is nothing to draw."""
     found = {}
     if isinstance(run, SearchRun):
-        found["distances" if run.criterion == "cosine" else "candidates"] = search_figure(run)
+        found[_what_is_shown(run)] = search_figure(run)
         if len(run.iterations) > 1:
             found["blocks"] = blocks_figure(run)
     if isinstance(run, ScalingRun):
@@ -119,6 +121,13 @@ def _loss_label(run: Run) -> str:
     return UNITS.get(str(run.arguments.get("loss")), CROSS_ENTROPY)
 
 
+def _what_is_shown(run: SearchRun) -> str:
+    """Of the candidates of a search: the name of its picture, in CAPTIONS."""
+    if run.criterion != "cosine":
+        return "candidates"
+    return "map_errors" if run.arguments.get("replacement_rank") else "distances"
+
+
 @styled
 def search_figure(run: SearchRun) -> Figure:
     """Every candidate's loss by layer, a panel a pick; of a search by cosine, its distance.
@@ -127,10 +136,12 @@ def search_figure(run: SearchRun) -> Figure:
     rings at their mean loss until then, with the number of batches after which they fell; losses
     before any training are crosses.
     """
-    count, by_distance = len(run.iterations), run.criterion == "cosine"
-    what, unit = "loss of each candidate", _loss_label(run)
-    if by_distance:
-        what, unit = "distance of each candidate", "cosine distance of the residual stream"
+    count = len(run.iterations)
+    what, unit = {
+        "candidates": ("loss of each candidate", _loss_label(run)),
+        "distances": ("distance of each candidate", "cosine distance of the residual stream"),
+        "map_errors": ("error of each candidate's map", "share of the residual stream"),
+    }[_what_is_shown(run)]
     x_label = "attention block (decoder layer, counted from 0)"
     figure, panels = _panels(run, what, 1.35 + max(2.2, 1.75 * count), x_label, [1] * count)
     for axes, pick in zip(panels, run.iterations, strict=True):
@@ -150,6 +161,7 @@ def _draw_candidates(axes: Axes, pick: Iteration, criterion: str) -> None:
     chosen = decided.get(pick.block, pick.loss)
     of_fallen = [drop.mean_loss for drop in fallen.values()]
     top = _top([chosen, *others.values(), *of_fallen, *pick.untrained_losses.values()])
+    top = max(top, chosen)
 
     def draw(losses: dict[int, float], **look) -> None:
         """Losses as points; those above the panel, or not finite, as arrowheads at its edge."""

@@ -29,13 +29,13 @@ from hopscotch_common import files
 from hopscotch_common.errors import InputError
 from hopscotch_common.report import ERROR
 
-REMEDY = "make it again, or give a report of one of the five scripts, or param_scale.py's output folder"
+REMEDY = "make it again, or give a report of one of the scripts, or the output folder of step 2 or 4a"
 
 
 def _by_measure(value: object) -> object:
-    """Held-out figures: null is none, and a plain number (of earlier releases) a loss."""
+    """Held-out figures, without those that are null (errors, of a single answer); null is none of them."""
     if not isinstance(value, Mapping):
-        return {} if value is None else {"loss": value}
+        return {} if value is None else value
     return {k: v for k, v in value.items() if v is not None or not str(k).endswith(ERROR)}
 
 
@@ -148,6 +148,7 @@ class SearchRun(Run):
 class Epoch(Record):
     epoch: Count
     loss: Finite  # mean training loss
+    learning_rate: Finite | None = None
     held_out: dict[str, Measures]  # of "original", "unscaled" and "scaled"; empty without a split
 
     @property
@@ -167,8 +168,8 @@ class Weights(Record):
 
 class RunFile(Record):
     weights: Weights
-    loss: Finite | None = None  # None: of an earlier release
-    skips: list[Count] | None = Field(None, alias="skipped_attention_blocks")  # sorted
+    loss: Finite
+    skips: list[Count] = Field(alias="skipped_attention_blocks")  # sorted
 
 
 class ScalingRun(Run):
@@ -265,7 +266,7 @@ def _with_checkpoint(run: ScalingRun) -> ScalingRun:
     told = None
     if run_file.is_file() and (folder / "scales.safetensors").is_file():
         told = parse(RunFile, files.read_json(run_file, REMEDY), run_file)
-    if told and told.loss in (None, run.best.loss) and told.skips in (None, sorted(run.skipped_blocks)):
+    if told and told.loss == run.best.loss and told.skips == sorted(run.skipped_blocks):
         weights, scales = told.weights, read_scales(folder / "scales.safetensors")
         if max(run.skipped_blocks, default=0) >= len(scales["b_attn"]):
             raise InputError(f"{run.path}: skipped_blocks: {max(run.skipped_blocks)} is no block; {REMEDY}")

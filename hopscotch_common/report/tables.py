@@ -155,6 +155,7 @@ def picks(run: SearchRun) -> Table:
             untrained = sum(drop.after_batches == 0 for drop in pick.dropped.values())
             trained, whole = len(pick.candidates) - untrained, len(pick.losses)
         diverged = sum(not math.isfinite(loss) for loss in pick.losses.values())
+        whole -= diverged if whole else 0
         rows.append(
             (
                 str(pick.count),
@@ -177,9 +178,12 @@ def epochs(run: ScalingRun) -> Table:
     measures = run.measures
     compared = run.compared
     rows = [(compared.get(name, name), "", *_cells(found, measures)) for name, found in run.baselines.items()]
+    several = len({epoch.learning_rate for epoch in run.epochs}) > 1
     for epoch in run.epochs:
-        best = " (best)" if epoch.epoch == run.best_epoch else ""
-        rows.append((f"epoch {epoch.epoch}{best}", f"{epoch.loss:.4f}", *_cells(epoch.scaled, measures)))
+        name = f"epoch {epoch.epoch}" + (" (best)" if epoch.epoch == run.best_epoch else "")
+        if several and epoch.learning_rate is not None:
+            name += f", at {epoch.learning_rate:g}"
+        rows.append((name, f"{epoch.loss:.4f}", *_cells(epoch.scaled, measures)))
     return Table("epochs", rows, ("", "training loss", *_held_out_header(measures)))
 
 

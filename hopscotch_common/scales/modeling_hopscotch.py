@@ -180,7 +180,8 @@ class ScaledDecoderLayer:
         rank, hidden = config.replacement_rank, config.hidden_size
         # Where blocks are still to be skipped, each may need its map.
         has_map = rank and (
-            self.skip_attention or (config.new_scales and hasattr(self, self.family.attention))
+            self.skip_attention
+            or (config.new_scales and getattr(self, self.family.attention, None) is not None)
         )
         if self.skip_attention and not has_map:  # a 0 that multiplies nothing is no trainable thing
             del self.b_scale_attn
@@ -395,6 +396,15 @@ class HopscotchForCausalLM(HopscotchPreTrained):
         self.model = None  # the stock one goes first, so that memory never holds two
         self.model = self.base_class(config)
         self.post_init()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the stock class, which would mix up full and sliding layers: it knows them by their numbers."""
+        if self.config._uncached() and len(set(attention_types(self.config))) > 1:
+            raise ValueError(
+                "transformers' continuous batching cannot skip blocks of a model that mixes full and sliding "
+                "attention: use generate(), or vLLM"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 def attention_types(config) -> list[str]:

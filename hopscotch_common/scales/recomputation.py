@@ -6,6 +6,7 @@ the inputs are kept, in their own dtype, and the rest is made again in backward,
 """
 
 import functools
+import types
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -87,7 +88,7 @@ class RecomputedNorm:
         norm = super().forward
         if not _saves(self, hidden_states):
             return norm(hidden_states)
-        weight = self.weight + self.weight_offset if self.weight_offset else self.weight
+        weight = self.weight.float() + self.weight_offset if self.weight_offset else self.weight
         return RMSNorm.apply(norm, hidden_states, weight, _eps(self))
 
 
@@ -114,10 +115,9 @@ def _weight_offset(norm: torch.nn.Module) -> float | None:
     row = torch.linspace(-2, 3, len(weight), device=weight.device, dtype=weight.dtype)[None]
     normed = row.float() * torch.rsqrt(row.float().square().mean() + eps)
     found = norm(row).float()
-    for offset in (0.0, 1.0):
-        if torch.allclose(found, normed * (weight.float() + offset), rtol=0.03, atol=1e-3):
-            return offset
-    return None
+    made = {offset: normed * (weight.float() + offset) for offset in (0.0, 1.0)}
+    nearest = min(made, key=lambda offset: (found - made[offset]).abs().sum().item())
+    return nearest if torch.allclose(found, made[nearest], rtol=0.03, atol=1e-3) else None
 
 
 @functools.cache
@@ -137,6 +137,12 @@ def recompute_elementwise(model: torch.nn.Module) -> None:
         if stock.__name__.endswith("RMSNorm"):
             offset = _weight_offset(module)
             if offset is not None:
-                module.__class__ = _recomputing_class(RecomputedNorm, stock, weight_offset=offset)
+                _become(module, _recomputing_class(RecomputedNorm, stock, weight_offset=offset))
         elif {name for name, _ in module.named_children()} == GATED_MLP:
-            module.__class__ = _recomputing_class(RecomputedGatedMLP, stock)
+            _become(module, _recomputing_class(RecomputedGatedMLP, stock))
+
+
+def _become(module: torch.nn.Module, new_class: type) -> None:
+    module.__class__ = new_class
+    if hasattr(module, "_old_forward"):  # what accelerate's hooks of a split model call
+        module._old_forward = types.MethodType(new_class.forward, module)

@@ -58,7 +58,15 @@ class CandidateTrainer:
     ) -> Candidate:
         """The candidate after `look` batches of the epoch, from where it is; marked if it diverged."""
         losses, done = list(candidate.losses), len(candidate.losses)
-        trainer = self._trainer([*skipped, candidate.block], candidate.state, group.reduce)
+        trainer = ScaleTrainer(
+            self.model,
+            self.options.learning_rate,
+            [*skipped, candidate.block],
+            candidate.state,
+            group.reduce,
+            self._runner,
+            self._trained_towards,
+        )
 
         def keep(loss: float) -> None:
             losses.append(loss)
@@ -76,18 +84,21 @@ class CandidateTrainer:
             return Candidate(candidate.block, losses, diverged=str(error))
         return Candidate(candidate.block, losses, state)
 
-    def _trainer(self, skipped: Sequence[int], state: ScaleState | None, reduce=None) -> ScaleTrainer:
-        """The model with exactly `skipped` skipped and its scales as `state` has them, or 1."""
-        lr, kept = self.options.learning_rate, (self._runner, self._trained_towards)
-        return ScaleTrainer(self.model, lr, skipped, state, reduce, *kept)
-
     def screen(
         self, skipped: Sequence[int], blocks: Sequence[int], index: int, on_screened: Callable[[float], None]
     ) -> dict[int, float]:
         """Each block's loss on one of the batches before any training (`untrained_losses`)."""
         batch, where = self._part(0, 1)[index], f"screening, batch {index}"
-        runs = (self._runner, self._trained_towards)
-        return untrained_losses(self.model, batch, skipped, blocks, where, on_screened, *runs)
+        return untrained_losses(
+            self.model,
+            batch,
+            skipped,
+            blocks,
+            where,
+            on_screened,
+            runner=self._runner,
+            originals=self._trained_towards,
+        )
 
     def distances(self, skipped: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
         """How far each block turns the residual stream, over all batches (`stream_distances`).
@@ -114,12 +125,13 @@ class CandidateTrainer:
         """
         if not self._held_out:
             return None
-        self._trainer(skipped, state)
+        scales.reset(self.model, skipped)
+        if state is not None:
+            scales.restore(self.model, state.tensors[0])
         return evaluate(self.model, self._held_out, "held-out loss", originals=self._originals)
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # to compile the layers again, without gradients, takes longer
 def untrained_losses(
     model,
     batch: Batch,
@@ -170,7 +182,6 @@ def untrained_losses(
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # as `untrained_losses`
 def stream_distances(
     model, batches: Sequence[Batch], skipped: Sequence[int], blocks: Sequence[int], runner: MinibatchRunner
 ) -> dict[int, float]:

@@ -45,8 +45,6 @@ class Journal:
         self._append(record)
 
     def _remember(self, record: dict) -> None:
-        if "original" in record:  # of an older version
-            return
         skipped = tuple(sorted(record["skipped"]))
         if "untrained" in record:
             losses = record["untrained"].items()

@@ -13,7 +13,7 @@ class TrainingOptions:
     """learning_rate: Adam's. batch_size: answers per optimizer step.
 
     max_tokens_per_batch: most tokens that run at once, padding included; None: what suits the device.
-    It bounds memory and does not change the result, as gradient_checkpointing and compile_layers.
+    It bounds memory and does not change the result, as gradient_checkpointing does.
     seed: of the order of the data. loss: one of MEASURES. map_learning_rate: Adam's for the maps in skipped
     blocks' place; None: they stay as they were fitted.
     """
@@ -22,7 +22,6 @@ class TrainingOptions:
     batch_size: int = 32
     max_tokens_per_batch: int | None = None
     gradient_checkpointing: bool = False
-    compile_layers: bool = False
     seed: int = 42
     loss: str = "ce"
     map_learning_rate: float | None = None

@@ -24,6 +24,9 @@ MIN_SHARED = 0.2  # of a batch's tokens: less is not worth a pass of its own
 
 Result = TypeVar("Result")
 
+# Compiling instructlab-training's packing loops takes ten seconds in every process; running them takes none.
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -280,8 +283,6 @@ def make_batches(
     saves enough; they still count in each row, which attends to them.
     Raises InputError for a sample longer than max_tokens.
     """
-    # Compiling its packing loops takes ten seconds in every process; running them, milliseconds.
-    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     from instructlab.training.batch_packer import batch_lengths_to_minibatches_lpt
     from instructlab.training.padded_batch_packer import batch_lengths_to_minibatches_padded
     from instructlab.training.sampler import EpochSampler

@@ -18,6 +18,7 @@ from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner,
 from hopscotch_common.training.distributed import Reduce
 
 LOGIT_ROWS = 256  # rows of logits alive at once
+MEASURED = ("loss", "KL", "agreement")
 KEPT_BYTES = 2 * 2**30  # of the original model's states: of main memory, in each process
 
 
@@ -210,11 +211,12 @@ class Originals:
         self._kept: dict[int, tuple[Sample, torch.Tensor]] = {}
 
     def keep(self, batches: Sequence[Batch]) -> None:
-        """Compute the states of all samples of some batches now, unless they take more than KEPT_BYTES.
+        """Compute the states of all samples of some batches now, unless all kept took more than KEPT_BYTES.
 
         They are computed in the batches that are given, so the same ones give the same bits.
         """
         tokens = sum(batch.num_loss_counted_tokens for batch in batches)
+        tokens += sum(len(rows) for _, rows in self._kept.values())
         if tokens * self.model.config.hidden_size * self.model.dtype.itemsize > KEPT_BYTES:
             return
         runner = MinibatchRunner()
@@ -291,7 +293,8 @@ def evaluate(
     ).tolist()
     means = [value / tokens for value in sums]
     if not all(map(math.isfinite, means)):
-        raise Diverged(f"{where}: the loss is {means[0]}; use --dtype float32")
+        name, value = next(pair for pair in zip(MEASURED, means, strict=True) if not math.isfinite(pair[1]))
+        raise Diverged(f"{where}: the {name} is {value}; use --dtype float32")
     error = None
     if answers > 1:  # of a ratio of sums, an answer's KL to its tokens
         spread = squares - 2 * means[1] * products + means[1] ** 2 * token_squares

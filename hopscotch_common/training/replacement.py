@@ -33,7 +33,6 @@ class Sums(NamedTuple):
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")
 def fit_maps(
     model, batches: Iterable[Batch], blocks: Sequence[int], reduce: Reduce | None = None
 ) -> dict[int, float]:
@@ -63,8 +62,8 @@ def fit_maps(
             down, up, wrong = solve(found, rank)
         except torch.linalg.LinAlgError as error:
             raise TrainingError(
-                f"block {block}: no map can be fitted, as what passes through it is not finite; use "
-                "--dtype float32, or leave --replacement_rank out"
+                f"block {block}: no map can be fitted ({error}); use --dtype float32, or leave "
+                "--replacement_rank out"
             ) from error
         layer.replacement_down.copy_(down)
         layer.replacement_up.copy_(up)

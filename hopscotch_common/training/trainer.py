@@ -37,11 +37,6 @@ def prepare_model(model, options: TrainingOptions) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.model.layers:
             layer.training = True  # the layer alone: its attention must not start dropping out
-    if options.compile_layers:
-        # A layer comes skipped or not, with padding or without, first or later: more than torch's 8.
-        torch._dynamo.config.recompile_limit = 32
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)
 
 
 class EpochBatches:
@@ -57,7 +52,7 @@ class EpochBatches:
         packed = "flash" in (model.config._attn_implementation or "") and not recurrent
         budget = token_budget(model, samples, packed, options.max_tokens_per_batch)
         self.max_tokens = min(gather_object([budget]))
-        share_prefix = not (packed or recurrent or options.gradient_checkpointing or options.compile_layers)
+        share_prefix = not (packed or recurrent or options.gradient_checkpointing)
         self._length = math.ceil(len(samples) / options.batch_size)
         self._make = functools.partial(
             make_batches, samples, options, self.max_tokens, packed=packed, share_prefix=share_prefix
@@ -268,6 +263,22 @@ class ScaleTrainer:
             vector_to_parameters(self.reduce(parameters_to_vector([total, *sums])), [total, *sums])
         return total, [gradient / batch.num_loss_counted_tokens for gradient in sums]
 
+    @torch.no_grad()
+    def loss(self, batch: Batch, where: str) -> float:
+        """A batch's mean loss, over all processes, with nothing trained."""
+        prefix, minibatches = compute_prefix(self.model, batch)
+        total = torch.zeros((), device=self.model.device)
+
+        def run(minibatch: Minibatch) -> torch.Tensor:
+            original = None if self.originals is None else self.originals(minibatch)
+            return summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
+
+        for _, loss in self.runner.run(minibatches, run, where):
+            total += loss.to(total.device)
+        if self.reduce is not None:
+            self.reduce(total)
+        return total.item() / batch.num_loss_counted_tokens
+
     def run(
         self,
         batches: Sequence[Batch],
@@ -301,10 +312,8 @@ class ScaleTrainer:
         for name, parameter in self._named.items():
             if not bool(parameter.isfinite().all()):
                 raise Diverged(f"{where}: {name} is not finite after it; {remedy}")
-        try:
-            evaluate(self.model, batches[-1:], where, self.reduce, self.originals)
-        except Diverged as error:
-            raise Diverged(f"{where}: the loss is not finite after it; {remedy}") from error
+        if not math.isfinite(self.loss(batches[-1], where)):
+            raise Diverged(f"{where}: the loss is not finite after it; {remedy}")
 
 
 # The final training, epoch after epoch

@@ -75,8 +75,8 @@ CASES = [
     *values(SCALE, "--max_tokens_per_batch", (HUGE, "--max_tokens_per_batch")),
     *values(TRAINING, "--max_samples", ("-3", WHOLE)),
     *_unknown(TRAINING, "--loss", "mse"),
-    *_switches(SEARCH, "--gradient_checkpointing", "--compile"),
-    *_switches(SCALE, "--gradient_checkpointing", "--compile", "--resume"),
+    *_switches(SEARCH, "--gradient_checkpointing"),
+    *_switches(SCALE, "--gradient_checkpointing", "--resume"),
     *values(WITH_MAPS, "--replacement_rank", ("33", "--replacement_rank 33: at most 32")),
     *values(
         UNSCALED,

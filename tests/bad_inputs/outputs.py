@@ -7,7 +7,7 @@ from .workplace import CHECKPOINT
 FOREIGN = "written by hand"  # and without a line break at its end
 RECORDS = '{"question": "1?"}\n{"question": "2?"}'
 LONG = "a" * 300
-NOT_AN_EXPORT = "exists and is not an earlier export: name a new folder"
+NOT_AN_EXPORT = "exists and is not an earlier export: name another"
 
 
 def _files(script: str, flag: str, file: str) -> list[Case]:
