@@ -26,7 +26,7 @@ from functools import partial
 
 import measuring
 import torch
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config, resolve_device
@@ -91,15 +91,23 @@ class Bench:
 
     def model(self, attention: str = "sdpa", skipped: Iterable[int] = (), rank: int = 0, **changes):
         """A model with random weights, made on the device; skipped blocks hold no weights, maps of a rank."""
+        config = hopscotch_config(LlamaConfig(**self.size.config | changes), skipped, replacement_rank=rank)
+        _, model_class = hopscotch_classes(config.model_type)
+        model = self._made(model_class, config, attention)
+        freeze_base(model)
+        return model
+
+    def stock_model(self):
+        """transformers' own, of the same size."""
+        return self._made(LlamaForCausalLM, LlamaConfig(**self.size.config), "sdpa")
+
+    def _made(self, model_class: type, config, attention: str):
         gc.collect()  # what the section before this one left
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        config = hopscotch_config(LlamaConfig(**self.size.config | changes), skipped, replacement_rank=rank)
-        _, model_class = hopscotch_classes(config.model_type)
         torch.manual_seed(0)
         with self.device:
             model = model_class._from_config(config, dtype=self.dtype, attn_implementation=attention)
-        freeze_base(model)
         return model.eval()
 
     def answers(self, count: int, lengths: tuple[int, int]) -> list[Sample]:
@@ -245,15 +253,17 @@ def fitting(bench: Bench) -> dict:
 
 
 @torch.inference_mode()
-def inference(bench: Bench, eighths: int, rank: int = 0, long: bool = False) -> dict:
+def inference(bench: Bench, eighths: int | None, rank: int = 0, long: bool = False) -> dict:
     """Prefill and decode with the KV cache, so many eighths of the attention blocks skipped.
 
-    rank: of maps in their place. The cache is transformers' dynamic one, which copies a layer's keys and
-    values for each token; so skipping gains more with it than with one that does not.
+    None: of the stock model, which has no scales to multiply by either. rank: of maps in their place. The
+    cache is transformers' dynamic one, which copies a layer's keys and values for each token; so skipping
+    gains more with it than with one that does not.
     """
     num_layers = bench.size.config["num_hidden_layers"]
-    blocks = measuring.spread(num_layers * eighths // 8, num_layers)
-    model, cache = bench.model(skipped=blocks, rank=rank), DynamicCache()
+    blocks = measuring.spread(num_layers * (eighths or 0) // 8, num_layers)
+    model = bench.stock_model() if eighths is None else bench.model(skipped=blocks, rank=rank)
+    cache = DynamicCache()
     shape, repeats = (bench.size.long_prompts, 2) if long else (bench.size.prompts, 0)
     prompts = torch.randint(model.config.vocab_size, shape, device=bench.device)
 
@@ -309,10 +319,12 @@ def all_sections(bench: Bench) -> dict[str, Section]:
         "training, sdpa": Section(30, partial(training, bench)),
         "training, flash": Section(30, partial(training, bench, flash), lacks),
         "screening": Section(60, partial(screening, bench)),
+        "inference, stock": Section(30, partial(inference, bench, None)),
         "inference, none skipped": Section(30, partial(inference, bench, 0)),
         "inference, 1/8 skipped": Section(30, partial(inference, bench, 1)),
         "inference, 1/4 skipped": Section(30, partial(inference, bench, 2)),
         "inference, 1/4 replaced": Section(30, partial(inference, bench, 2, rank)),
+        "long, stock": Section(30, partial(inference, bench, None, long=True)),
         "long, none skipped": Section(30, partial(inference, bench, 0, long=True)),
         "long, 1/4 skipped": Section(30, partial(inference, bench, 2, long=True)),
         "long, 1/4 replaced": Section(30, partial(inference, bench, 2, rank, long=True)),

@@ -7,7 +7,8 @@ For 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one
 and in vLLM, with one prompt at a time or --rows of them. The numbers of blocks take turns in every
 round, of which another one begins each; figures are medians over rounds. In transformers they are held
 against the stock model, which has no scales to multiply by. What a block's attention costs is measured
-there, by timing the modules (norm and attention), so that it owes nothing to the skipping. `gained` is the time that skipping saves over the time that the skipped modules took. Where the machine's speed
+there, by timing the modules (norm and attention), so that it owes nothing to the skipping. `gained` is
+the time that skipping saves over the time that the skipped modules took. Where the machine's speed
 drifts, many rounds of one repeat cancel it best. Results go to benchmarks/results/inference_cpu.json.
 
     pip install --no-deps .

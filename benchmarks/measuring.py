@@ -50,29 +50,32 @@ class Results:
     """A result file that grows: written again after each figure, and taken up by the next run.
 
     settings: what all figures depend on. A file of other settings is refused, with what differs.
-    The file holds command and machine (of the last run), `settings`, and `figures`, a list of {"of": …} |
-    what was measured, each with the processor and the day of its own run.
+    The file holds command and machine of the last run, `settings`, `figures`, a list of {"of": …} | what was
+    measured, and `measured`, the processor and the day of each of them.
     """
 
     def __init__(self, path: Path, settings: dict):
         settings = json.loads(json.dumps(settings))  # tuples become lists, as they read back
         self.path, self.settings, self.figures = path, settings, []
+        self.measured: list[str] = []
         if path.exists():
             content = json.loads(path.read_text())
             different = [name for name in settings if content["settings"].get(name) != settings[name]]
             if different:
                 raise SystemExit(f"{path}: made with another {', '.join(different)}; move it away")
             self.figures = content["figures"]
+            self.measured = content.get("measured") or ["not recorded"] * len(self.figures)
 
     def measure(self, of: dict, work: Callable[..., dict], *arguments) -> dict:
         """The figures of a setting: from the file, or else work(*arguments), which are written at once."""
         found = next((figure for figure in self.figures if figure["of"] == of), None)
         if found is None:
             found = {"of": of} | work(*arguments)
-            found |= {"measured": f"{processor_name()}, {time.strftime('%Y-%m-%d')}"}
             print(found, file=sys.stderr, flush=True)
             self.figures.append(found)
-            save_as(self.path, {"settings": self.settings, "figures": self.figures})
+            self.measured.append(f"{processor_name()}, {time.strftime('%Y-%m-%d')}")
+            names = ("settings", "figures", "measured")
+            save_as(self.path, {name: getattr(self, name) for name in names})
         return found
 
 

@@ -252,7 +252,11 @@ def test_quality_with_answers(tiny_folder, tmp_path, block):
     picture = (tmp_path / "quality.svg").read_text()
     assert "original" in picture and "no scales" in picture and "four scales" not in picture
     answers = json.loads((tmp_path / "work" / "unscaled_1" / "answers.json").read_text())
+    del answers["made with"]
     assert all(1 <= reply["tokens"] <= 5 for replies in answers.values() for reply in replies)
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(SystemExit, match="answers.json: of other settings than these; move it away"):
+        quality.main([*words, "--max_tokens", "6"])
 
 
 def test_criteria(tiny_folder, tmp_path, capsys):
@@ -320,7 +324,7 @@ def test_a_decay_falls_in_a_straight_line(tiny, monkeypatch):
 
 def test_differences_are_to_the_variant_that_is_named():
     def figure(blocks: list[int], variant: str, right: str) -> dict:
-        return {"of": {"blocks": blocks, "variant": variant}, "gsm8k": {"right": right}}
+        return {"of": {"blocks": blocks, "variant": variant}, "gsm8k": {"right": right, "truncated": 1}}
 
     figures = [
         figure([], "original", "1111"),
