@@ -209,7 +209,8 @@ def save_epoch(arguments: argparse.Namespace, runs: list[dict], state) -> None:
     from hopscotch_common import checkpoints
     from hopscotch_common.loading import weights
 
-    *earlier, folder = [epoch_folder(arguments, run["epoch"]) for run in runs]
+    folders = [epoch_folder(arguments, run["epoch"]) for run in runs]
+    earlier, folder = folders[:-1], folders[-1]
     share_with = next(filter(checkpoints.has_weights, reversed(earlier)), None)
     run, blocks, values = runs[-1], runs[-1]["skipped_attention_blocks"], state.tensors[0]
     if share_with is None and weights.fingerprint(arguments.model.folder()) != run["settings"]["tensors"]:

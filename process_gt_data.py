@@ -34,6 +34,7 @@ from hopscotch_common.answers.prompts import check_vocabulary
 from hopscotch_common.answers.records import read_records
 from hopscotch_common.errors import HopscotchError, InputError, logger
 from hopscotch_common.report import describe_run
+from hopscotch_common.training import IGNORE_INDEX
 
 MIN_SEQ_LEN = 20  # shorter samples are dropped, as instructlab-training does
 RECORDS_A_PROCESS = 2000  # another process takes seconds to start, a record milliseconds
@@ -89,7 +90,7 @@ def write_kept_samples(made: Iterator[list[dict]], file, max_seq_len: int, vocab
             figures["kept"] += 1
             figures["tokens"] += length
             figures["longest"] = max(figures["longest"], length)
-            figures["loss_counted_tokens"] += sum(label >= 0 for label in sample["labels"])  # others are -100
+            figures["loss_counted_tokens"] += sum(label != IGNORE_INDEX for label in sample["labels"])
     return figures
 
 
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     records = list(read_records(input_file))
     processes = processes_worth(args.num_cpu_procs, len(records))
     with _removed_after_errors(output_dir), files.locked(data_file):
-        with files.atomic_file(data_file) as file:
+        with files.atomic_path(data_file) as temporary, open(temporary, "w", encoding="utf-8") as file:
             made = make_samples(records, tokenizer, stop_ids, processes)
             figures = write_kept_samples(made, file, args.max_seq_len, config.vocab_size)
             if not figures["kept"]:

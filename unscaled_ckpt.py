@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from hopscotch_common import checkpoints
+    from hopscotch_common import checkpoints, scales
     from hopscotch_common.export.formats import check_exports, run_exports
     from hopscotch_common.loading import weights
     from hopscotch_common.loading.loader import read_config, resolve_device
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.replacement_rank:
         maps = fitted_maps(arguments, config, blocks)
     else:
-        values[blocks, SCALE_NAMES.index("b_scale_attn")] = 0.0
+        scales.columns(values)["b_scale_attn"][blocks] = 0.0
     run = {"base_model": arguments.model.source, "skipped_attention_blocks": sorted(blocks)}
     run |= describe_run(vars(arguments))
     checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run, maps=maps)

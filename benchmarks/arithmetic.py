@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hopscotch_common.answers.engines import kv_bytes_per_token
 from hopscotch_common.loading.loader import read_config
 from hopscotch_common.loading.models import model_ref
+from hopscotch_common.scales.modeling_hopscotch import head_dim_of
 
 DEFAULT = "llama-3.1-8b"
 
@@ -74,7 +75,7 @@ def cost_of(config, dtype: str) -> Cost:
     attention, mlp = weights([layers[0].self_attn]), weights([layers[0].mlp])
     if weights(layer.self_attn for layer in layers) != len(layers) * attention:
         raise SystemExit("layers of several shapes: not counted here")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     return Cost(
         layers=len(layers),
         attention=attention,

@@ -32,8 +32,8 @@ from transformers.utils import is_flash_attn_2_available
 from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config, resolve_device
 from hopscotch_common.scales import freeze_base
 from hopscotch_common.search.candidates import CandidateTrainer
-from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.batches import IGNORE_INDEX, MinibatchRunner, Sample
+from hopscotch_common.training import IGNORE_INDEX, TrainingOptions
+from hopscotch_common.training.batches import MinibatchRunner, Sample
 from hopscotch_common.training.loss import Originals, summed_loss
 from hopscotch_common.training.replacement import collect, solve
 from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, free_bytes, prepare_model

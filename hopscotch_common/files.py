@@ -15,7 +15,6 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from hopscotch_common.errors import InputError, logger
 
@@ -235,13 +234,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
         flush_to_disk(path.parent)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO]:
-    """An open text file that takes the place of `path` when all went well, and otherwise is removed."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        yield file
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -26,6 +26,7 @@ from hopscotch_common.scales.modeling_hopscotch import (
     family_config,
     known_families,
     stock_names,
+    stock_type,
 )
 
 TESTED = "0.32."  # the models override methods that vLLM may change in any release
@@ -48,7 +49,7 @@ def version_obstacle() -> str | None:
 
 def family_obstacle(config) -> str | None:
     """Why vLLM's Transformers backend cannot run a checkpoint of this config; None if it can."""
-    family = config.model_type.removeprefix(PREFIX)
+    family = stock_type(config)
     if len(attention_blocks(config)) < config.num_hidden_layers:
         kind = next(kind for kind in attention_types(config) if kind in RECURRENT_TYPES)
         return f"{family}: layers that are recurrent ({kind}) have no state in vLLM's Transformers backend"
@@ -103,7 +104,7 @@ class AttentionWhereItIs:
         config = vllm_config.model_config.hf_config
         if obstacle := family_obstacle(config):
             raise ValueError(f"{obstacle}; run the checkpoint with transformers")
-        config_class, base_class, _ = family_classes(config.model_type.removeprefix(PREFIX))
+        config_class, base_class, _ = family_classes(stock_type(config))
         AutoModel.register(config_class, base_class, exist_ok=True)
         config.in_vllm_plugin = True
         super().__init__(vllm_config=vllm_config, prefix=prefix)

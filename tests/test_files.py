@@ -59,8 +59,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
     files.write_atomic(path, "first")
     (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")
-    with pytest.raises(RuntimeError), files.atomic_file(path) as file:
-        file.write("half")
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
+        temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "first" and names(tmp_path) == ["report.json"]
     (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from hopscotch_common import scales
 from hopscotch_common.export.folding import Folding, fold_factors
 from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config
-from hopscotch_common.training.batches import IGNORE_INDEX, Sample
+from hopscotch_common.training import IGNORE_INDEX
+from hopscotch_common.training.batches import Sample
 from hopscotch_common.training.loss import evaluate
 
 VOCABULARY = 300

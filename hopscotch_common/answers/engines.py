@@ -25,7 +25,7 @@ from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory
 from hopscotch_common.loading.loader import device_map, load_whole, resolve_device
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.loading.weights import stored_dtype
-from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, head_dim_of, stock_type
 
 OnTokens = Callable[[int], None]
 GROUPED_SDPA = "hopscotch_grouped_sdpa"
@@ -176,7 +176,7 @@ class TransformersEngine:
 
     def __init__(self, ref: ModelRef, config, stop_ids: set[int], options: EngineOptions, longest: int):
         attention = None if options.attn_implementation == "auto" else options.attn_implementation
-        if attention is None and FAMILIES[config.model_type.removeprefix(PREFIX)].caps_attention:
+        if attention is None and FAMILIES[stock_type(config)].caps_attention:
             attention = "eager"
         elif attention is None and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
             attention = GROUPED_SDPA  # not for attention sinks, for example
@@ -358,7 +358,7 @@ def _cpu_settings(config, dtype: str, options: EngineOptions, longest: int) -> d
 def kv_bytes_per_token(config, dtype: str) -> int:
     """Bytes of KV cache a token takes, over all layers."""
     heads = config.num_key_value_heads or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = head_dim_of(config)
     return 2 * config.num_hidden_layers * heads * dim * getattr(torch, dtype).itemsize
 
 

@@ -5,8 +5,7 @@ import os
 from hopscotch_common.answers.prompts import ANSWER_IDS, PROMPT_IDS, answer_text, prompt_ids, render
 from hopscotch_common.answers.records import messages_of
 from hopscotch_common.errors import InputError
-
-IGNORED = -100  # the label of what does not count
+from hopscotch_common.training import IGNORE_INDEX
 
 
 def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[dict]:
@@ -69,7 +68,7 @@ def _said(record: dict, messages: list[dict], tokenizer, where: str) -> dict:
         _check_prompt(prompt, asked, tokenizer, where)
     else:
         prompt = prompt_ids(tokenizer, asked, where)
-    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+    return {"input_ids": prompt + answer, "labels": [IGNORE_INDEX] * len(prompt) + answer}
 
 
 def _ids(record: dict, field: str, where: str) -> list[int]:
@@ -147,7 +146,7 @@ def _sample(encoded, spans: list[tuple[int, int]]) -> dict:
         )
 
     labels = [
-        token if counts(*offsets) else IGNORED
+        token if counts(*offsets) else IGNORE_INDEX
         for token, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
     return {"input_ids": encoded["input_ids"], "labels": labels}

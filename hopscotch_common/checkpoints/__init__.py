@@ -33,7 +33,14 @@ from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.loading.tokenization import check_copies, copy_tokenizer
 from hopscotch_common.log import check_settings
 from hopscotch_common.scales import modeling_hopscotch
-from hopscotch_common.scales.modeling_hopscotch import CODE, FAMILIES, PREFIX, REPLACEMENT_NAMES, SCALE_NAMES
+from hopscotch_common.scales.modeling_hopscotch import (
+    CODE,
+    FAMILIES,
+    PREFIX,
+    REPLACEMENT_NAMES,
+    SCALE_NAMES,
+    stock_type,
+)
 
 SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
@@ -48,7 +55,7 @@ COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*
 def is_skipped_weight(key: str, config) -> bool:
     """Whether a weight belongs to an attention block that a Hopscotch config skips."""
     match = LAYER_KEY.match(key)
-    family = FAMILIES[config.model_type.removeprefix(PREFIX)]
+    family = FAMILIES[stock_type(config)]
     modules = family.skipped_modules(bool(config.replacement_rank))
     return bool(match) and int(match[1]) in (config.skipped_attention_blocks or ()) and match[2] in modules
 

@@ -9,7 +9,7 @@ from hopscotch_common import scales
 from hopscotch_common.errors import logger, reason_of
 from hopscotch_common.loading.models import EMBEDDED_LICENCE, ModelRef
 from hopscotch_common.report import with_error
-from hopscotch_common.scales.modeling_hopscotch import PREFIX, attention_blocks
+from hopscotch_common.scales.modeling_hopscotch import attention_blocks, stock_type
 from hopscotch_common.vllm_plugin import family_obstacle
 
 CARD_FILE = "README.md"
@@ -75,7 +75,7 @@ def write_card(
         check=check,
         maps=maps,
         plugin=family_obstacle(config) is None,
-        exports=_exports(config.model_type.removeprefix(PREFIX), maps),
+        exports=_exports(stock_type(config), maps),
     )
     card.save(target / CARD_FILE)
 

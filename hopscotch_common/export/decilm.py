@@ -27,7 +27,7 @@ from hopscotch_common.export.folding import (
     skipped_blocks,
 )
 from hopscotch_common.loading.loader import hopscotch_classes, load_whole
-from hopscotch_common.scales.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES
+from hopscotch_common.scales.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES, head_dim_of
 
 CODE = Path(configuration_decilm.__file__)
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
@@ -103,7 +103,7 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
         "auto_map": {"AutoConfig": f"{CODE.stem}.{configuration_decilm.DeciLMConfig.__name__}"},
         "model_type": configuration_decilm.DeciLMConfig.model_type,
         "intermediate_size": width,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "head_dim": head_dim_of(config),
         "attention_bias": bias,
         "qkv_bias": bias or config.model_type.endswith("qwen2"),
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),

@@ -36,10 +36,11 @@ from hopscotch_common.scales import columns
 from hopscotch_common.scales.modeling_hopscotch import (
     FAMILIES,
     OWN_KEYS,
-    PREFIX,
     REPLACEMENT_NAMES,
     SCALE_NAMES,
     Family,
+    head_dim_of,
+    stock_type,
 )
 
 SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
@@ -152,7 +153,7 @@ def granite_multipliers(config) -> dict[str, float]:
     one is undone what the embeddings took. config: any family's; those without multipliers change
     nothing.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     embedding = getattr(config, "embedding_multiplier", 1.0)
     norm = 1 / getattr(config, "logits_scaling", 1.0)
     factors = {
@@ -175,7 +176,7 @@ class Folding:
     """
 
     def __init__(self, config, factors: StreamFactors, more: dict[str, float] | None = None):
-        model_type = config.model_type.removeprefix(PREFIX)
+        model_type = stock_type(config)
         self.family, added = FAMILIES[model_type], 1.0 if model_type in ONE_PLUS else 0.0
         experts = TRANSPOSED_EXPERTS if model_type in TRANSPOSING else {}
         self.layers = [_layer_products(self.family, layer, added, experts) for layer in factors.layers]
@@ -269,7 +270,7 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
     own += ("replacement_rank", "transformers_version")
     kept = {key: value for key, value in config.to_dict().items() if key not in own}
-    stock = AutoConfig.for_model(config.model_type.removeprefix(PREFIX), **kept)
+    stock = AutoConfig.for_model(stock_type(config), **kept)
     stock.dtype = config.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(stock)

@@ -32,7 +32,7 @@ from hopscotch_common.export.folding import (
 from hopscotch_common.files import atomic_path, check_output
 from hopscotch_common.loading import weights
 from hopscotch_common.loading.gguf_files import open_gguf, value_of
-from hopscotch_common.scales.modeling_hopscotch import PREFIX
+from hopscotch_common.scales.modeling_hopscotch import stock_type
 
 ARCHITECTURE = "deci"
 # model family -> architectures of its GGUF files that `deci` can stand in for. It has q/k/v biases,
@@ -189,7 +189,7 @@ def _tensors(reader) -> dict:
 
 def _check_model(reader, path: Path, config) -> None:
     """Raise InputError unless the file holds a model of the checkpoint's shape that `deci` can run."""
-    family = config.model_type.removeprefix(PREFIX)
+    family = stock_type(config)
     architecture = value_of(reader, "general.architecture")
     if architecture == ARCHITECTURE:
         raise InputError(f"{path} is a rewritten GGUF already: give the one made of the folded export")

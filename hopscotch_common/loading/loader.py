@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from hopscotch_common import files, scales
 from hopscotch_common.errors import InputError, reason_of
 from hopscotch_common.loading.models import ModelRef
-from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, family_classes
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, family_classes, stock_type
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 # transformers checks the types of these, but not that they can be.
@@ -85,7 +85,7 @@ def _check_config(config) -> None:
         if value is not None and not value >= least:
             raise ValueError(f"{name} is {value!r}")
     known = set(ATTENTION_LAYER_TYPES)
-    if FAMILIES[config.model_type.removeprefix(PREFIX)].recurrent is not None:
+    if FAMILIES[stock_type(config)].recurrent is not None:
         known |= set(ALLOWED_LAYER_TYPES)
     unknown = set(getattr(config, "layer_types", None) or ()) - known
     if unknown:

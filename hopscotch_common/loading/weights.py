@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from hopscotch_common.errors import InputError, as_os_error, reason_of
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.loader import check_loaded
-from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, stock_type
 
 INDEX_FILE = "model.safetensors.index.json"
 # Of several, transformers reads the first that is there.
@@ -157,7 +157,7 @@ def check_weights(folder: Path, config, attn_implementation: str = "auto") -> No
     And unless the attention kernel that the model shall run with is installed.
     """
     options = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
-    family = FAMILIES[config.model_type.removeprefix(PREFIX)]
+    family = FAMILIES[stock_type(config)]
     if family.caps_attention and attn_implementation in ("sdpa", "flex_attention"):
         raise InputError(
             f"--attn_implementation {attn_implementation}: leaves out that {config.model_type} caps its "

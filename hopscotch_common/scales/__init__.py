@@ -102,8 +102,6 @@ def reset(model, skipped=()) -> None:
             layer.b_scale_attn.zero_()
     model.model.number_cache_slots()
     freeze_base(model)
-    for scale in trainable_scales(model):
-        scale.grad = None
 
 
 @contextlib.contextmanager

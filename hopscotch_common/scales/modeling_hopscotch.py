@@ -287,7 +287,10 @@ class HopscotchConfig:
 
 @functools.cache
 def cached_layers_config(config_class: type) -> type:
-    """A config class whose layers are those of another one's that have a slot in the cache."""
+    """A config class whose layers are those of another one's that have a slot in the cache.
+
+    With 4 layers, of which block 1 is skipped, the model sees `num_hidden_layers` 4, and a cache 3.
+    """
 
     def kept(config) -> list[int]:
         uncached = config._uncached()
@@ -314,7 +317,7 @@ class HopscotchPreTrained:
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **options):
         """As the stock class, and this file beside the weights: the config's `auto_map` names it."""
-        self.config.auto_map = auto_map(self.config.model_type.removeprefix(PREFIX))
+        self.config.auto_map = auto_map(stock_type(self.config))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
         target = Path(save_directory) / CODE.name
         if is_main_process and not (target.exists() and target.samefile(CODE)):
@@ -405,6 +408,16 @@ class HopscotchForCausalLM(HopscotchPreTrained):
                 "attention: use generate(), or vLLM"
             )
         return super().init_continuous_batching(*args, **kwargs)
+
+
+def stock_type(config) -> str:
+    """The stock model type of a config, stock or of this file."""
+    return config.model_type.removeprefix(PREFIX)
+
+
+def head_dim_of(config) -> int:
+    """Channels of an attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def attention_types(config) -> list[str]:

@@ -77,18 +77,17 @@ class Journal:
         """
         key = tuple(sorted(skipped)), block
         known, diverged = self._trained.get(key, {}), self._diverged.get(key)
-        if look in known:
+        if look in known:  # the very look
             return known[look]
         if diverged is not None:
-            if len(diverged.losses) <= look:
+            if len(diverged.losses) <= look:  # it had ended by then
                 return diverged
             known = {len(diverged.losses): diverged} | known
         longer = [count for count in known if count >= look]
+        if longer:  # it went further: that tells the losses of this look, but not the state
+            return Candidate(block, known[min(longer)].losses[:look])
         shorter = [count for count in known if done < count < look and known[count].state is not None]
-        if not longer and not shorter:
-            return None
-        found = known[min(longer) if longer else max(shorter)]
-        return found if len(found.losses) <= look else Candidate(block, found.losses[:look])
+        return known[max(shorter)] if shorter else None  # to go on from
 
     def add_untrained(self, skipped: Sequence[int], batch: int, losses: dict[int, float]) -> None:
         """losses: by block; an infinite one is that of a block without which nothing finite comes out."""

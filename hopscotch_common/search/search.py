@@ -26,6 +26,7 @@ class Iteration:
     dropped: after how many batches of training, the mean loss and the leader's then (before any
     training: of the untrained_losses). diverged: where the loss ceased to be finite.
     untrained_losses: means of the screened batches; empty without a screening.
+    skipped_before: the blocks that are skipped besides. batch_losses: one a batch, of what trained.
     distances: of the residual stream, by which `cosine` picks; else empty.
     candidate_epochs, elapsed_epochs: in epochs of one candidate, screening at SCREENING_COST, of an iteration
     that finds nothing in its journal: the work of all processes together, and the time.

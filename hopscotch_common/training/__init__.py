@@ -5,6 +5,7 @@ from dataclasses import dataclass
 # What can be trained on, and under which name held-out figures report it: cross entropy on the answers'
 # tokens, or the divergence from the original model's distribution at the same positions.
 MEASURES = {"ce": "cross_entropy", "kl": "kl"}
+IGNORE_INDEX = -100  # the label of a token that does not count for the loss
 MAPS_RATE = 1 / 3  # learning rate of maps in skipped blocks' place, as a share of the scales'
 
 

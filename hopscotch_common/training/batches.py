@@ -17,9 +17,8 @@ from transformers import DataCollatorWithFlattening
 
 from hopscotch_common.errors import InputError, TrainingError, is_out_of_memory, logger
 from hopscotch_common.files import read_jsonl
-from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training import IGNORE_INDEX, TrainingOptions
 
-IGNORE_INDEX = -100
 MIN_SHARED = 0.2  # of a batch's tokens: less is not worth a pass of its own
 
 Result = TypeVar("Result")
@@ -354,7 +353,7 @@ class MinibatchRunner:
                 yield minibatch, result
 
     def _learn(self, minibatch: Minibatch, where: str) -> None:
-        """Of a minibatch that does not fit."""
+        """Remember that a minibatch does not fit; TrainingError if it is a single answer."""
         if len(minibatch.samples) == 1:
             sample = minibatch.samples[0]
             raise TrainingError(
