@@ -37,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dict:
     """The maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
+    from tqdm import tqdm
+
     from hopscotch_common import scales
     from hopscotch_common.training import TrainingOptions
     from hopscotch_common.training.replacement import fit_maps
@@ -44,7 +46,8 @@ def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dic
 
     samples = cli.load_samples(arguments, config)
     model = cli.load_model(arguments)
-    fit_maps(model, EpochBatches(model, samples, TrainingOptions(0.0)).in_order(), blocks)
+    batches = EpochBatches(model, samples, TrainingOptions(0.0)).in_order()
+    fit_maps(model, tqdm(batches, "fitting the maps", unit="batch", dynamic_ncols=True), blocks)
     scales.reset(model, blocks)
     return scales.maps_of(model)
 

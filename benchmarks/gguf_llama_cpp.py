@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.table:
         print("\n".join(table(measuring.figures_in(path))))
         return 0
+    if arguments.checkpoint and arguments.replacement_rank:
+        parser.error("--replacement_rank: of the checkpoint that is made; leave it out with --checkpoint")
     if not (arguments.llama_cpp and arguments.bin):
         parser.error("--llama_cpp and --bin are needed to measure")
     for needed in (

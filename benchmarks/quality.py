@@ -231,7 +231,8 @@ def made_with(arguments: argparse.Namespace, blocks: list[int], variant: str) ->
     if variant != "original":
         names += " data_path max_samples validation_split" if rank_of(variant) or "-" in variant else ""
         names += " num_epochs learning_rate batch_size" if "-" in variant else ""
-    values = {name: getattr(arguments, name) for name in names.split()} | {"blocks": blocks}
+    values = {name: getattr(arguments, name) for name in names.split()}
+    values |= {"model": arguments.model.source, "blocks": blocks}
     for name in ("test_file", "data_path"):
         if values.get(name):
             values[name] = hashlib.sha256(values[name].read_bytes()).hexdigest()

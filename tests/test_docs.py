@@ -21,8 +21,8 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 SCRIPTS = ("generate_model_gt_data", "process_gt_data", "block_selection", "param_scale", "unscaled_ckpt")
 MODULES = ("hopscotch_common.report", "hopscotch_common.export")
 OF_ALL, OF_TRAINING = "Flags of every script that loads a model", "Flags of training"
-# Needs what the test has not: a network, several processes, llama.cpp, more than one model.
-NOT_RUN = {"--dataset", "accelerate", "--from", "llama", "granite"}
+# Needs what the test has not: a network, several processes, llama.cpp, maps, more than one model.
+NOT_RUN = {"--dataset", "accelerate", "--from", "--without_maps", "llama", "granite"}
 
 
 def sections(text: str) -> dict[str, str]:

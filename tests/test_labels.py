@@ -169,6 +169,11 @@ THINKS = EACH.format(
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n[THINK]\n"
 )
 BEHIND = PHI + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
+UNENDED = EACH.format(
+    "{{ m.role }}: {% if m.reasoning_content %}[THINK]{{ m.reasoning_content }}[/THINK]{% endif %}"
+    "{{ m.content }}\n",
+    "assistant: ",
+)
 OTHERWISE = EACH.format(  # the last message in brackets
     "<|im_start|>{{ m.role }}\n{{ '(' if loop.last }}{{ m.content }}{{ ')' if loop.last }}<|im_end|>\n",
     "<|im_start|>assistant\n",
@@ -182,6 +187,12 @@ OTHERWISE = EACH.format(  # the last message in brackets
         (THINKS, "<|im_end|>", "[THINK]\nHm.[/THINK] 4", "Hm.[/THINK] 4<|im_end|>"),
         (BEHIND, "<|end|>", "text", "text<|end|>"),  # a part of what stands behind the answer
         (BEHIND, "<|end|>", "d", "d<|end|>"),
+        (
+            UNENDED,
+            "<|end|>",
+            "<think>2 + 2 is 4</think>4",
+            "[THINK]2 + 2 is 4[/THINK]4",
+        ),  # in the reasoning, too
     ],
 )
 def test_all_of_an_answer_counts_and_nothing_else(template, ends, answer, said):

@@ -267,7 +267,7 @@ def test_a_candidate_that_diverged_later_passes_the_look_that_it_passed():
     journal.add([], Candidate(0, [1.0, 2.0], state))
     journal.add([], Candidate(0, [1.0, 2.0], diverged="batch 2"))
     for records in (journal, Journal()):
-        if records is not journal:  # in the other order, as an older version read it
+        if records is not journal:  # in the other order
             records.add([], Candidate(0, [1.0, 2.0], diverged="batch 2"))
             records.add([], Candidate(0, [1.0, 2.0], state))
         assert records.find([], 0, 0, 2).diverged is None and records.find([], 0, 0, 2).state is not None

@@ -46,7 +46,10 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
                 f"{where}: the model's chat template writes what stands before answer {index + 1} otherwise "
                 "once the answer stands there; join messages that follow one another, or leave it out"
             )
-        end = _end_of_turn(encoded, message["content"].strip(), text, start, (stop_ids, special))
+        reasoning = (message.get("reasoning_content") or "").strip()
+        place = text.find(reasoning, start)
+        behind = start if place < 0 else place + len(reasoning)  # where the answer may stand as well
+        end = _end_of_turn(encoded, message["content"].strip(), text, behind, (stop_ids, special))
         if whole[:end] == text[:end]:
             spans.append((start, end))
         else:

@@ -44,7 +44,7 @@ def write_card(
     try:
         training = _training(config, values, run)
         rows = _held_out(run.get("held_out") or {}, bool(config.replacement_rank))
-    except (AttributeError, KeyError, TypeError, ValueError):  # of an earlier release, or edited
+    except (AttributeError, KeyError, TypeError, ValueError):  # edited, or of something else
         training, rows = "How its scales were trained is not on record.", []
     present, skipped = len(attention_blocks(config)), sorted(config.skipped_attention_blocks or ())
     # block 0 of nemotron_nas: without a map it stays, and adds zero

@@ -16,7 +16,6 @@ cache either. That is where maps go, each multiplied out to [hidden, hidden]; `f
 from pathlib import Path
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType, GGUFEndian, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
@@ -45,12 +44,7 @@ SOURCES = {
 # These pair dimension i of a head with i + head_dim / 2 in the rotary embedding; `deci` pairs
 # neighbours, as `llama` does.
 HALF_ROTATED = ("qwen2",)
-# Types that are not quantised, and how much rounding to them changes a matrix, at most: a share of its norm.
-UNQUANTISED = {
-    GGMLQuantizationType.F32: 1e-5,
-    GGMLQuantizationType.F16: 1e-3,
-    GGMLQuantizationType.BF16: 4e-3,
-}
+UNQUANTISED = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
 def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
@@ -69,7 +63,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     _check_model(reader, folded_gguf, config)
     _check_skipped_add_zero(reader, folded_gguf, config.num_hidden_layers, skipped)
 
-    layers = _Layers(reader, skipped, _maps(checkpoint, config, reader))
+    layers = _Layers(reader, skipped, _maps(checkpoint, config, reader, folded_gguf))
     with atomic_path(output) as temporary:
         kept = _write(reader, layers, temporary)
     before, after = folded_gguf.stat().st_size, output.stat().st_size
@@ -96,7 +90,7 @@ def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None
         raise InputError(f"--output {output}: exists and is no GGUF; name another file")
 
 
-def _maps(checkpoint: Path, config, reader) -> dict:
+def _maps(checkpoint: Path, config, reader, path: Path) -> dict:
     """The output matrices of the file, by name, that become a map [hidden, hidden] in attention's place.
 
     In the type that they have or, where it is a quantised one, Q8_0: maps are few.
@@ -104,7 +98,7 @@ def _maps(checkpoint: Path, config, reader) -> dict:
     if not (maps := checkpoints.load_maps(checkpoint, config)):
         return {}
     if reader.endianess is not GGUFEndian.LITTLE:
-        raise InputError("maps are written into little-endian GGUF files only; convert without --bigendian")
+        raise InputError(f"{path}: maps go into little-endian files only; convert without --bigendian")
     found, blocks = {}, skipped_blocks(config)
     factors = fold_factors(checkpoints.load_scales(checkpoint, config), blocks, replaced=blocks)
     _check_scales(checkpoint, config, factors, reader)
@@ -119,7 +113,7 @@ def _maps(checkpoint: Path, config, reader) -> dict:
 def _check_scales(checkpoint: Path, config, factors: StreamFactors, reader) -> None:
     """Raise InputError where a file was made with other scales: of another epoch, say, than the maps are.
 
-    Its last down projection tells, which the scales of all layers are in; not of quantised weights.
+    Its last down projection tells, which all s are in and the last b; but not where weights are quantised.
     """
     layer = config.num_hidden_layers - 1
     stored = _tensors(reader)[f"blk.{layer}.ffn_down.weight"]
@@ -128,8 +122,9 @@ def _check_scales(checkpoint: Path, config, factors: StreamFactors, reader) -> N
     key = f"model.layers.{layer}.mlp.down_proj.weight"
     files = map(weights.read_tensors, weights.weight_files(checkpoint))
     ours = Folding(config, factors).fold(key, next(file[key] for file in files if key in file)).float()
-    theirs = torch.tensor(dequantize(stored.data, stored.tensor_type))
-    if (ours - theirs).norm() > UNQUANTISED[stored.tensor_type] * ours.norm():
+    ours = dequantize(quantize(ours.numpy(), stored.tensor_type), stored.tensor_type)
+    difference = np.linalg.norm(ours - dequantize(stored.data, stored.tensor_type))
+    if difference > 1e-6 * np.linalg.norm(ours):
         raise InputError(
             f"{stored.name} has other scales in it than {checkpoint} has: give the GGUF made of this very "
             "checkpoint's folded export"

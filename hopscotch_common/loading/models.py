@@ -1,5 +1,6 @@
 """What `--model` names, and where its files lie. Light: what loads them is in `loader.py`."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -119,6 +120,7 @@ def _embedded_folder() -> Path:
     return target
 
 
+@functools.cache
 def _download(source: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from transformers.utils import CHAT_TEMPLATE_DIR

@@ -172,7 +172,7 @@ def save_as_it_is(tokenizer, folder: Path) -> None:
     if isinstance(tokenizer, TokenizersBackend):
         added = {str(i): token.__getstate__() for i, token in tokenizer.added_tokens_decoder.items()}
         values |= {"tokenizer_class": AS_IT_IS, "added_tokens_decoder": added}
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def check_tokens(folder: Path, wanted: dict, decoded: str | None = None) -> None:

@@ -145,6 +145,7 @@ CASES = [
         "export", "--format", ("gguf", "--from", "none.gguf", "--from goes with --format gguf|no such file")
     ),
     *values("export", "--from", ("folded.gguf", "--from goes with --format gguf")),
+    *values("export", "--without_maps", ("--format", "gguf", "--from", "x", "goes with --format folded")),
     *values("export", "--tolerance", ("0", FINITE), ("much", FINITE)),
     *values("export", "--device", ("gpu", "--device gpu: not a device"), ("meta", "--device meta")),
     *cases("report", "output_dir", ("two of them", "a: no such file; make it again, or give", "a b")),
