@@ -601,7 +601,7 @@ def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):
     Path("folder.html").mkdir()
     for arguments, message in (
         ([], "the following arguments are required: RUN"),
-        ([str(tmp_path)], "report.json: no such file; give a report of one of the scripts"),
+        ([str(tmp_path)], "report.json: no such file; make it again, or give a report of one"),
         ([run, "--html", "folder.html"], "--html folder.html: is a folder"),
         ([run, "--html", run], "give a file name that ends in .html"),
         ([run, "--pictures", "folder.html/x", "--format", "gif"], "invalid choice: 'gif'"),

@@ -225,7 +225,7 @@ def read_report(path: Path) -> Run:
         names = ("report.json", "data_report.json")
         path = next((path / name for name in names if (path / name).is_file()), path / names[0])
         if not path.is_file():
-            raise InputError(f"{path}: no such file; {REMEDY.removeprefix('make it again, or ')}")
+            raise InputError(f"{path}: no such file; {REMEDY}")
     content = files.read_json(path, REMEDY)
     if "iterations" in content:
         return parse(SearchRun, content, path)
