@@ -300,20 +300,6 @@ def check_rank(rank: int, config) -> None:
         raise InputError(f"--replacement_rank {rank}: at most {config.hidden_size}, the model's hidden size")
 
 
-def _warn_of_other_maps(content: dict, rank: int, path: Path, flag: str) -> None:
-    """Warn where blocks were searched with maps in their place, and none will stand there, or the reverse."""
-    given = content.get("arguments")
-    searched = given.get("replacement_rank", 0) if isinstance(given, dict) else 0
-    if bool(searched) != bool(rank):
-        logger.warning(
-            "%s %s: its blocks were chosen with --replacement_rank %s, and now it is %s",
-            flag,
-            path,
-            searched,
-            rank,
-        )
-
-
 def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--blocks_to_skip`; `blocks_from` reads it."""
     what = "attention blocks to skip: indices, or the path of a report of block_selection.py"
@@ -329,11 +315,7 @@ def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str, rank:
     from hopscotch_common.scales.modeling_hopscotch import check_skipped_blocks
 
     if len(words) == 1 and (reports := reports_among(words)):
-        blocks = _blocks_of_report(reports[0], ref, config.num_hidden_layers, flag)
-        if not blocks and flag == "--blocks_to_skip":
-            raise InputError(f"{reports[0]}: names no block to skip; search for more, or give indices")
-        if blocks:
-            _warn_of_other_maps(files.read_json(reports[0]), rank, reports[0], flag)
+        blocks = _blocks_of_report(reports[0], ref, config.num_hidden_layers, flag, rank)
     else:
         try:
             blocks = [int(word) for word in words]
@@ -351,7 +333,7 @@ def reports_among(words: list[str]) -> list[Path]:
     return [Path(word) for word in words if not word.lstrip("-").isdecimal()]
 
 
-def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: str) -> list[int]:
+def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: str, rank: int) -> list[int]:
     remedy = f"give {flag} indices, or a report of block_selection.py"
     content = files.read_json(path, remedy)
     blocks, layers, name = (content.get(key) for key in ("skipped_blocks", "num_layers", "model"))
@@ -362,8 +344,15 @@ def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: s
             f"{path}: a report of model {name} ({layers} layers), not of model {ref.name} ({num_layers}); "
             f"search on this model, or {remedy}"
         )
+    if not blocks and flag == "--blocks_to_skip":
+        raise InputError(f"{path}: names no block to skip; search for more, or give indices")
     arguments = content.get("arguments")
-    _warn_of_another(path, arguments.get("model") if isinstance(arguments, dict) else None, ref)
+    arguments = arguments if isinstance(arguments, dict) else {}
+    _warn_of_another(path, arguments.get("model"), ref)
+    searched = arguments.get("replacement_rank", 0)
+    if blocks and bool(searched) != bool(rank):  # it knew of maps that will not stand there, or the reverse
+        said = "%s: its blocks were chosen with --replacement_rank %s, and now it is %s"
+        logger.warning(said, path, searched, rank)
     return blocks
 
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import criteria  # noqa: E402
 import problems  # noqa: E402
 import quality  # noqa: E402
+import quality_tables  # noqa: E402
 import training  # noqa: E402
 from measuring import Results  # noqa: E402
 
@@ -101,13 +102,13 @@ def test_scores_and_their_errors():
     texts = ["1", "it is 2.00", "4", "none"]
     replies = [{"text": t, "tokens": 3, "finish_reason": "length" if t == "4" else "stop"} for t in texts]
     assert quality.score(asked, replies) == {"right": "1100", "truncated": 1, "mean_tokens": 3}
-    share, error = quality.accuracy("1100")
+    share, error = quality_tables.accuracy("1100")
     assert (share, error) == (0.5, 0.25)
     draw = random.Random(0)
     reference = "".join(draw.choice("01") for _ in range(200))
     right = "".join(c if draw.random() < 0.9 else "0" for c in reference)
-    mean, error = quality.difference(right, reference)
-    assert math.isclose(mean, quality.accuracy(right)[0] - quality.accuracy(reference)[0])
+    mean, error = quality_tables.difference(right, reference)
+    assert math.isclose(mean, quality_tables.accuracy(right)[0] - quality_tables.accuracy(reference)[0])
     lost = sum(a != b for a, b in zip(right, reference, strict=True)) / 200  # all differences are 0 or -1
     assert math.isclose(error, math.sqrt(lost * (1 - lost) / 199))
 
@@ -333,7 +334,7 @@ def test_differences_are_to_the_variant_that_is_named():
     ]
 
     def differences(*less) -> list[str]:
-        return [line.split(" | ")[3].split(" ±")[0] for line in quality.table(figures, *less)[2:]]
+        return [line.split(" | ")[3].split(" ±")[0] for line in quality_tables.table(figures, *less)[2:]]
 
     assert differences() == ["-", "-75.0", "-25.0"]
     assert differences("unscaled") == ["-", "-", "+50.0"]

@@ -39,7 +39,7 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
         text = whole if last else render(tokenizer, messages[: index + 1], where)
         before = render(tokenizer, messages[:index], where, add_generation_prompt=True)
         encoded = encode(text)
-        start = _start(before, text, encode(before)["input_ids"], encoded)
+        start = len(before) if text.startswith(before) else _first_difference(encode(before), encoded)
         asked = messages[index - 1]["content"].strip()
         if start < before.rfind(asked) + len(asked):
             raise InputError(
@@ -113,16 +113,12 @@ def _check_prompt(ids: list[int], messages: list[dict], tokenizer, where: str) -
             )
 
 
-def _start(before: str, text: str, read: list[int], encoded) -> int:
-    """Where an answer begins in a text: behind `before`, what the model read (`read`: its ids).
-
-    Where the text does not begin so (a generation prompt may open a <think> that the template writes in no
-    answer), at the first token that differs.
+def _first_difference(before, encoded) -> int:
+    """Where an answer begins in a text that does not begin with what the model read before it: at the first
+    other token. (A generation prompt may open a <think> that the template writes in no answer.)
     """
-    if text.startswith(before):
-        return len(before)
-    same = len(os.path.commonprefix([read, encoded["input_ids"]]))
-    return encoded["offset_mapping"][same][0] if same < len(encoded["input_ids"]) else len(text)
+    same = len(os.path.commonprefix([before["input_ids"], encoded["input_ids"]]))
+    return [*encoded["offset_mapping"], (encoded["offset_mapping"][-1][1],)][same][0]
 
 
 def _end_of_turn(encoded, content: str, text: str, start: int, ends: tuple[set[int], ...]) -> int:

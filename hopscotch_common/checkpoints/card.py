@@ -1,12 +1,13 @@
 """The model card of a checkpoint or an export: its README.md, which a hub shows as the model's page."""
 
+import contextlib
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from hopscotch_common import scales
-from hopscotch_common.errors import logger, reason_of
+from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.loading.models import EMBEDDED_LICENCE, ModelRef
 from hopscotch_common.report import with_error
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks, stock_type
@@ -15,9 +16,6 @@ from hopscotch_common.vllm_plugin import family_obstacle
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja
 LICENCE_FIELDS = ("license", "license_name", "license_link", "language")
-# Families whose maps engines run: mlx-lm in a nemotron_nas export, llama.cpp in a GGUF.
-MLX = ("llama", "mistral", "granite")
-GGUF = ("llama", "mistral", "qwen2")
 LIBRARIES = {"checkpoint": "transformers", "folded": "transformers", "nemotron_nas": "vllm"}
 ROWS = {  # of held-out figures; the second title where maps stand in the blocks' place
     "original": ("original", "original"),
@@ -75,16 +73,22 @@ def write_card(
         check=check,
         maps=maps,
         plugin=family_obstacle(config) is None,
-        exports=_exports(stock_type(config), maps),
+        exports=_exports(config),
     )
     card.save(target / CARD_FILE)
 
 
-def _exports(family: str, maps: bool) -> str:
+def _exports(config) -> str:
     """For which engines a checkpoint can be exported, in words; with maps, "" where for none."""
-    if not maps:
+    from hopscotch_common.export import decilm, gguf  # which import this
+
+    if not config.replacement_rank:
         return "llama.cpp and others"
-    return " and ".join(["llama.cpp"] * (family in GGUF) + ["mlx-lm"] * (family in MLX))
+    engines = ["llama.cpp"] if stock_type(config) in gguf.SOURCES else []
+    with contextlib.suppress(InputError):
+        decilm.check(config, config.replacement_rank)
+        engines.append("mlx-lm")
+    return " and ".join(engines)
 
 
 def _training(config, values: torch.Tensor, run: dict) -> str:

@@ -23,6 +23,7 @@ from hopscotch_common.export.folding import (
     as_one_matrix,
     fold_factors,
     granite_multipliers,
+    old_names,
     shapes_of,
     skipped_blocks,
 )
@@ -86,11 +87,8 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
     matrix stands in the place of.
     """
     assert 0 not in skipped
-    rope = dict(config.rope_parameters)
-    scaled = rope.get("rope_type", "default") != "default"
     bias = bool(getattr(config, "attention_bias", False))
-    heads, dtype = config.num_attention_heads, str(config.dtype).removeprefix("torch.")
-    group = heads // config.num_key_value_heads
+    group = config.num_attention_heads // config.num_key_value_heads
     width = -(-config.intermediate_size // WIDTH_STEP) * WIDTH_STEP
 
     def attention(layer: int) -> dict:
@@ -108,10 +106,8 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
         "qkv_bias": bias or config.model_type.endswith("qwen2"),
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),
         "transformers_version": transformers.__version__,  # else it warns of the tokenizer
-        "dtype": dtype,
-        "torch_dtype": dtype,  # the name before transformers 5, as are the next two
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        **old_names(config),
         "block_configs": [
             {
                 "attention": ATTENTION_DEFAULTS | attention(layer),

@@ -278,22 +278,23 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     # transformers 5.19 reads this key and acts on it in no model. One that does will leave out what is zero.
     stock.per_layer_config = {block: {"skip": ["attention"]} for block in skipped_blocks(config)} or None
     stock.save_pretrained(folder)
-    _write_old_names(folder / "config.json", stock)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | old_names(stock), indent=2) + "\n")
     folding = Folding(stock, fold_factors(values, skipped_blocks(config)))
     renamed = get_checkpoint_conversion_mapping(stock.model_type) is not None
     return Target(folding, shapes_of(model), renamed)
 
 
-def _write_old_names(path: Path, config) -> None:
-    """Add to a config.json what readers from before transformers 5 look for, and else take a default for."""
-    values, rope = json.loads(path.read_text()), getattr(config, "rope_parameters", None) or {}
+def old_names(config) -> dict:
+    """What readers from before transformers 5 look for in a config.json, and else take a default for."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = {"torch_dtype": str(config.dtype).removeprefix("torch.")}
     if "rope_theta" in rope:  # else one for each kind of layer
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         scaled = scaling.get("rope_type", "default") != "default"
-        values |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
-        if "partial_rotary_factor" in rope:
-            values["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    path.write_text(json.dumps(values | {"torch_dtype": values["dtype"]}, indent=2) + "\n")
+        found |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
+        found |= {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
+    return found
 
 
 def shapes_of(model) -> dict[str, torch.Size]:

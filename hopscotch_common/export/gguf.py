@@ -99,11 +99,11 @@ def _maps(checkpoint: Path, config, reader, path: Path) -> dict:
         return {}
     if reader.endianess is not GGUFEndian.LITTLE:
         raise InputError(f"{path}: maps go into little-endian files only; convert without --bigendian")
-    found, blocks = {}, skipped_blocks(config)
+    found, blocks, tensors = {}, skipped_blocks(config), _tensors(reader)
     factors = fold_factors(checkpoints.load_scales(checkpoint, config), blocks, replaced=blocks)
     _check_scales(checkpoint, config, factors, reader)
     for block in blocks:
-        tensor = _tensors(reader)[f"blk.{block}.attn_output.weight"]
+        tensor = tensors[f"blk.{block}.attn_output.weight"]
         kind = tensor.tensor_type if tensor.tensor_type in UNQUANTISED else GGMLQuantizationType.Q8_0
         matrix = as_one_matrix(block, maps, factors).float().numpy()
         found[tensor.name] = tensor._replace(tensor_type=kind, data=quantize(matrix, kind))

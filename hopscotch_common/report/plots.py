@@ -59,10 +59,11 @@ CAPTIONS = {
     "scales": "The four scales of each layer; 1 is the untrained value. Where a scale is a value a channel, "
     "its mean, and below it the standard deviation over the channels.",
 }
-DECIDED_BY = {  # how points are named
+DECIDED_BY = {  # how points are named, by criterion, or by the picture of one that looks at no loss
     "trained": "whole epoch",
     "untrained": "before training",
-    "cosine": "how far a block turns the stream, or what its map gets wrong",
+    "distances": "how far a block turns the stream",
+    "map_errors": "what a block's map gets wrong",
 }
 
 
@@ -145,14 +146,16 @@ def search_figure(run: SearchRun) -> Figure:
     x_label = "attention block (decoder layer, counted from 0)"
     figure, panels = _panels(run, what, 1.35 + max(2.2, 1.75 * count), x_label, [1] * count)
     for axes, pick in zip(panels, run.iterations, strict=True):
-        _draw_candidates(axes, pick, run.criterion)
+        shown = _what_is_shown(run)
+        decided_by = DECIDED_BY[run.criterion if shown == "candidates" else shown]
+        _draw_candidates(axes, pick, run.criterion, decided_by)
         axes.set_xlim(-0.8, run.num_layers - 0.2)
     figure.supylabel(unit, fontsize=10)
     legend_below(figure, panels)
     return figure
 
 
-def _draw_candidates(axes: Axes, pick: Iteration, criterion: str) -> None:
+def _draw_candidates(axes: Axes, pick: Iteration, criterion: str, decided_by: str) -> None:
     fallen = {block: drop for block, drop in pick.dropped.items() if drop.after_batches > 0}
     decided = pick.losses
     if criterion == "cosine":
@@ -185,11 +188,11 @@ def _draw_candidates(axes: Axes, pick: Iteration, criterion: str) -> None:
             size = 7 if drop.after_batches < 100 else 5
             number = dict(ha="center", va="center", fontsize=size, zorder=above_last)
             axes.text(block, drop.mean_loss, drop.after_batches, **number)
-    draw(others, label=DECIDED_BY[criterion], marker="o", color=BLUE, markersize=5.5)
+    draw(others, label=decided_by, marker="o", color=BLUE, markersize=5.5)
     star = dict(
         marker="*", color=VERMILION, markersize=13, markeredgecolor=INK, markeredgewidth=0.6, zorder=4
     )
-    draw({pick.block: chosen}, label=f"picked ({DECIDED_BY[criterion]})", **star)
+    draw({pick.block: chosen}, label=f"picked ({decided_by})", **star)
     axes.set_title(f"pick {pick.count}: block {pick.block}, loss {pick.loss:.4f}")
     axes.margins(y=0.16)
 

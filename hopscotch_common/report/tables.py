@@ -153,9 +153,9 @@ def picks(run: SearchRun) -> Table:
         trained = whole = 0
         if run.criterion == "trained":
             untrained = sum(drop.after_batches == 0 for drop in pick.dropped.values())
-            trained, whole = len(pick.candidates) - untrained, len(pick.losses)
+            trained = len(pick.candidates) - untrained
+            whole = sum(math.isfinite(loss) for loss in pick.losses.values())
         diverged = sum(not math.isfinite(loss) for loss in pick.losses.values())
-        whole -= diverged if whole else 0
         rows.append(
             (
                 str(pick.count),

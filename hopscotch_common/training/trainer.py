@@ -244,8 +244,7 @@ class ScaleTrainer:
         total = torch.zeros((), device=self.model.device)
 
         def run(minibatch: Minibatch) -> tuple[torch.Tensor, tuple]:
-            original = None if self.originals is None else self.originals(minibatch)
-            loss = summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
+            loss = self._summed(minibatch, prefix)
             return loss.detach(), torch.autograd.grad(loss, inputs, materialize_grads=True)
 
         def add(gradients: Sequence[torch.Tensor]) -> None:
@@ -263,17 +262,18 @@ class ScaleTrainer:
             vector_to_parameters(self.reduce(parameters_to_vector([total, *sums])), [total, *sums])
         return total, [gradient / batch.num_loss_counted_tokens for gradient in sums]
 
+    def _summed(self, minibatch: Minibatch, prefix) -> torch.Tensor:
+        """What is trained on, summed over a minibatch that is not moved yet."""
+        original = None if self.originals is None else self.originals(minibatch)
+        return summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
+
     @torch.no_grad()
     def loss(self, batch: Batch, where: str) -> float:
         """A batch's mean loss, over all processes, with nothing trained."""
         prefix, minibatches = compute_prefix(self.model, batch)
         total = torch.zeros((), device=self.model.device)
 
-        def run(minibatch: Minibatch) -> torch.Tensor:
-            original = None if self.originals is None else self.originals(minibatch)
-            return summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
-
-        for _, loss in self.runner.run(minibatches, run, where):
+        for _, loss in self.runner.run(minibatches, lambda m: self._summed(m, prefix), where):
             total += loss.to(total.device)
         if self.reduce is not None:
             self.reduce(total)
