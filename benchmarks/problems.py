@@ -12,6 +12,8 @@ from hopscotch_common.files import read_jsonl
 # Digits with thousands commas, or without; decimals. A minus belongs to a number unless it stands behind
 # a number or a bracket, where it subtracts.
 NUMBER = re.compile(r"((?<![\w)\]])[-−])?[$€£]?(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?")
+EXPONENT = re.compile(r"(?<=[A-Za-z}])\^\{?\d+\}?")  # of a unit: ft^2
+HEADING = re.compile(r"####(?=\s*(?:\d+[.)])?\s*[A-Za-z])")  # "#### Step 2", "#### 2. Add"
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 
 
@@ -30,9 +32,11 @@ def parse_answer(text: str) -> Decimal | None:
 
     The last number in the last \boxed{…}; where there is none, the first number after the last "####";
     where there is none, the last number of the text. Thousands commas, currency signs, and what follows
-    a number (%, units, a full stop) do not count. "5 - 3" ends with 3, "is -3" with -3.
+    a number (%, units, a full stop) do not count, nor do "####" before a heading and the exponent of a unit.
+    "5 - 3" ends with 3, "is -3" with -3.
     """
-    text = text.replace("\\$", "$").replace("{,}", ",")
+    text = text.replace("\\$", "$").replace("{,}", ",").replace("\\,", ",")
+    text = HEADING.sub("", EXPONENT.sub("", text))
     boxed = BOXED.findall(text)
     if boxed and (numbers := _numbers(boxed[-1])):
         return numbers[-1]

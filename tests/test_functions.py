@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -54,6 +55,14 @@ def test_a_question_shows_signature_and_docstring_alone():
     assert {problem.name in dir(functions.text) for problem in asked[::3]} == {True}  # the modules in turn
 
 
+def test_a_wrong_answer_to_the_shown_example_is_wrong():
+    text = {function.__name__: function for function in functions.written("text")}["fits_mask"]
+    source = inspect.getsource(text)
+    wrong = source[source.index("def ") :].replace("character == sign)", "False)")
+    assert wrong.count("sign, False") == 1
+    assert not functions.problem_of(text).is_right(blocks(wrong))
+
+
 def test_what_is_written_here_is_right():
     for name in functions.MODULES:
         for function in functions.written(name)[::8]:
@@ -70,6 +79,11 @@ def test_what_is_written_here_is_right():
         (blocks("print(earliest(['a']))\n", EARLIEST, "earliest = None\n"), True),
         ("```\n" + EARLIEST, True),  # cut off, or the fence forgotten
         (blocks(f"import sys\n\n{EARLIEST}\nprint(sys.argv)\n"), True),
+        (blocks(f"from __future__ import annotations\n\n{EARLIEST}"), True),
+        ("1. So:\n" + textwrap.indent(f"```python\n{EARLIEST}```\n", "   "), True),
+        (blocks('def earliest(days):\n    """The question."""\n', EARLIEST), True),
+        (blocks('def earliest(days):\n    """The question."""\n'), False),
+        (blocks(EARLIEST.replace("min", "max")) + "</think>" + blocks(EARLIEST), True),
         (blocks(EARLIEST.replace("min", "max")), False),
         (blocks(EARLIEST.replace(', default=""', "")), False),
         (blocks(EARLIEST.replace("earliest", "first")), False),

@@ -6,6 +6,7 @@ seen them.
 """
 
 import ast
+import doctest
 import importlib
 import inspect
 import itertools
@@ -14,6 +15,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ QUESTION = (
     "Write this Python function. Answer with its whole code in one block, and nothing else.\n\n"
     "```python\n{signature}\n```"
 )
-BLOCK = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+BLOCK = re.compile(r"[ ]*```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
 # In front of what a model wrote. Against accidents: it is not a sandbox.
 LIMITS = """\
 import resource as _resource
@@ -65,7 +67,8 @@ class FunctionProblem:
             return False
         sign = secrets.token_hex()  # which code that ends the process early cannot print
         checks = CHECKS.format(pairs=self.pairs, name=self.name, sign=sign)
-        program = f"{LIMITS.format(seconds=SECONDS)}{code}\n{checks}"
+        run = f"exec(compile({code!r}, 'answer', 'exec'), globals())\n"  # it may begin with __future__
+        program = LIMITS.format(seconds=SECONDS) + run + checks
         with tempfile.TemporaryDirectory() as folder:
             try:
                 done = subprocess.run(
@@ -82,13 +85,18 @@ class FunctionProblem:
 
 
 def code_of(text: str, name: str) -> str | None:
-    """The first block of code in an answer that defines the function, or the whole answer; None without."""
-    for code in (*BLOCK.findall(text), text):
+    """The first block of code in an answer that defines the function, or the whole answer; None without.
+
+    What a model thought before it answered does not count, nor does the question said once more.
+    """
+    text = text.rpartition("</think>")[2]
+    for code in map(textwrap.dedent, (*BLOCK.findall(text), text)):
         try:
-            defined = [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
+            body = ast.parse(code).body
         except (SyntaxError, ValueError):  # no Python; a null byte
             continue
-        if name in defined:
+        defined = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
+        if any(not all(isinstance(line, ast.Expr | ast.Pass) for line in node.body) for node in defined):
             return code
     return None
 
@@ -100,9 +108,18 @@ def shown(function: Callable) -> str:
     return "\n".join(source.splitlines()[node.lineno - 1 : node.body[0].end_lineno])
 
 
+def examples(function: Callable) -> list[tuple]:
+    """The arguments of the calls that a function's docstring shows."""
+    shown = doctest.DocTestParser().get_examples(inspect.getdoc(function))
+    nodes = [node for example in shown for node in ast.walk(ast.parse(example.source))]
+    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == function.__name__]
+    return [tuple(map(ast.literal_eval, call.args)) for call in calls]
+
+
 def problem_of(function: Callable) -> FunctionProblem:
     question = QUESTION.format(signature=shown(function))
-    pairs = tuple((arguments, function(*arguments)) for arguments in function.cases)
+    called = (*function.cases, *examples(function))
+    pairs = tuple((arguments, function(*arguments)) for arguments in called)
     return FunctionProblem(function.__name__, question, pairs)
 
 

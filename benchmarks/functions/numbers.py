@@ -513,6 +513,7 @@ def free_minutes(opens: int, closes: int, bookings: list[tuple[int, int]]) -> in
     ([(1, 4), (4, 7)],),
     ([(5, 9), (0, 2), (1, 3), (6, 7)],),
     ([(0, 10), (2, 6), (5, 8)],),
+    ([(5, 9), (0, 2)],),
 )
 def busiest_minute(visits: list[tuple[int, int]]) -> int:
     """The earliest minute at which the most visitors are inside.
@@ -714,7 +715,7 @@ def season_points(games: list[tuple[int, int]]) -> int:
     """Points of a team over its games, each a pair of goals (for, against).
 
     A win gives 3 points, a draw 1, a loss 0. A win by three goals or more gives 1 point extra, and so does a
-    loss by exactly one goal with at least three goals scored. No games give 0.
+    loss by exactly one goal in which the team scored three or more. No games give 0.
 
     >>> season_points([(4, 0), (3, 4), (2, 2), (1, 0)])
     9

@@ -826,6 +826,7 @@ def numbered_outline(children: dict[str, list[str]], root: str) -> list[str]:
     ([("a", "R1", 9, 10), ("b", "R1", 10, 11)],),
     ([("a", "R1", 9, 12), ("b", "R2", 9, 12)],),
     ([("c", "R1", 9, 12), ("a", "R1", 10, 11), ("b", "R1", 11, 13)],),
+    ([("a", "R1", 10, 11), ("b", "R1", 9, 10)],),
 )
 def room_clashes(bookings: list[tuple[str, str, int, int]]) -> list[tuple[str, str]]:
     """Pairs of names of bookings that overlap in the same room; a booking is (name, room, start, end).
@@ -937,6 +938,7 @@ def build_waves(needs: dict[str, list[str]]) -> list[list[str]]:
     ([("a", 1), ("b", 1), ("c", 1)], 2),
     ([("a", 7), ("b", 4), ("c", 9)], 3),
     ([("a", 2), ("b", 6), ("c", 3)], 2),
+    ([("a", 3), ("b", 1)], 3),
 )
 def finish_order(jobs: list[tuple[str, int]], slice_pages: int) -> list[str]:
     """Names of print jobs in the order they finish; a job is (name, pages), and has at least one page.

@@ -439,6 +439,7 @@ def line_and_column(text: str, offset: int) -> tuple[int, int]:
     (["10:00 x"], 0),
     (["10:00 x", "10:00 y", "10:01 z"], 0),
     (["09:50 go", "10:20 came back", "11:30 end"], 29),
+    (["08:00 a", "08:30 b"], 10),
 )
 def messages_after_silence(lines: list[str], minutes: int) -> list[str]:
     """The messages that came more than so many minutes after the line before. A line is "HH:MM message",
