@@ -119,21 +119,13 @@ def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
     inputs = [arguments.data_path, *cli.reports_among(arguments.starting_skipped_blocks)]
     files.check_output(output, "--output", inputs)
     files.check_output(journal_path(output), "--output", inputs)
-    if output.exists() and not is_selection_report(output):
+    if output.exists() and "iterations" not in files.read_json(output, "name another --output"):
         raise InputError(f"--output {output}: exists and is not a report of this script; name another file")
     if arguments.plot:
         files.check_output(arguments.plot, "--plot", [*inputs, output, journal_path(output)])
         if arguments.plot.suffix.lower() not in PLOT_FORMATS:
             endings = ", ".join(PLOT_FORMATS)
             raise InputError(f"--plot {arguments.plot}: give a file name that ends in {endings}")
-
-
-def is_selection_report(path: Path) -> bool:
-    """Whether a file is an earlier report of this script, which may be replaced."""
-    try:
-        return {"skipped_blocks", "iterations"} <= files.read_json(path).keys()
-    except InputError:
-        return False
 
 
 def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> dict:
@@ -185,10 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.training.distributed import join_processes
 
     config = read_config(arguments.model)
-    flag = "--starting_skipped_blocks"
-    skipped = cli.blocks_from(
-        arguments.starting_skipped_blocks, arguments.model, config, flag, arguments.replacement_rank
-    )
+    skipped = cli.blocks_from(arguments, config, "--starting_skipped_blocks")
     num_blocks = most_blocks(arguments, config, skipped)
     if arguments.search != "race" and arguments.screening != SCREENING:
         logger.warning("--screening has no effect without --search race")
@@ -196,7 +185,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--prev: the scales behind its losses are not known, which this search needs")
     known = known_losses(arguments.prev, skipped, config.num_hidden_layers)
     check_outputs(arguments, output)
-    cli.check_rank(arguments.replacement_rank, config)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     samples = cli.load_samples(arguments, config)
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)

@@ -29,9 +29,10 @@ from hopscotch_common.answers.prompts import (
     LOCAL_PROMPTS,
     PROMPT_IDS,
     REMEDY,
-    PartialAnswers,
+    Prompt,
     answer_text,
     find_prompts,
+    kept_answers,
     tokenize,
 )
 from hopscotch_common.errors import InputError, logger
@@ -58,16 +59,18 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
 
 
 def answer_missing(
-    partial: PartialAnswers,
+    log: Log,
+    records: dict[int, dict],
+    prompts: Sequence[Prompt],
     prompt_ids: Sequence[list[int]],
     tokenizer,
     generate: Callable[..., Iterable],
 ) -> None:
-    """Keep each answer of an engine as it comes. generate: gives the answers, and takes `on_tokens`.
+    """Add each answer of an engine to log and records. generate: gives the answers, and takes `on_tokens`.
 
     The bar counts tokens, as many answers may grow for long before one of them ends.
     """
-    missing, total = partial.missing(), len(partial.prompts)
+    missing, total = [i for i in range(len(prompts)) if i not in records], len(prompts)
     with tqdm(unit=" tokens", desc=f"{total - len(missing)}/{total} answers", dynamic_ncols=True) as bar:
         for answer in generate(on_tokens=bar.update):
             index = missing[answer.index]
@@ -75,15 +78,16 @@ def answer_missing(
             text = answer_text(tokenizer, answer.token_ids[:-1] if stopped else answer.token_ids)
             record = {
                 "index": index,
-                "messages": [*partial.prompts[index].messages, {"role": "assistant", "content": text}],
+                "messages": [*prompts[index].messages, {"role": "assistant", "content": text}],
                 "finish_reason": answer.finish_reason,
                 "num_generated_tokens": len(answer.token_ids),
                 # a template may print the date, or change; and a text may be read as other tokens
                 PROMPT_IDS: list(prompt_ids[index]),
                 ANSWER_IDS: list(answer.token_ids),
             }
-            partial.add(record)
-            bar.set_description_str(f"{len(partial.records)}/{total} answers", refresh=False)
+            log.append(record)
+            records[index] = record
+            bar.set_description_str(f"{len(records)}/{total} answers", refresh=False)
 
 
 def select_answers(records: dict[int, dict], keep_truncated: bool) -> tuple[list[dict], dict]:
@@ -188,8 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         "stop_tokens": sorted(stop_ids),
     }
     with Log(partial_file, settings, KIND, REMEDY) as log:
-        partial = PartialAnswers(log, prompts)
-        missing = partial.missing()
+        records = kept_answers(log, prompts)
+        missing = [index for index in range(len(prompts)) if index not in records]
         logger.info(
             "%d prompts, %d answered before; %s answers the rest",
             len(prompts),
@@ -201,8 +205,8 @@ def main(argv: list[str] | None = None) -> int:
             generate = functools.partial(
                 engines.generate, args.model, config, backend, asked, stop_ids, args.max_tokens, options
             )
-            answer_missing(partial, prompt_ids, tokenizer, generate)
-        kept, figures = select_answers(partial.records, args.keep_truncated)
+            answer_missing(log, records, prompts, prompt_ids, tokenizer, generate)
+        kept, figures = select_answers(records, args.keep_truncated)
         if not kept:
             raise InputError(
                 f"no answer is left of {len(prompts)}: {figures['truncated_dropped']} were cut off at "

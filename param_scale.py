@@ -18,7 +18,6 @@ model's first choice).
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from hopscotch_common import cli, files
 from hopscotch_common.errors import InputError, TrainingError, logger
 from hopscotch_common.loading.models import QUANTIZATIONS
 from hopscotch_common.report import describe_run, plain, with_error
-from hopscotch_common.training import MAPS_RATE, MEASURES
+from hopscotch_common.training import MEASURES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,10 +96,7 @@ def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int]
     from hopscotch_common.training.batches import split_samples
 
     config = read_config(arguments.model)
-    blocks = cli.blocks_from(
-        arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip", arguments.replacement_rank
-    )
-    cli.check_rank(arguments.replacement_rank, config)
+    blocks = cli.blocks_from(arguments, config, "--blocks_to_skip")
     files.check_writable(arguments.output_dir)
     inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
     files.check_output(report_path, "--output_dir", inputs)
@@ -174,8 +170,7 @@ def train(
             )
         logger.warning("--resume: all epochs are there, so none is trained")
     model = cli.load_model(arguments)
-    maps_rate = arguments.learning_rate * MAPS_RATE
-    options = dataclasses.replace(cli.training_options(arguments), map_learning_rate=maps_rate)
+    options = cli.training_options(arguments)
     prepare_model(model, options)
     trained = EpochTraining(model, blocks, *parts, options, processes.group(1))
     if arguments.replacement_rank and not runs:

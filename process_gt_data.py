@@ -12,7 +12,6 @@ template decides: what it adds to the conversation before an answer, up to the t
 """
 
 import argparse
-import contextlib
 import ctypes
 import functools
 import itertools
@@ -94,19 +93,6 @@ def write_kept_samples(made: Iterator[list[dict]], file, max_seq_len: int, vocab
     return figures
 
 
-@contextlib.contextmanager
-def _removed_after_errors(folder: Path) -> Iterator[None]:
-    """Remove the folders that were made for a result, if there is none."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for path in made:
-                path.rmdir()
-        raise
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     cli.add_model_arguments(parser, load=False)
@@ -158,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     stop_ids = tokenization.stop_token_ids(args.model.folder(weights=False), tokenizer)
     records = list(read_records(input_file))
     processes = processes_worth(args.num_cpu_procs, len(records))
-    with _removed_after_errors(output_dir), files.locked(data_file):
+    with files.locked(data_file):
         with files.atomic_path(data_file) as temporary, open(temporary, "w", encoding="utf-8") as file:
             made = make_samples(records, tokenizer, stop_ids, processes)
             figures = write_kept_samples(made, file, args.max_seq_len, config.vocab_size)

@@ -66,10 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.scales.modeling_hopscotch import SCALE_NAMES
 
     config = read_config(arguments.model)
-    blocks = cli.blocks_from(
-        arguments.blocks_to_skip, arguments.model, config, "--blocks_to_skip", arguments.replacement_rank
-    )
-    cli.check_rank(arguments.replacement_rank, config)
+    blocks = cli.blocks_from(arguments, config, "--blocks_to_skip")
     if arguments.replacement_rank and not arguments.data_path:
         raise InputError("--replacement_rank: its maps are fitted on data; give --data_path, too")
     if arguments.data_path and not arguments.replacement_rank:

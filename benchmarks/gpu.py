@@ -32,7 +32,7 @@ from transformers.utils import is_flash_attn_2_available
 from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config, resolve_device
 from hopscotch_common.scales import freeze_base
 from hopscotch_common.search.candidates import CandidateTrainer
-from hopscotch_common.training import IGNORE_INDEX, TrainingOptions
+from hopscotch_common.training import IGNORE_INDEX, MAPS_RATE, TrainingOptions
 from hopscotch_common.training.batches import MinibatchRunner, Sample
 from hopscotch_common.training.loss import Originals, summed_loss
 from hopscotch_common.training.replacement import collect, solve
@@ -203,9 +203,8 @@ def training(bench: Bench, attention: str = "sdpa", rank: int = 0, **flags) -> d
     originals = Originals(model) if options.loss == "kl" else None
     if originals is not None:
         originals.keep(batches)
-    trainer = ScaleTrainer(
-        model, LEARNING_RATE, [CANDIDATE], originals=originals, map_learning_rate=options.map_learning_rate
-    )
+    of_maps = LEARNING_RATE * MAPS_RATE
+    trainer = ScaleTrainer(model, LEARNING_RATE, [CANDIDATE], originals=originals, map_learning_rate=of_maps)
     warm_up = measuring.seconds(lambda: trainer.run(batches, "epoch 0"), device)
     bench.reset_peak()
     seconds = measuring.seconds(lambda: trainer.run(batches, "epoch 1"), device)
@@ -309,7 +308,7 @@ def all_sections(bench: Bench) -> dict[str, Section]:
     flash = "flash_attention_2"
     lacks = None if is_flash_attn_2_available() else "flash_attn"
     rank = bench.size.rank
-    maps = dict(rank=rank, loss="kl", map_learning_rate=1e-3)
+    maps = dict(rank=rank, loss="kl")
     return {
         "matmul": Section(20, partial(matmul, bench)),
         "saved, sdpa": Section(20, partial(saved, bench, "sdpa")),

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from hopscotch_common import cli
 from hopscotch_common.loading.loader import load_model
-from hopscotch_common.training import MAPS_RATE, TrainingOptions
+from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Sample, load_samples
 from hopscotch_common.training.trainer import EpochTraining
 
@@ -52,8 +52,7 @@ class Setting:
         return Setting(granularity, loss, int(rank or 0), float(rate or 3e-3), bool(decay))
 
     def options(self, batch_size: int) -> TrainingOptions:
-        maps = self.learning_rate * MAPS_RATE if self.rank else None  # as in param_scale.py
-        return TrainingOptions(self.learning_rate, batch_size, loss=self.loss, map_learning_rate=maps)
+        return TrainingOptions(self.learning_rate, batch_size, loss=self.loss)
 
     def load(self, arguments: argparse.Namespace) -> tuple:
         """(model, samples), of --model and --data_path."""

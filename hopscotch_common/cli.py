@@ -283,7 +283,7 @@ def load_samples(arguments: argparse.Namespace, config) -> list:
 
 
 def add_replacement_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--replacement_rank`; `check_rank` checks it."""
+    """Add `--replacement_rank`; `blocks_from` checks it."""
     parser.add_argument(
         "--replacement_rank",
         type=whole_number,
@@ -294,28 +294,25 @@ def add_replacement_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_rank(rank: int, config) -> None:
-    """Raise InputError for a rank that no map of the model's hidden states has."""
-    if rank > config.hidden_size:
-        raise InputError(f"--replacement_rank {rank}: at most {config.hidden_size}, the model's hidden size")
-
-
 def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--blocks_to_skip`; `blocks_from` reads it."""
     what = "attention blocks to skip: indices, or the path of a report of block_selection.py"
     parser.add_argument("--blocks_to_skip", nargs="+", required=True, metavar="BLOCK", help=what)
 
 
-def blocks_from(words: list[str], ref: models.ModelRef, config, flag: str, rank: int) -> list[int]:
-    """Block indices of a command line: numbers, or the path of one selection report.
+def blocks_from(arguments: argparse.Namespace, config, flag: str) -> list[int]:
+    """Block indices of a flag: numbers, or the path of one selection report.
 
-    rank: of the maps that will stand in their place. Raises InputError for a report of another model, and for
-    indices that the model cannot skip.
+    Raises InputError for a report of another model, for indices that the model cannot skip, and for a
+    --replacement_rank that no map of its hidden states has.
     """
     from hopscotch_common.scales.modeling_hopscotch import check_skipped_blocks
 
+    words, rank = getattr(arguments, flag.removeprefix("--")), arguments.replacement_rank
+    if rank > config.hidden_size:
+        raise InputError(f"--replacement_rank {rank}: at most {config.hidden_size}, the model's hidden size")
     if len(words) == 1 and (reports := reports_among(words)):
-        blocks = _blocks_of_report(reports[0], ref, config.num_hidden_layers, flag, rank)
+        blocks = _blocks_of_report(reports[0], arguments.model, config.num_hidden_layers, flag, rank)
     else:
         try:
             blocks = [int(word) for word in words]

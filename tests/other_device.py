@@ -85,11 +85,7 @@ def compute(operation, args: tuple, kwargs: dict):
     if not ends_far:
         return result
     same = {id(tensor.near): tensor for tensor in far}
-    return tree_map_only(torch.Tensor, lambda tensor: same.get(id(tensor)) or _as_far(tensor), result)
-
-
-def _as_far(tensor: torch.Tensor) -> Far:
-    return Far(tensor)
+    return tree_map_only(torch.Tensor, lambda tensor: same.get(id(tensor)) or Far(tensor), result)
 
 
 def _near(tree):

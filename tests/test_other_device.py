@@ -84,9 +84,7 @@ def test_a_search(on_both, tiny_folder, search, measure, prefix, rank):
 def test_training_and_going_on(on_both, tiny_folder, granularity, rank, checkpointing):
     def work(move):
         model = move(loaded(tiny_folder("llama"), scale_granularity=granularity, replacement_rank=rank))
-        options = TrainingOptions(
-            1e-2, 3, gradient_checkpointing=checkpointing, loss="kl", map_learning_rate=1e-3
-        )
+        options = TrainingOptions(1e-2, 3, gradient_checkpointing=checkpointing, loss="kl")
         prepare_model(model, options)
         trained = EpochTraining(model, [1, 2], random_samples(6), random_samples(2, 1), options)
         if rank:

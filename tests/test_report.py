@@ -585,7 +585,7 @@ def test_bad_scales_beside_a_report_are_one_line(made, tmp_path, monkeypatch, ca
     scales = read_report(Path("scaled")).checkpoint / "scales.safetensors"
     good, tensors, one = scales.read_bytes(), weights.read_tensors(scales), "model.layers.2.s_scale_mlp"
     scales.write_bytes(good[:100])
-    check_refused(report_command, ["scaled"], "scales.safetensors: cannot be read", capsys)
+    check_refused(report_command, ["scaled"], "scales.safetensors: not the scales of every layer", capsys)
     for content, message in (
         ({key: value for key, value in tensors.items() if ".0." in key}, "skipped_blocks: . is no block"),
         ({key: value for key, value in tensors.items() if key != one}, "not the scales of every layer"),

@@ -231,7 +231,7 @@ def test_finer_scales_and_divergence_over_quantised_weights(work, tiny_folder, t
 
 def test_a_width_that_int4_does_not_take_gets_one_line(work, capsys):  # 48 columns in the MLP
     arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "1", "--quantization", "int4")
-    check_refused(param_scale, arguments, "cannot be quantised .* use --quantization int8", capsys)
+    check_refused(param_scale, arguments, "cannot be loaded .* use --quantization int8", capsys)
 
 
 def test_a_model_that_does_not_fit_gets_one_line(work, capsys, monkeypatch):

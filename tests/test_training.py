@@ -348,12 +348,6 @@ def test_gradients_at_a_shared_prefix_add_up_in_float32(tiny_folder):
     assert len(batch.minibatches) > 30 and errors[1] < 1.5 * errors[0] + 1e-3
 
 
-def test_a_sample_longer_than_the_budget_is_refused_not_dropped():
-    samples = [*random_samples(2), Sample([5] * 30, [-100, *[5] * 29], "data.jsonl, line 3")]
-    with pytest.raises(InputError, match="data.jsonl, line 3: 30 tokens do not fit a budget of 25"):
-        make_batches(samples, 3, 25)
-
-
 class Crowded:
     """Memory for so many tokens at once: the base model's forward runs out of it beyond that."""
 

@@ -16,4 +16,3 @@ class EngineOptions:
     attn_implementation: str = "auto"
     tensor_parallel_size: int | None = None
     max_tokens_per_batch: int = 32768
-    seed: int = 42

@@ -79,19 +79,17 @@ def resolve_backend(options: EngineOptions, config) -> str:
         for name in ("device", "attn_implementation")
         if getattr(options, name) not in ("auto", "split")
     ]
-    obstacle = None if only_transformers or options.backend == "transformers" else vllm_obstacle(config)
-    if options.backend == "auto":
-        backend = "transformers" if only_transformers or obstacle else "vllm"
-    else:
-        backend = options.backend
+    backend = options.backend
+    if backend == "auto":
+        backend = "transformers" if only_transformers or vllm_obstacle(config) else "vllm"
     if backend == "vllm":
-        if obstacle:
-            raise InputError(f"--backend vllm: {obstacle}; use --backend transformers")
         if only_transformers:
             raise InputError(
                 f"{' and '.join(only_transformers)}: for --backend transformers only "
                 "(choose vLLM's GPUs with CUDA_VISIBLE_DEVICES)"
             )
+        if obstacle := vllm_obstacle(config):
+            raise InputError(f"--backend vllm: {obstacle}; use --backend transformers")
     elif options.tensor_parallel_size is not None:
         raise InputError("--tensor_parallel_size: for --backend vllm only")
     else:
@@ -294,7 +292,6 @@ class VllmEngine:
         self.llm = LLM(
             model=str(folder),
             dtype=dtype,
-            seed=options.seed,
             max_model_len=longest,
             tensor_parallel_size=size,
             **(_cpu_settings(config, dtype, options, longest) if current_platform.is_cpu() else {}),
@@ -310,7 +307,6 @@ class VllmEngine:
     ) -> Iterator[Answer]:
         """Answer each prompt with at most its limit of tokens; yields answers as they end."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
         parameters = [
             SamplingParams(
@@ -318,25 +314,18 @@ class VllmEngine:
                 max_tokens=limit,
                 stop_token_ids=sorted(self.stop_ids),
                 detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
             )
             for limit in limits
         ]
         self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
         first, self.num_asked = self.num_asked, self.num_asked + len(prompts)
-        said: list[list[int]] = [[] for _ in prompts]
         while self.llm.llm_engine.has_unfinished_requests():  # llm.generate() holds all back to the end
-            for output in self.llm.llm_engine.step():
-                completion = output.outputs[0]
-                index = int(output.request_id) - first  # an LLM numbers its requests from 0 on
-                said[index] += completion.token_ids
-                on_tokens(len(completion.token_ids))
-                if output.finished:
-                    if completion.finish_reason not in ("stop", "length"):
-                        raise HopscotchError(
-                            f"vLLM ended an answer by {completion.finish_reason!r}: see above"
-                        )
-                    yield Answer(index, said[index], completion.finish_reason)
+            for output in self.llm.llm_engine.step():  # whole answers: `enqueue` asks for no parts
+                ids, reason = output.outputs[0].token_ids, output.outputs[0].finish_reason
+                if reason not in ("stop", "length"):
+                    raise HopscotchError(f"vLLM ended an answer by {reason!r}: see above")
+                on_tokens(len(ids))
+                yield Answer(int(output.request_id) - first, list(ids), reason)  # numbered from 0 on
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}

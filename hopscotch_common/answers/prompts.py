@@ -157,20 +157,14 @@ def answer_text(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(text, skip_special_tokens=True) if final else ""
 
 
-class PartialAnswers:
-    """The answers of a run, kept on disk: {"index": of the prompt, "messages": prompt and answer, ...} each.
+def kept_answers(log: Log, prompts: Sequence[Prompt]) -> dict[int, dict]:
+    """What an interrupted run kept, by prompt: {"index": of the prompt, "messages": prompt and answer, ...}.
 
-    records holds them by index. An interrupted run goes on where it was.
+    log: of KIND. InputError when it had other prompts.
     """
-
-    def __init__(self, log: Log, prompts: Sequence[Prompt]):
-        """log: of KIND, with what an earlier run left. InputError when that had other prompts."""
-        self.prompts, self._log = prompts, log
-        self.records: dict[int, dict] = {}
-        for number, record in log.records:
-            self._take(record, f"{log.path}, line {number}")
-
-    def _take(self, record: dict, where: str) -> None:
+    found: dict[int, dict] = {}
+    for number, record in log.records:
+        where = f"{log.path}, line {number}"
         match record:
             case {
                 "index": int(index),
@@ -181,17 +175,9 @@ class PartialAnswers:
                 pass
             case _:
                 raise InputError(f"{where}: not an answer of this script; {REMEDY}")
-        if index >= len(self.prompts):
-            return  # an earlier run had more prompts
-        if asked != self.prompts[index].messages:
-            raise InputError(f"{where}: answers another prompt than {self.prompts[index].where}; {REMEDY}")
-        self.records.setdefault(index, record)
-
-    def missing(self) -> list[int]:
-        """Indices of the prompts that have no answer yet."""
-        return [index for index in range(len(self.prompts)) if index not in self.records]
-
-    def add(self, record: dict) -> None:
-        """Keep an answer, flushed to disk."""
-        self._log.append(record)
-        self.records[record["index"]] = record
+        if index >= len(prompts):
+            continue  # an earlier run had more prompts
+        if asked != prompts[index].messages:
+            raise InputError(f"{where}: answers another prompt than {prompts[index].where}; {REMEDY}")
+        found.setdefault(index, record)
+    return found

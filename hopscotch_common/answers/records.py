@@ -46,19 +46,10 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
     if content[:1024].lstrip()[:1] == b"[":
-        yield from _array(content, path)
+        yield from _rows(parse_json(content, str(path), "mend it, or name another file"), str(path))
     else:
         for number, record in lines_of_file(io.BytesIO(content), path):
             yield f"{path}, line {number}", record
-
-
-def _array(content: bytes, path: Path) -> Iterator[tuple[str, dict]]:
-    records = parse_json(content, str(path), "mend it, or name another file")
-    if not records:
-        raise InputError(f"{path}: holds no records; name another file, or make it again")
-    for number, record in enumerate(records, 1):
-        where = f"{path}, record {number}"
-        yield where, as_object(record, where)
 
 
 def _table(path: Path, kind: str) -> list[dict]:
@@ -91,11 +82,12 @@ def _cells(rows: csv.DictReader, path: Path) -> list[dict]:
 
 
 def _rows(rows: Sequence[dict], where: str) -> Iterator[tuple[str, dict]]:
-    """A column is there in all rows or in none, so what a record does not have is None."""
+    """Records of a table or an array; what one does not have may be None there."""
     if not len(rows):
         raise InputError(f"{where}: holds no records; name another, or make it again")
     for number, row in enumerate(rows, 1):
-        yield f"{where}, record {number}", _without_none(row)
+        place = f"{where}, record {number}"
+        yield place, _without_none(as_object(row, place))
 
 
 def _without_none(value):

@@ -27,10 +27,7 @@ PROBE = "In 2023, 650,841 apples;  two spaces,\ta tab\n\nand lines: naïve café
 
 
 def load_tokenizer(ref: ModelRef):
-    """The model's tokenizer, padding on the left as generation needs it.
-
-    Raises InputError when it has no chat template: prompts and answers could not be told apart.
-    """
+    """The model's tokenizer; InputError without a chat template, which tells prompts and answers apart."""
     folder = ref.folder(weights=False)
     try:
         tokenizer = read_tokenizer(folder, ref.source)
@@ -43,9 +40,6 @@ def load_tokenizer(ref: ModelRef):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
     return tokenizer
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from hopscotch_common.errors import InputError, as_os_error, reason_of
+from hopscotch_common.errors import InputError, as_os_error
 from hopscotch_common.files import read_json
-from hopscotch_common.loading.loader import check_loaded
+from hopscotch_common.loading.loader import load_whole
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, stock_type
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -191,19 +191,10 @@ def check_tensors(folder: Path, model_class, config, **options) -> None:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        _, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
-    except ImportError as error:
-        raise InputError(
-            f"{folder}: {reason_of(error)} Install it, or give another --attn_implementation"
-        ) from error
-    except Exception as error:  # whatever a config can make a model's code stumble over
-        raise InputError(
-            f"{folder / 'config.json'}: describes no model ({reason_of(error)}); make or fetch it again"
-        ) from error
+        load_whole(model_class, folder, **options)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    check_loaded(folder, found)
 
 
 def check_names(folder: Path) -> None:

@@ -279,17 +279,13 @@ def read_scales(path: Path) -> dict[str, np.ndarray]:
     Read here without torch, which takes longer to import than the page to make.
     """
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); {REMEDY}") from error
-    scales = {}
-    try:
+        tensors, scales = load_file(path), {}
         num_layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("model.layers."))
         for name in ("b_attn", "s_attn", "b_mlp", "s_mlp"):
             keys = [f"model.layers.{layer}.{name.replace('_', '_scale_')}" for layer in range(num_layers)]
             scales[name] = np.stack([tensors[key].astype(np.float64).ravel() for key in keys])
-    except (ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{path}: not the scales of every layer; {REMEDY}") from error
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the scales of every layer ({error}); {REMEDY}") from error
     if not all(values.size and np.isfinite(values).all() for values in scales.values()):
         raise InputError(f"{path}: a scale is not a finite number; train again at a lower --learning_rate")
     return scales

@@ -10,11 +10,9 @@ import types
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers.activations import SiLUActivation
 
 from hopscotch_common.scales.modeling_hopscotch import rows_at_once
 
-SILU = (torch.nn.SiLU, SiLUActivation)
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -57,8 +55,6 @@ class Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         gate, up = ctx.saved_tensors
-        if isinstance(ctx.act, SILU):
-            return None, torch.ops.aten.silu_backward(upstream * up, gate), upstream * ctx.act(gate)
         leaf = gate.detach().requires_grad_()
         with torch.enable_grad():
             activated = ctx.act(leaf)

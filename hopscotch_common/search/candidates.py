@@ -13,7 +13,7 @@ from hopscotch_common import scales
 from hopscotch_common.errors import Diverged
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.search.schedule import Candidate
-from hopscotch_common.training import MEASURES, TrainingOptions
+from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
 from hopscotch_common.training.distributed import Group
 from hopscotch_common.training.loss import HeldOut, Originals, evaluate, summed_head_loss
@@ -33,7 +33,7 @@ class CandidateTrainer:
     ):
         self.model, self.options = model, options
         self.batches = EpochBatches(model, samples, options)
-        self.num_batches = len(self.batches)
+        self.num_batches = math.ceil(len(samples) / options.batch_size)
         self._part = functools.cache(lambda rank, size: self.batches.epoch(0, rank, size))
         self._held_out = EpochBatches(model, held_out, options).in_order() if held_out else []
         self._runner = MinibatchRunner()
@@ -110,13 +110,12 @@ class CandidateTrainer:
         return stream_distances(self.model, self._part(0, 1), skipped, blocks, self._runner)
 
     def original_loss(self) -> float:
-        """Mean of the batches' losses with nothing skipped, as a candidate's is."""
+        """Mean cross entropy of the batches with nothing skipped, as a candidate's loss is."""
         scales.reset(self.model)
-        figures = [
-            evaluate(self.model, [batch], "the original model", originals=self._originals)
+        return statistics.fmean(
+            evaluate(self.model, [batch], "the original model", originals=self._originals).cross_entropy
             for batch in self._part(0, 1)
-        ]
-        return statistics.fmean(getattr(found, MEASURES[self.options.loss]) for found in figures)
+        )
 
     def held_out(self, skipped: Sequence[int], state: ScaleState | None = None) -> HeldOut | None:
         """Figures of the held-out samples, if there are any, with exactly `skipped` skipped.

@@ -48,10 +48,10 @@ class Journal:
         skipped = tuple(sorted(record["skipped"]))
         if "untrained" in record:
             losses = record["untrained"].items()
-            known = {int(b): math.inf if loss is None else _number(loss) for b, loss in losses}
+            known = {int(b): math.inf if loss is None else float(loss) for b, loss in losses}
             self._untrained[skipped, record["batch"]] = known
         else:
-            losses = [_number(loss) for loss in record["losses"]]
+            losses = [float(loss) for loss in record["losses"]]
             state = ScaleState.decode(record["state"]) if "state" in record else None
             candidate = Candidate(int(record["block"]), losses, state, diverged=record.get("diverged"))
             key = skipped, candidate.block
@@ -97,9 +97,3 @@ class Journal:
     def find_untrained(self, skipped: Sequence[int], batch: int) -> dict[int, float]:
         """Losses by block on a batch before training, as far as they are known."""
         return dict(self._untrained.get((tuple(sorted(skipped)), batch), {}))
-
-
-def _number(loss: object) -> float:
-    if type(loss) not in (int, float):
-        raise TypeError(f"{loss!r} is no number")
-    return float(loss)

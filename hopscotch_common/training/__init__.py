@@ -15,8 +15,7 @@ class TrainingOptions:
 
     max_tokens_per_batch: most tokens that run at once, padding included; None: what suits the device.
     It bounds memory and does not change the result, as gradient_checkpointing does.
-    seed: of the order of the data. loss: one of MEASURES. map_learning_rate: Adam's for the maps in skipped
-    blocks' place; None: they stay as they were fitted.
+    seed: of the order of the data. loss: one of MEASURES.
     """
 
     learning_rate: float
@@ -25,4 +24,3 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     seed: int = 42
     loss: str = "ce"
-    map_learning_rate: float | None = None

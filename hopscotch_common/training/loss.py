@@ -18,7 +18,6 @@ from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner,
 from hopscotch_common.training.distributed import Reduce
 
 LOGIT_ROWS = 256  # rows of logits alive at once
-MEASURED = ("loss", "KL", "agreement")
 KEPT_BYTES = 2 * 2**30  # of the original model's states: of main memory, in each process
 
 
@@ -293,8 +292,7 @@ def evaluate(
     ).tolist()
     means = [value / tokens for value in sums]
     if not all(map(math.isfinite, means)):
-        name, value = next(pair for pair in zip(MEASURED, means, strict=True) if not math.isfinite(pair[1]))
-        raise Diverged(f"{where}: the {name} is {value}; use --dtype float32")
+        raise Diverged(f"{where}: loss, KL and agreement are {means}; use --dtype float32")
     error = None
     if answers > 1:  # of a ratio of sums, an answer's KL to its tokens
         spread = squares - 2 * means[1] * products + means[1] ** 2 * token_squares

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, logger
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
-from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training import MAPS_RATE, TrainingOptions
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample, make_batches
 from hopscotch_common.training.distributed import Group, Reduce
 from hopscotch_common.training.loss import HeldOut, Originals, compute_prefix, evaluate, summed_loss
@@ -53,13 +53,9 @@ class EpochBatches:
         budget = token_budget(model, samples, packed, options.max_tokens_per_batch)
         self.max_tokens = min(gather_object([budget]))
         share_prefix = not (packed or recurrent or options.gradient_checkpointing)
-        self._length = math.ceil(len(samples) / options.batch_size)
         self._make = functools.partial(
             make_batches, samples, options, self.max_tokens, packed=packed, share_prefix=share_prefix
         )
-
-    def __len__(self) -> int:
-        return self._length
 
     def epoch(self, number: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """An epoch's batches, the part of one of the processes that share each."""
@@ -171,7 +167,8 @@ class ScaleTrainer:
 
         reduce: sums a tensor over the processes that share each batch. runner: kept by the caller, so that
         what it learnt of memory outlives this trainer. originals: the loss is the divergence from them; None:
-        cross entropy on the answers' tokens. map_learning_rate: as `TrainingOptions` has it.
+        cross entropy on the answers' tokens. map_learning_rate: Adam's for the maps in skipped blocks' place;
+        None: they stay as they were fitted.
         """
         self.model, self.reduce, self.runner = model, reduce, runner or MinibatchRunner()
         self.originals = originals
@@ -382,7 +379,7 @@ class EpochTraining:
             state,
             self.group.reduce,
             originals=self._originals if self.options.loss == "kl" else None,
-            map_learning_rate=self.options.map_learning_rate,
+            map_learning_rate=self.options.learning_rate * MAPS_RATE,
         )
 
     def epoch(self, number: int) -> Epoch:

@@ -27,7 +27,6 @@ WITH_WEIGHTS = LOADING  # those that read or copy the weights
 NO_WEIGHTS = "model.*(weights|safetensors)"
 UP = "blk.2.ffn_up.weight"
 KEY = "model.layers.2.mlp.up_proj.weight"
-NO_WINDOW = dict(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=-5)
 REWRITES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}<|im_end|>{% endfor %}"
 
 
@@ -113,7 +112,6 @@ CASES = [
         layers_are_null=("num_hidden_layers", dict(num_hidden_layers=None)),
         layers_are_half=("num_hidden_layers", dict(num_hidden_layers=4.5)),
         layers_are_below_0=("num_hidden_layers", dict(num_hidden_layers=-4)),
-        unknown_layer_types=("layer_types", dict(layer_types=["full_attention"] * 3 + ["mamba"])),
         too_few_layer_types=("layer_types", dict(layer_types=["full_attention"] * 3)),
         unknown_dtype=("float99", dict(dtype="float99")),
         rope_of_text=("rope", dict(rope_parameters="round")),
@@ -133,7 +131,6 @@ CASES = [
         unknown_activation=("swish9", dict(hidden_act="swish9")),
         unknown_quantisation=("quantization_config", dict(quantization_config={"quant_method": "magic"})),
     ),
-    *_configs("block_selection", negative_sliding_window=("sliding_window", NO_WINDOW)),
     # weights
     *cases(WITH_WEIGHTS, "--model", ("no weights", NO_WEIGHTS, remove(WEIGHTS))),
     *cases(COPY_AND_LOAD, "--model", ("weights are a folder", NO_WEIGHTS, folder(WEIGHTS))),

@@ -126,7 +126,6 @@ CASES = [
         ("no losses", f"{JOURNAL}.*line 3", line(JOURNAL, 3, '{"skipped": [], "block": 1}')),
         ("settings twice", f"{JOURNAL}.*line 3", line(JOURNAL, 3, {"settings": ANOTHER})),
         loss_is_NaN=dict(losses=[1.0, NAN]),
-        loss_is_text=dict(losses=["1", "2"]),
         losses_are_a_number=dict(losses=1.5),
         more_losses_than_batches=dict(losses=[1.0] * 9),
         block_is_a_list=dict(block=[1]),
