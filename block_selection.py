@@ -135,7 +135,7 @@ def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> 
     """
     names = ("seed", "batch_size", "learning_rate", "dtype", "loss", "replacement_rank")
     same = {name: getattr(arguments, name) for name in names}
-    return {"model": arguments.model.source, "tensors": weights, "data": data} | same
+    return {"tensors": weights, "data": data} | same
 
 
 def open_journal(path: Path, settings: dict, num_batches: int, processes, resources: contextlib.ExitStack):
@@ -193,7 +193,6 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as resources:
         processes = resources.enter_context(join_processes(arguments.device))
         alike = settings | {"skipped blocks": skipped, "--prev": known}
-        del alike["model"]  # which may lie elsewhere on another machine
         processes.check_alike(cli.flags_of_all(arguments) | alike)
         most = math.ceil(len(training) / arguments.batch_size)
         journal = open_journal(journal_path(output), settings, most, processes, resources)

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     blocks, samples, parts = checked(arguments, report_path)
     settings = run_settings(arguments, blocks, samples, parts[1])
     with join_processes(arguments.device) as processes:
-        processes.check_alike(cli.flags_of_all(arguments) | settings | {"model": None})
+        processes.check_alike(cli.flags_of_all(arguments) | settings)
         with files.locked(report_path) if processes.rank == 0 else contextlib.nullcontext():
             runs = train(arguments, blocks, parts, settings, processes)
             if processes.rank == 0:
@@ -133,7 +133,6 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list
     names = ("seed", "batch_size", "validation_split", "dtype", "quantization", "granularity", "loss")
     names += ("replacement_rank",)
     return {
-        "model": arguments.model.source,
         "tensors": weights.fingerprint(arguments.model.folder()),
         "data": batches.fingerprint(samples),
         "blocks_to_skip": sorted(blocks),
@@ -169,6 +168,7 @@ def train(
                 "--num_epochs"
             )
         logger.warning("--resume: all epochs are there, so none is trained")
+        return runs
     model = cli.load_model(arguments)
     options = cli.training_options(arguments)
     prepare_model(model, options)

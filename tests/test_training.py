@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import random
 import statistics
 
 import pytest
@@ -398,7 +399,8 @@ def test_out_of_memory_for_real_is_split(tiny_folder, tmp_path):
     program.write_text(f"""
 import resource, sys, torch
 sys.path[:0] = [{str(ROOT / "tests")!r}]
-from test_training import Sample, make_batches, random_samples, trainer_of
+from test_training import Sample, data, make_batches, random_samples, trainer_of
+data.BUSY_TOKENS = 10**6
 torch.set_num_threads(1)
 (sample,) = random_samples(1)
 long = Sample(sample.input_ids * 40, sample.labels * 40)
@@ -421,6 +423,16 @@ def test_batches_over_ranks_hold_every_sample_once():
     for mine, other in zip(*parts, strict=True):
         targets = sum(len(mb.targets) for mb in mine.minibatches + other.minibatches)
         assert targets == mine.num_loss_counted_tokens == other.num_loss_counted_tokens
+
+
+def test_padded_rows_spread_evenly_over_ranks_whatever_the_budget():
+    lengths = random.Random(0).choices(range(100, 700), k=256)
+    samples = [Sample([5] * length, [-100] + [5] * (length - 1)) for length in lengths]
+    for budget, ranks in ((1024, 8), (50_000, 8), (50_000, 4), (50_000, 1)):
+        parts = [make_batches(samples, 32, budget, rank=r, world_size=ranks) for r in range(ranks)]
+        ran = [[sum(m.num_tokens for m in batch.minibatches) for batch in part] for part in parts]
+        assert sum(map(sum, ran)) < 1.15 * sum(lengths)
+        assert sum(map(max, zip(*ran, strict=True))) < 1.25 * sum(lengths) / ranks
 
 
 def test_packed_rows_keep_to_their_own_targets():

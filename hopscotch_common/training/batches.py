@@ -314,8 +314,8 @@ def _most_padded(lengths: Sequence[int], world_size: int) -> int:
     The packer fills a minibatch whatever the padding, and deals whole minibatches out to the processes. So
     large ones hold much padding, and a few of them leave processes without any.
     """
-    fair = sum(lengths) / (2 * world_size) if world_size > 1 else BUSY_TOKENS
-    return max(*lengths, min(math.ceil(fair), BUSY_TOKENS), 1)
+    even = math.ceil(sum(lengths) / (4 * world_size)) if world_size > 1 else BUSY_TOKENS
+    return max(*lengths, min(even, BUSY_TOKENS))
 
 
 def shared_prefix(samples: Sequence[Sample]) -> list[int]:
