@@ -43,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     number = group.add_mutually_exclusive_group()
     what = "blocks to pick in this run, at most (default: 1; with --max_loss_increase, all that can be)"
     number.add_argument("--num_blocks", type=cli.positive_int, help=what)
-    what = "pick as many as leave the KV cache at most this share of the whole model's, at most"
+    what = "pick as many as leave the KV cache at most this share of the whole model's, at most; layers "
+    what += "count alike, those with a sliding window too"
     number.add_argument("--kv_budget", type=cli.part, metavar="SHARE", help=what)
     group.add_argument(
         "--max_loss_increase",
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     output = arguments.output or Path(f"{arguments.model.name}_block_selection.json")
 
+    from hopscotch_common import checkpoints
     from hopscotch_common.loading import weights
     from hopscotch_common.loading.loader import read_config
     from hopscotch_common.search import schedule
@@ -186,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     known = known_losses(arguments.prev, skipped, config.num_hidden_layers)
     check_outputs(arguments, output)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
+    checkpoints.check_base(arguments.model, config)
     samples = cli.load_samples(arguments, config)
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
     data = batches.describe(training, arguments.data_path)

@@ -68,7 +68,7 @@ def answer_missing(
 ) -> None:
     """Add each answer of an engine to log and records. generate: gives the answers, and takes `on_tokens`.
 
-    The bar counts tokens, as many answers may grow for long before one of them ends.
+    The bar counts tokens: in transformers many answers grow for long before one of them ends.
     """
     missing, total = [i for i in range(len(prompts)) if i not in records], len(prompts)
     with tqdm(unit=" tokens", desc=f"{total - len(missing)}/{total} answers", dynamic_ncols=True) as bar:

@@ -6,7 +6,8 @@
 #     LAUNCH="accelerate launch --multi_gpu" bash pipeline.sh llama      # all GPUs of this machine
 #
 # Every step writes its result under a temporary name first and takes up interrupted work, so after
-# an interruption the same command goes on. Set the variables below to change what is done.
+# an interruption the same command goes on. Set the variables below to change what is done; what was
+# made with other settings is refused, so give those a folder of their own.
 set -euo pipefail
 
 model=${1:?give a model: qwen, llama, granite, smollm, a Hugging Face id, a local folder or a GGUF file}

@@ -18,7 +18,15 @@ from pathlib import Path
 
 from hopscotch_common import files
 from hopscotch_common.answers import DATA_FILE, DATA_REPORT
-from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger, printable, reason_of
+from hopscotch_common.errors import (
+    HopscotchError,
+    InputError,
+    command_name,
+    is_out_of_memory,
+    logger,
+    printable,
+    reason_of,
+)
 from hopscotch_common.loading import models
 from hopscotch_common.training import MEASURES, TrainingOptions
 
@@ -28,6 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, doc: str):
         super().__init__(
+            prog=command_name(),
             description=doc.strip().split("\n")[0],
             epilog="\n".join(doc.strip().split("\n")[1:]),
             formatter_class=_HelpFormatter,
@@ -82,7 +91,7 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[[list[st
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {printable(message, 900)}", file=sys.stderr)
+    print(f"{command_name()}: error: {printable(message, 900)}", file=sys.stderr)
     return exit_code
 
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import sys
+from pathlib import Path
 
 logger = logging.getLogger("hopscotch")
 
@@ -17,6 +19,12 @@ class InputError(HopscotchError, ValueError):
     """Something that the user gave is wrong; the message says what, where, and what to do."""
 
     exit_code = 2
+
+
+def command_name() -> str:
+    """What runs, as one types it: "param_scale.py", or "python -m hopscotch_common.report"."""
+    path = Path(sys.argv[0])
+    return f"python -m {sys.modules['__main__'].__spec__.parent}" if path.name == "__main__.py" else path.name
 
 
 def printable(text: str, most: int | None = None) -> str:

@@ -12,11 +12,10 @@ import os
 import shutil
 import socket
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from hopscotch_common.errors import InputError, logger
+from hopscotch_common.errors import InputError, command_name, logger
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -206,7 +205,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 def _sign(descriptor: int) -> None:
     """Write into a lock's file who holds it, as far as there is space."""
-    script = Path(sys.argv[0]).name or "a Python session"
+    script = command_name() or "a Python session"
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{script} (process {os.getpid()} on {socket.gethostname()})".encode(), 0)

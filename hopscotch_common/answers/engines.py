@@ -56,7 +56,8 @@ def generate(
 
     An answer ends at one of stop_ids, after max_tokens tokens, or where the model's context ends. config: the
     model's; backend: of `resolve_backend`. on_tokens: gets the number of tokens that all answers grew by, a
-    step at a time. Raises InputError for options that do not fit the machine.
+    step at a time (vLLM's with each answer that ends). Raises InputError for options that do not fit the
+    machine.
     """
     context = context_length(config)
     limits = [min(max_tokens, context - len(prompt)) for prompt in prompts]
@@ -195,7 +196,7 @@ class TransformersEngine:
         limits: Sequence[int],
         on_tokens: OnTokens = lambda count: None,
     ) -> Iterator[Answer]:
-        """Answer each prompt with at most its limit of tokens; yields answers as they end."""
+        """Answer each prompt with at most its limit of tokens; yields answers as their batches end."""
         try:
             yield from decode(
                 self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch, on_tokens
@@ -220,22 +221,32 @@ def decode(
     """Greedy answers by the model's own `generate`, to batches of prompts of like length, the shortest first.
 
     A batch ends with half of its answers, or when it fills max_tokens_per_batch (rows times columns, padding
-    included; a prompt that alone is longer runs alone) or the model's context. What has not ended waits among
-    its likes, and goes on from there; so one long answer does not hold up many, nor what is kept of them.
+    included; a prompt that alone is longer runs alone) or the model's context. What has not ended waits, and
+    goes on among its likes once that fills a batch; so one long answer does not hold up many, and what lies
+    in memory alone is little.
     """
     # not the model's own: it may penalize repetitions, for example
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     said: list[list[int]] = [[] for _ in prompts]
     waiting = list(range(len(prompts)))
+
+    def fitting(indices: Sequence[int]) -> list[int]:
+        """Those that one batch has room for, the shortest first."""
+        found = sorted(indices, key=lambda index: len(prompts[index]) + len(said[index]))
+        lengths = [len(prompts[index]) + len(said[index]) + ROOM for index in found]
+        fits = [n for n, length in enumerate(lengths, 1) if n * length <= max_tokens_per_batch]
+        return found[: max(fits, default=1)]
+
     while waiting:
-        waiting.sort(key=lambda index: len(prompts[index]) + len(said[index]))
-        rows = [prompts[index] + said[index] for index in waiting]
-        fits = [n for n, row in enumerate(rows, 1) if n * (len(row) + ROOM) <= max_tokens_per_batch]
-        count = max(fits, default=1)
-        batch, waiting = waiting[:count], waiting[count:]
+        begun = [index for index in waiting if said[index]]
+        batch = fitting(begun)
+        if len(batch) == len(begun):  # they leave room for new ones
+            batch = fitting(waiting)
+        waiting = [index for index in waiting if index not in batch]
+        rows = [prompts[index] + said[index] for index in batch]
         left = [limits[index] - len(said[index]) for index in batch]
-        columns = min(max_tokens_per_batch // count, context_length(model.config))
-        said_now = _generate(model, rows[:count], left, stop_ids, columns, on_tokens)
+        columns = min(max_tokens_per_batch // len(batch), context_length(model.config))
+        said_now = _generate(model, rows, left, stop_ids, columns, on_tokens)
         for index, tokens in zip(batch, said_now, strict=True):
             for token in tokens:
                 said[index].append(token)

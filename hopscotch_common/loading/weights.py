@@ -158,10 +158,10 @@ def check_weights(folder: Path, config, attn_implementation: str = "auto") -> No
     """
     options = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     family = FAMILIES[stock_type(config)]
-    if family.caps_attention and attn_implementation in ("sdpa", "flex_attention"):
+    if family.caps_attention and attn_implementation == "sdpa":
         raise InputError(
-            f"--attn_implementation {attn_implementation}: leaves out that {config.model_type} caps its "
-            "attention's logits, so it would be another model; give eager or flash_attention_2"
+            f"--attn_implementation sdpa: leaves out that {config.model_type} caps its attention's logits, "
+            "so it would be another model; give eager, flash_attention_2 or flex_attention"
         )
     if quantization := getattr(config, "quantization_config", None):
         from transformers.quantizers.auto import AutoHfQuantizer  # prints what torchao says

@@ -13,13 +13,13 @@ figures with their errors.
 
 import dataclasses
 import platform
-import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
+from hopscotch_common.errors import command_name
 from hopscotch_common.loading.models import ModelRef
 
 ERROR = "_error"  # behind the name of a measure: its standard error, None of a single answer
@@ -42,7 +42,7 @@ def describe_run(arguments: Mapping[str, object]) -> dict:
     the id or folder that it comes from.
     """
     return {
-        "script": Path(sys.argv[0]).name,
+        "script": command_name(),
         "arguments": {name: _plain_argument(value) for name, value in arguments.items()},
         "versions": {"python": platform.python_version()} | package_versions(),
     }

@@ -83,7 +83,7 @@ def token_budget(model, samples: Sequence[Sample], packed: bool, requested: int 
     tightest = min(budgets, key=budgets.get)
     budget = max(budgets[tightest], longest)
     logger.info(
-        "%d tokens at once: %.0f kB a token, %.1f GB free on %s (--max_tokens_per_batch sets it)",
+        "room for %d tokens at once: %.0f kB a token, %.1f GB free on %s (--max_tokens_per_batch bounds it)",
         *(budget, taken[tightest] / 1e3, free_bytes(tightest) / 1e9, tightest),
     )
     return budget
