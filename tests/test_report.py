@@ -26,7 +26,7 @@ from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.report import __main__ as report_command
 from hopscotch_common.report import describe_run, find_bend, page, plots
 from hopscotch_common.report.reading import SearchRun, join_searches, parse, read_report
-from hopscotch_common.report.tables import Table, decision, picks, plain_text, summary
+from hopscotch_common.report.tables import Table, decisions, picks, plain_text, summary
 
 ODD_NAME = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \x1b[31m\n " + "long" * 30
 
@@ -386,10 +386,11 @@ def test_one_run_prints_its_short_table_and_makes_its_pictures(made, scaled, tmp
         "loss": "ce",
     }
     for measure in ("agreement", "kl", "cross entropy"):
-        for name in ("scaled", "unscaled", "original"):
+        words = {"scaled": "scaled", "unscaled": "skips without scales", "original": "original model"}
+        for name, said in words.items():
             value = held_out[name][measure.replace(" ", "_")]
             error = held_out[name]["kl_error"] if measure == "kl" and name != "original" else None
-            rows[f"held-out {measure}, {name}"] = f"{value:.4f}" + (f" ± {error:.4f}" if error else "")
+            rows[f"held-out {measure}, {said}"] = f"{value:.4f}" + (f" ± {error:.4f}" if error else "")
     rows["parameters saved"] = f"{removed:,} of {total:,} ({removed / total:.1%})"
     rows["KV cache saved"] = "2 of 4 blocks (50.0%)"
     width = max(map(len, rows))
@@ -415,7 +416,8 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
     table = picks(run)
     assert table.header[-3:] == ("held-out cross entropy", "held-out kl", "held-out agreement")
     assert table.rows[0][-3:] == ("0.6250", "0.2500", "0.8750")
-    assert decision([run]) == (
+    (found,) = decisions([run])
+    assert found == (
         "on held-out answers after the last pick: cross entropy 0.6250 (original 0.5000, +0.1250); "
         "kl 0.2500 (original 0.0000, +0.2500); agreement 0.8750 (original 0.9900, -0.1150)",
         "attention blocks skipped: 2, 4 (2 of 6 layers)",
@@ -427,7 +429,7 @@ def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, scaled, tmp_
     runs = [read_report(made / name) for name in ("scaled", "first.json")]
     counts = json.loads((runs[0].checkpoint / "hopscotch.json").read_text())["weights"]
     held_out = scaled["epochs"][scaled["best_epoch"]]["held_out"]
-    lost, gained = decision(runs)
+    ((lost, gained),) = decisions(runs)
     assert lost.startswith(f"on held-out answers after epoch {scaled['best_epoch']}: ")
     figures = dict(held_out["scaled"])
     errors = {"kl": f" ± {figures.pop('kl_error'):.4f}"}
@@ -447,8 +449,32 @@ def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, scaled, tmp_
     ]
     assert places == sorted(places)
     (tmp_path / "data.json").write_text('{"arguments": {}, "kept": 1}')
-    assert decision([read_report(tmp_path / "data.json")]) is None
-    assert decision([parse(SearchRun, synthetic_search())])[0].startswith("not measured: no answers")
+    assert decisions([read_report(tmp_path / "data.json")]) == []
+    ((lost, _),) = decisions([parse(SearchRun, synthetic_search())])
+    assert lost.startswith("not measured: no answers")
+
+
+def test_of_several_runs_each_says_what_it_lost_and_gained(made, scaled, tmp_path):
+    """The trainings, if there are any, or the searches: in their order, each by name."""
+    shutil.copytree(made / "scaled", tmp_path / "other")
+    best = scaled["epochs"][scaled["best_epoch"]]
+    best["held_out"]["scaled"]["kl"] = 0.125
+    (tmp_path / "other/report.json").unlink()
+    (tmp_path / "other/report.json").write_text(json.dumps(scaled | {"model": "other"}))
+    runs = [read_report(made / "scaled"), read_report(made / "first.json"), read_report(tmp_path / "other")]
+    alone = [decisions([runs[0]])[0], decisions([runs[2]])[0]]
+    assert "kl 0.1250 ±" in alone[1][0] and "kl 0.1250" not in alone[0][0]
+    names = [f"{runs[0].model} ({made}/scaled/report.json): ", f"other ({tmp_path}/other/report.json): "]
+    expected = [tuple(name + line for line in lines) for name, lines in zip(names, alone, strict=True)]
+    assert decisions(runs) == expected
+    text = check_page(page.build_page(runs))
+    lines = [
+        f"{what}: {line}" for pair in expected for what, line in zip(("Lost", "Gained"), pair, strict=True)
+    ]
+    places = [text.index(line) for line in lines]
+    assert places == sorted(places) and text.count("Lost: ") == 2
+    searches = [parse(SearchRun, synthetic_search(model=name)) for name in ("a", "b")]
+    assert [lost.split(" ")[0] for lost, _ in decisions(searches)] == ["a", "b"]
 
 
 def test_names_are_text_wherever_they_stand(scaled, tmp_path):
@@ -465,6 +491,16 @@ def test_names_are_text_wherever_they_stand(scaled, tmp_path):
     assert figure.get_suptitle().startswith("$x^2$ <scr")
     drawn = check_page(page.inline_svg(figure, "a-", ODD_NAME))
     assert "$x^2$ <scr" in drawn  # as characters, not as a formula of them
+
+
+def test_of_maps_the_baseline_is_these_as_fitted(scaled, tmp_path):
+    scaled["arguments"]["replacement_rank"] = 2
+    (tmp_path / "report.json").write_text(json.dumps(scaled))
+    run = read_report(tmp_path)
+    rows = dict(summary(run).rows)
+    unscaled = scaled["epochs"][0]["held_out"]["unscaled"]["agreement"]
+    assert rows["held-out agreement, maps as fitted"] == f"{unscaled:.4f}"
+    assert not any("unscaled" in name or "skips without" in name for name in rows)
 
 
 def test_a_run_without_held_out_figures_and_without_its_checkpoint(scaled, tmp_path):

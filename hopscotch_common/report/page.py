@@ -42,7 +42,7 @@ def build_page(runs: Sequence[Run]) -> str:
     ]
     models = dict.fromkeys(run.model for run in named)
     return pages.get_template(TEMPLATE).render(
-        models=models, decision=tables.decision(runs), sections=sections
+        models=models, decisions=tables.decisions(runs), sections=sections
     )
 
 

@@ -42,16 +42,23 @@ class Table:
         return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
-def decision(runs: Sequence[Run]) -> tuple[str, str] | None:
-    """What a decision needs, a line each: what skipping the blocks lost, and what it gained.
+def decisions(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What a decision needs, two lines a run: what skipping the blocks lost, and what it gained.
 
-    It is of the last training of the scales, or else of the last search; None where there is neither.
+    They are of each training of the scales, or else of each search. Of several, each line begins with
+    the run's model and file.
     """
     shown = [run for run in runs if isinstance(run, ScalingRun)]
     shown = shown or [run for run in runs if isinstance(run, SearchRun)]
-    if not shown:
-        return None
-    run = shown[-1]
+    found = []
+    for run in shown:
+        whose = f"{plain_text(run.model, 200)} ({plain_text(run.path, 200)}): " if len(shown) > 1 else ""
+        lost, gained = _lost_and_gained(run)
+        found.append((whose + lost, whose + gained))
+    return found
+
+
+def _lost_and_gained(run: ScalingRun | SearchRun) -> tuple[str, str]:
     blocks = ", ".join(map(str, run.skipped_blocks)) or "none"
     if isinstance(run, ScalingRun):
         found, original = run.best.scaled, run.baselines.get("original", {})
@@ -119,7 +126,8 @@ def _scaling_rows(run: ScalingRun) -> list[tuple[str, str]]:
     for measure in run.measures:
         for name, found in (run.baselines | {"scaled": run.best.scaled}).items():
             if measure in found:
-                rows.append((f"held-out {_words(measure)}, {name}", with_error(found, measure)))
+                what = run.compared.get(name, name)
+                rows.append((f"held-out {_words(measure)}, {what}", with_error(found, measure)))
     for what, (total, removed) in _saved(run).items():
         name, unit = ("KV cache", " blocks") if "KV" in what else (what, "")
         rows.append((f"{name} saved", f"{removed:,} of {total:,}{unit} ({removed / total:.1%})"))
