@@ -251,6 +251,9 @@ def test_the_scripts_with_maps(work, tmp_path, tiny_folder):
     assert set(checkpoints.load_maps(whole)) == {
         f"model.layers.{block}.replacement_{part}" for block in blocks for part in ("down", "up")
     }
+    # b_attn and b_mlp of 32 channels, s_attn and s_mlp, in each of 4 layers; two maps
+    added = checkpoints.read_run(whole)["weights"]["parameters_added"]
+    assert added == 4 * (2 * 32 + 2) + 2 * (3 * 32 + 32 * 3)
     assert unscaled_ckpt.main([*common, "--output_dir", "unscaled"]) == 0
     unscaled = checkpoints.load_maps(tmp_path / "unscaled" / f"{name}_unscaled")
     assert unscaled.keys() == checkpoints.load_maps(whole).keys()

@@ -378,8 +378,11 @@ def test_one_run_prints_its_short_table_and_makes_its_pictures(made, scaled, tmp
     assert report_command.main([str(made / "scaled"), *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     held_out = scaled["epochs"][scaled["best_epoch"]]["held_out"]
-    # of the tiny model: q and o are 32 x 32, k and v 16 x 32, and the norm before them 32
-    removed, total = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 32), 300 * 32 * 2 + 32 + 4 * (3072 + 3 * 32 * 48 + 64)
+    # of the tiny model: q and o are 32 x 32, k and v 16 x 32, and the norm before them 32; 16 scales come in
+    saved, total = (
+        2 * (2 * 32 * 32 + 2 * 16 * 32 + 32) - 16,
+        300 * 32 * 2 + 32 + 4 * (3072 + 3 * 32 * 48 + 64),
+    )
     rows = {
         "attention blocks skipped": ", ".join(map(str, scaled["skipped_blocks"])),
         "granularity": "layer",
@@ -391,7 +394,7 @@ def test_one_run_prints_its_short_table_and_makes_its_pictures(made, scaled, tmp
             value = held_out[name][measure.replace(" ", "_")]
             error = held_out[name]["kl_error"] if measure == "kl" and name != "original" else None
             rows[f"held-out {measure}, {said}"] = f"{value:.4f}" + (f" ± {error:.4f}" if error else "")
-    rows["parameters saved"] = f"{removed:,} of {total:,} ({removed / total:.1%})"
+    rows["parameters saved"] = f"{saved:,} of {total:,} ({saved / total:.1%})"
     rows["KV cache saved"] = "2 of 4 blocks (50.0%)"
     width = max(map(len, rows))
     expected = [f"{name:<{width}}  {value}" for name, value in rows.items()]
@@ -437,7 +440,7 @@ def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, scaled, tmp_
         original = held_out["original"][measure]
         expected = f"{value:.4f}{errors.get(measure, '')} (original {original:.4f}, {value - original:+.4f})"
         assert f"{measure.replace('_', ' ')} {expected}" in lost
-    left = counts["parameters"] - counts["parameters_removed"]
+    left = counts["parameters"] - counts["parameters_removed"] + 16  # scales, four in each of four layers
     assert f"parameters left: {left:,} of {counts['parameters']:,}" in gained
     assert gained.endswith("KV cache blocks left: 2 of 4 (50.0%)")
     assert gained.startswith(f"attention blocks skipped: {', '.join(map(str, scaled['skipped_blocks']))};")
@@ -491,6 +494,32 @@ def test_names_are_text_wherever_they_stand(scaled, tmp_path):
     assert figure.get_suptitle().startswith("$x^2$ <scr")
     drawn = check_page(page.inline_svg(figure, "a-", ODD_NAME))
     assert "$x^2$ <scr" in drawn  # as characters, not as a formula of them
+
+
+@pytest.mark.parametrize(
+    ("added", "left", "row"),
+    [
+        (None, "parameters left: 700 of 1,000 (70.0%)", ("parameters saved", "300 of 1,000 (30.0%)")),
+        (40, "parameters left: 740 of 1,000 (74.0%)", ("parameters saved", "260 of 1,000 (26.0%)")),
+        (
+            450,
+            "parameters left: 1,150 instead of 1,000 (115.0%)",
+            ("parameters added", "150 to 1,000 (15.0%)"),
+        ),
+    ],
+)
+def test_parameters_of_scales_and_maps_count(made, tmp_path, added, left, row):
+    """Where the checkpoint tells them; they can be more than the skipped blocks had."""
+    shutil.copytree(made / "scaled", tmp_path / "scaled")
+    run_file = read_report(tmp_path / "scaled").checkpoint / "hopscotch.json"
+    told = json.loads(run_file.read_text())
+    del told["weights"]["parameters_added"]
+    told["weights"] |= {"parameters": 1000, "parameters_removed": 300}
+    told["weights"] |= {} if added is None else {"parameters_added": added}
+    run_file.write_text(json.dumps(told))
+    run = read_report(tmp_path / "scaled")
+    ((_, gained),) = decisions([run])
+    assert left in gained and row in summary(run).rows
 
 
 def test_of_maps_the_baseline_is_these_as_fitted(scaled, tmp_path):

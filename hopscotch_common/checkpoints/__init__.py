@@ -124,7 +124,7 @@ def _write_base(
 ) -> dict:
     """Write beside the scales everything that checkpoints of one run share; what hopscotch.json says of it.
 
-    Its `weights` are the counts kept and removed, its `tokenizer` a `tokenization.probe`.
+    Its `weights` count what is there, removed and added, its `tokenizer` is a `tokenization.probe`.
     """
     source, stock = base.folder(), loader.read_config(base)
     weights.check_weights(source, stock)
@@ -153,6 +153,7 @@ def _write_base(
     counts = {
         "parameters": sum(sizes.values()),
         "parameters_removed": sum(n for key, n in sizes.items() if is_skipped_weight(key, config)),
+        "parameters_added": values.numel() + sum(tensor.numel() for tensor in maps.values()),
         "kv_cache_blocks": len(modeling_hopscotch.attention_blocks(config)),
         "kv_cache_blocks_removed": len(skipped),
     }

@@ -162,6 +162,7 @@ class Weights(Record):
 
     parameters: Count = Field(gt=0)
     parameters_removed: Count
+    parameters_added: Count = 0  # by scales and maps; earlier files do not tell
     kv_cache_blocks: Count = Field(gt=0)
     kv_cache_blocks_removed: Count
 

@@ -64,8 +64,9 @@ def _lost_and_gained(run: ScalingRun | SearchRun) -> tuple[str, str]:
         found, original = run.best.scaled, run.baselines.get("original", {})
         when = f"after epoch {run.best_epoch}"
         gained = [f"attention blocks skipped: {blocks}"]
-        for what, (total, removed) in _saved(run).items():
-            gained.append(f"{what} left: {total - removed:,} of {total:,} ({1 - removed / total:.1%})")
+        for what, (total, saved) in _saved(run).items():
+            of = "of" if saved >= 0 else "instead of"
+            gained.append(f"{what} left: {total - saved:,} {of} {total:,} ({1 - saved / total:.1%})")
     else:
         found, original, when = run.iterations[-1].held_out, run.original_held_out, "after the last pick"
         gained = [
@@ -82,12 +83,15 @@ def _lost_and_gained(run: ScalingRun | SearchRun) -> tuple[str, str]:
 
 
 def _saved(run: ScalingRun) -> dict[str, tuple[int, int]]:
-    """(total, removed) by what the checkpoint lacks; empty where it is gone."""
+    """(total, saved) by what the checkpoint lacks; empty where it is gone.
+
+    Fewer than 0 parameters are saved where scales and maps have more than the skipped blocks had.
+    """
     found = run.weights
     if found is None:
         return {}
     return {
-        "parameters": (found.parameters, found.parameters_removed),
+        "parameters": (found.parameters, found.parameters_removed - found.parameters_added),
         "KV cache blocks": (found.kv_cache_blocks, found.kv_cache_blocks_removed),
     }
 
@@ -128,9 +132,10 @@ def _scaling_rows(run: ScalingRun) -> list[tuple[str, str]]:
             if measure in found:
                 what = run.compared.get(name, name)
                 rows.append((f"held-out {_words(measure)}, {what}", with_error(found, measure)))
-    for what, (total, removed) in _saved(run).items():
+    for what, (total, saved) in _saved(run).items():
         name, unit = ("KV cache", " blocks") if "KV" in what else (what, "")
-        rows.append((f"{name} saved", f"{removed:,} of {total:,}{unit} ({removed / total:.1%})"))
+        how, of = ("saved", "of") if saved >= 0 else ("added", "to")
+        rows.append((f"{name} {how}", f"{abs(saved):,} {of} {total:,}{unit} ({abs(saved) / total:.1%})"))
     is_gone = "" if run.weights else " (not there)"
     return [*rows, ("checkpoint", f"{run.checkpoint}{is_gone}")]
 
