@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from hopscotch_common.files import write_json  # noqa: E402
 from hopscotch_common.loading.models import ModelRef  # noqa: E402
 from hopscotch_common.report import package_versions  # noqa: E402
+from hopscotch_common.scales.modeling_hopscotch import head_dim_of  # noqa: E402
 from hopscotch_common.search import schedule  # noqa: E402
 from hopscotch_common.training.batches import Batch  # noqa: E402
 
@@ -159,7 +160,7 @@ def count_flops(model, batches: Iterable[Batch], skipped: int) -> float:
     attention = sum(p.numel() for p in model.model.layers[0].self_attn.parameters())
     mlp = sum(p.numel() for p in model.model.layers[0].mlp.parameters())
     active = attention * (layers - skipped) + mlp * layers
-    width = config.num_attention_heads * config.head_dim
+    width = config.num_attention_heads * head_dim_of(config)
     total = 0.0
     for batch in batches:
         prefix = 0 if batch.prefix is None else batch.prefix.shape[1]

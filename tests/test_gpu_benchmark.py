@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from test_training import loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -80,16 +81,19 @@ class ProductCounter(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_flops_are_those_of_the_products():
+@pytest.mark.parametrize(("family", "products"), [(None, 7 * 256), ("granite", 3 * 32), ("phi3", 3 * 32)])
+def test_flops_are_those_of_the_products(tiny_folder, family, products):
+    """products: blocks that are not skipped, each of that many channels in all heads."""
     bench = gpu.Bench(gpu.SIZES["tiny"], torch.device("cpu"), torch.float32)
-    model, samples = bench.model(), bench.answers(3, (20, 20))
+    model = loaded(tiny_folder(family), "float32") if family else bench.model()
+    samples = bench.answers(3, (20, 20))
     padded, packed = (
         make_batches(samples, TrainingOptions(1e-2, 3), 100, packed=packed) for packed in (False, True)
     )
     trainer = ScaleTrainer(model, 1e-2, [0])  # else block 0 needs no gradient of its input
     with ProductCounter() as counter:
         trainer.step(padded[0], "epoch 0")
-    attention = 7 * 6 * 256 * 3 * 20**2  # blocks, products over half the square, width, answers, tokens
+    attention = products * 6 * 3 * 20**2  # six over half the square, answers, tokens
     for batches in (padded, packed):
         assert measuring.count_flops(model, batches, skipped=1) == counter.flops + attention
 
