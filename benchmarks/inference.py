@@ -267,7 +267,8 @@ def table(figures: list[dict], settings: dict) -> list[str]:
                         gained = cell([(a - b) / (int(name) * c) for a, b, c in saved])
                 cells += [f"{tokens / median(own):.1f}", times, gained]
             kv, whole_kv = (rounds[0][which]["kv_bytes_per_token"] for which in (name, first))
-            size = f"{weights[name] / weights['0']:.2f}" if name in weights else "-"
+            known = name in weights and "0" in weights
+            size = f"{weights[name] / weights['0']:.2f}" if known else "-"
             lines.append(row(*figure["of"].values(), name, *cells, f"{kv / whole_kv:.2f}", size))
     return lines
 

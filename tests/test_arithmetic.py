@@ -15,6 +15,7 @@ from hopscotch_common.loading.models import model_ref
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import arithmetic  # noqa: E402
+import inference  # noqa: E402
 
 ROWS, TOKENS = 2, 24
 
@@ -56,3 +57,17 @@ def test_the_table_is_of_what_the_file_holds(tiny_folder, tmp_path, capsys):
         assert (figure["decode_times"] == 1) == (figure["of"]["skipped"] == 0)
     arithmetic.main([*words, "--result", str(path), "--table"])
     assert capsys.readouterr().out.splitlines() == table
+
+
+@pytest.mark.parametrize(("weights", "share"), [({"0": 100, "8": 90}, "0.90"), ({"8": 90}, "-")])
+def test_measured_weights_are_a_share_of_those_without_skips(weights, share):
+    """Where these were measured, too."""
+
+    def found(seconds: float, cache: int) -> dict:
+        return {"seconds": {"prefill": seconds, "decode": seconds}, "kv_bytes_per_token": cache}
+
+    rounds = [{"stock": found(2.0, 40), "8": found(1.0, 30)}]
+    figure = {"of": {"model": "m", "engine": "e"}, "weights": weights, "rounds": rounds}
+    lines = inference.table([figure], {"prompt_tokens": 4, "new_tokens": 2, "rows": 1})
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells[2:5] == ["8", "4.0", "2.00 (2.00 to 2.00)"] and cells[-2:] == ["0.75", share]
