@@ -20,7 +20,11 @@ transformers loads them. For --counts n:
 - layers: the n whole layers that turn the stream least (ShortGPT's block influence, arXiv 2403.03853).
 - consecutive: the n layers in a row over which the last token's stream turns least (arXiv 2403.17887).
 - cache-8, cache-4: all attention blocks, with keys and values in so many bits, in groups of 64 channels of a
-  token (as transformers' QuantizedCache has them, but for the last 128 tokens, which that keeps whole).
+  token, or fewer where 64 do not divide a head (as transformers' QuantizedCache has them, but for the last 128
+  tokens, which that keeps whole).
+
+Models that multiply what attention returns (Granite) or have a norm behind it (Gemma 2 and 3, OLMo 2 and 3,
+EXAONE 4, GLM 4) are refused, but with --ways without a word, which judges --checkpoints alone.
 
 KV cache left is what --context tokens keep, of the original's. Results go to
 benchmarks/results/alternatives_{model}.json, written after each figure.
@@ -38,9 +42,10 @@ from matplotlib.figure import Figure
 from measuring import row, title
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
-from ways import BITS, WAYS, Observed, choose, in_place, left, replaced
+from ways import BITS, WAYS, Observed, check_family, choose, in_place, left, replaced
 
 from hopscotch_common import cli, files
+from hopscotch_common.loading.loader import read_config
 from hopscotch_common.report import plots
 from hopscotch_common.training.batches import Sample, load_samples
 
@@ -157,6 +162,8 @@ def _in_words(folder: str) -> str:
 
 def measure(arguments: argparse.Namespace, path: Path) -> None:
     arguments.model = cli.model(arguments.model)
+    if arguments.ways:
+        check_family(read_config(arguments.model))
     names = "model data_path selection calibration held_out context dtype"
     results = measuring.Results(path, measuring.settings_of(arguments, names))
     dtype = getattr(torch, arguments.dtype)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn.functional import cosine_similarity, linear
 
+from hopscotch_common.scales.modeling_hopscotch import FAMILIES, head_dim_of
 from hopscotch_common.training.batches import Sample
 
 WAYS = {  # in words, for pictures
@@ -32,7 +33,17 @@ WAYS = {  # in words, for pictures
 SINKS = 4
 WINDOW = re.compile(r"(search|cosine)-window-(\d+)")
 BITS = re.compile(r"cache-(\d+)")
-GROUP = 64  # channels of a token's key or value that share a step and a smallest value, of 16 bits each
+GROUP = 64  # at most so many channels of a head share a step and a smallest value, of 16 bits each
+
+
+def check_family(config) -> None:
+    """SystemExit unless a layer adds to the stream what attention returns: so all ways take it."""
+    multiplied = getattr(config, "residual_multiplier", 1) != 1
+    if multiplied or FAMILIES[config.model_type].norm_after_attention:
+        what = "is multiplied" if multiplied else "goes through a norm"
+        raise SystemExit(
+            f"{config.model_type}: what attention returns {what} first; only --ways without a word"
+        )
 
 
 class Observed:
@@ -159,11 +170,16 @@ class RoundedCache:
 
 
 def rounded(tensor: torch.Tensor, bits: int) -> torch.Tensor:
-    """Each GROUP of the last dimension in so many bits, evenly from its smallest to its largest value."""
-    groups = tensor.float().unflatten(-1, (-1, min(GROUP, tensor.shape[-1])))
+    """Each group of the last dimension in so many bits, evenly from its smallest to its largest value."""
+    groups = tensor.float().unflatten(-1, (-1, group_size(tensor.shape[-1])))
     least, most = groups.aminmax(dim=-1, keepdim=True)
     step = ((most - least) / (2**bits - 1)).clamp_min(1e-12)
     return (((groups - least) / step).round() * step + least).flatten(-2).to(tensor.dtype)
+
+
+def group_size(head_size: int) -> int:
+    """The largest equal parts of a head that are no larger than GROUP."""
+    return max(size for size in range(1, GROUP + 1) if head_size % size == 0)
 
 
 def with_cache(attention: Callable, cache: RoundedCache) -> Callable:
@@ -230,7 +246,8 @@ def choose(way: str, count: int, picks: Sequence[int], observed: Observed) -> li
 def left(model, way: str, blocks: Sequence[int], context: int = 0) -> dict[str, float]:
     """Shares of the original's KV cache and weights that are left; context: in tokens, for windows."""
     if match := BITS.fullmatch(way):
-        return {"kv_cache": (int(match[1]) + 32 / GROUP) / 16, "weights": 1.0}
+        own = 32 / group_size(head_dim_of(model.config))
+        return {"kv_cache": (int(match[1]) + own) / 16, "weights": 1.0}
     layers = model.model.layers
     kept = 1 - len(blocks) / len(layers)
     if match := WINDOW.fullmatch(way):

@@ -2,13 +2,14 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from test_search import write_data
 from test_training import loaded, random_samples
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.loading.models import model_ref
@@ -137,7 +138,17 @@ def test_a_cache_of_few_bits_is_what_a_cache_gives_back(stock, observed):
         assert not torch.allclose(ours, original, atol=1e-3)
     for ours, original in zip(logits_with(stock, "cache-16", [], observed), plain, strict=True):
         torch.testing.assert_close(ours, original, rtol=1e-2, atol=1e-3)
-    assert ways.left(stock, "cache-4", []) == {"kv_cache": 4.5 / 16, "weights": 1.0}
+
+
+@pytest.mark.parametrize(("head", "group"), [(8, 8), (64, 64), (80, 40), (96, 48), (128, 64)])
+def test_a_head_is_rounded_in_equal_groups(head, group):
+    """Of 64 channels at most, each with a step and a smallest value of 16 bits."""
+    keys = torch.randn(2, 3, head, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([ways.rounded(part, 4) for part in keys.split(group, -1)], -1)
+    assert torch.equal(ways.rounded(keys, 4), expected)
+    model = SimpleNamespace(config=LlamaConfig(hidden_size=2 * head, num_attention_heads=2))
+    bits = (group * 4 + 2 * 16) / group
+    assert ways.left(model, "cache-4", []) == {"kv_cache": bits / 16, "weights": 1.0}
 
 
 def rows(stock, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,3 +217,19 @@ def test_the_script(folder, tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 * (2 + 10 + 5 + 2)  # three blocks: only what does not follow the search
     assert table[: len(table) // 2] == table[len(table) // 2 :]
+
+
+@pytest.mark.parametrize("family", ["granite", "gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "glm4"])
+def test_attention_that_is_not_added_as_it_is_returned_is_refused(tiny_folder, tmp_path, family):
+    words = ["--model", str(tiny_folder(family)), "--result", str(tmp_path / "result.json")]
+    words += ["--data_path", str(tmp_path / "not_read"), "--selection", str(tmp_path / "not_read")]
+    with pytest.raises(
+        SystemExit, match=f"^{family}: what attention returns .*; only --ways without a word$"
+    ):
+        alternatives.main(words)
+
+
+def test_attention_that_is_added_as_it_is_is_not_refused(tiny_folder):
+    for family in ("llama", "qwen3", "phi3"):
+        ways.check_family(AutoConfig.from_pretrained(tiny_folder(family)))
+    ways.check_family(AutoConfig.from_pretrained(tiny_folder("granite"), residual_multiplier=1.0))
