@@ -20,8 +20,8 @@ transformers loads them. For --counts n:
 - layers: the n whole layers that turn the stream least (ShortGPT's block influence, arXiv 2403.03853).
 - consecutive: the n layers in a row over which the last token's stream turns least (arXiv 2403.17887).
 - cache-8, cache-4: all attention blocks, with keys and values in so many bits, in groups of 64 channels of a
-  token, or fewer where 64 do not divide a head (as transformers' QuantizedCache has them, but for the last 128
-  tokens, which that keeps whole).
+  token, or fewer where 64 do not divide a head (as transformers' QuantizedCache has them, but for the last
+  128 tokens, which that keeps whole).
 
 Models that multiply what attention returns (Granite) or have a norm behind it (Gemma 2 and 3, OLMo 2 and 3,
 EXAONE 4, GLM 4) are refused, but with --ways without a word, which judges --checkpoints alone.

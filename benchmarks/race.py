@@ -5,9 +5,10 @@
     python benchmarks/race.py full.json --first_look 2 --model smollm --data_path data.jsonl
     python benchmarks/race.py --table
 
-A report of `--search full` holds every candidate's loss on every batch, so any schedule can be replayed
-without training. A screening of several batches sees more: losses before training, which --model and
---data_path (what was searched on) let it compute first, and keep as full.untrained.json beside the report.
+A report of `--search full` (by `--loss ce`, without maps) holds every candidate's loss on every batch, so any
+schedule can be replayed without training. A screening of several batches sees more: losses before training,
+which --model and --data_path (what was searched on) let it compute first, and keep as full.untrained.json
+beside the report.
 Results go to benchmarks/results/race.json.
 """
 
@@ -60,6 +61,33 @@ def replay(recorded: Recorded, rule: Schedule) -> Iteration:
     return Search(recorded, rule).next_block([])
 
 
+def read_search(path: Path) -> dict:
+    """A report that can be replayed; SystemExit for one of another search, loss or with maps."""
+    report = json.loads(path.read_text())
+    settings = report["arguments"]
+    how = (settings.get("search"), settings.get("loss", "ce"), settings.get("replacement_rank") or 0)
+    if how != ("full", "ce", 0):
+        raise SystemExit(f"{path}: not of --search full and --loss ce without maps; give such a report")
+    return report
+
+
+def untrained_of(path: Path, report: dict, arguments: argparse.Namespace) -> list[dict] | None:
+    """What `record_untrained` finds for the report at `path`, kept beside it; None where nothing is there.
+
+    What was kept of another search is computed anew, or refused without --model and --data_path.
+    """
+    beside = path.with_suffix(".untrained.json")
+    skipped = [iteration["skipped_before"] for iteration in report["iterations"]]
+    of = {"data": report["data"]["sha256"], "seed": report["arguments"]["seed"], "skipped_before": skipped}
+    kept = json.loads(beside.read_text()) if beside.exists() else None
+    if (kept is None or kept.get("of") != of) and arguments.model and arguments.data_path:
+        kept = {"of": of, "iterations": record_untrained(report, arguments)}
+        write_json(beside, kept)
+    if kept is not None and kept.get("of") != of:
+        raise SystemExit(f"{beside}: of another search; give --model and --data_path, or move it away")
+    return kept and kept["iterations"]
+
+
 def record_untrained(report: dict, arguments: argparse.Namespace) -> list[dict[int, list[float]]]:
     """For each iteration of a report, {block: its loss before training on each of the first batches}."""
     settings = report["arguments"]
@@ -100,13 +128,15 @@ def judge(report: dict, untrained: list[dict] | None, rule_of) -> list[dict]:
     return results
 
 
-def replay_all(reports: dict[str, dict], untrained: dict[str, list], look, screening, confidence) -> dict:
+def replay_all(
+    reports: dict[str, dict], untrained: dict[str, list | None], look, screening, confidence
+) -> dict:
     """`judge` of every report, by name."""
 
     def rule_of(num_batches: int) -> Schedule:
         return Schedule(look or measuring.default_race(num_batches).first_look, confidence, screening)
 
-    found = {name: judge(report, untrained.get(name), rule_of) for name, report in reports.items()}
+    found = {name: judge(report, untrained[name], rule_of) for name, report in reports.items()}
     return {"by_report": found}
 
 
@@ -151,14 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.table:
         if not arguments.reports:
             parser.error("reports are needed to replay them")
-        reports = {report.stem: json.loads(report.read_text()) for report in arguments.reports}
-        untrained = {}
-        for report in arguments.reports:
-            beside = report.with_suffix(".untrained.json")
-            if arguments.model and arguments.data_path and not beside.exists():
-                write_json(beside, {"iterations": record_untrained(reports[report.stem], arguments)})
-            if beside.exists():
-                untrained[report.stem] = json.loads(beside.read_text())["iterations"]
+        reports = {report.stem: read_search(report) for report in arguments.reports}
+        untrained = {p.stem: untrained_of(p, reports[p.stem], arguments) for p in arguments.reports}
         recorded = {
             name: {key: report["data"][key] for key in ("samples", "tokens")}
             | {

@@ -1,13 +1,15 @@
 """The benchmark's plain search agrees with the search proper."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
 from conftest import ROOT
-from test_search import Epoch, epoch, iterate
+from test_search import Epoch, epoch, iterate, write_data
 from test_training import random_samples
 
+import block_selection
 from hopscotch_common.search.schedule import Schedule
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -35,3 +37,37 @@ def test_replayed_race_equals_a_run_one(tiny_folder):
         raced = iterate(tiny_folder(), epoch(24, 2), rule=rule)
         replayed = race.replay(race.Recorded(full.batch_losses), rule)
         assert dataclasses.replace(replayed, untrained_losses=raced.untrained_losses) == raced
+
+
+def test_losses_before_training_are_kept_with_what_they_are_of(tiny_folder, tmp_path):
+    report, kept = tmp_path / "full.json", tmp_path / "full.untrained.json"
+    write_data(tmp_path / "data.jsonl", random_samples(8))
+    source = ["--model", str(tiny_folder()), "--data_path", str(tmp_path / "data.jsonl")]
+    searched = ["--batch_size", "2", "--device", "cpu", "--output", str(report)]
+    assert block_selection.main([*source, *searched]) == 0
+    words = [str(report), "--first_look", "2", "--screening", "0.5", "--confidence", "3"]
+
+    def replayed(*more: str) -> dict:
+        race.main([*words, *more, "--result", str(tmp_path / "result.json")])
+        found = json.loads((tmp_path / "result.json").read_text())["figures"]
+        (tmp_path / "result.json").unlink()
+        return found
+
+    with pytest.raises(SystemExit, match="a screening of batch 1 needs --model and --data_path"):
+        replayed()
+    found = replayed(*source)
+    first = kept.read_bytes()
+    assert replayed() == found  # from what was kept
+    content = json.loads(report.read_text())
+    for change in ("data", "seed", "skipped_before"):
+        other = json.loads(first)
+        other["of"][change] = "another"
+        kept.write_text(json.dumps(other))
+        with pytest.raises(SystemExit, match="full.untrained.json: of another search; give --model and"):
+            replayed()
+        assert replayed(*source) == found and kept.read_bytes() == first
+    for name, value in {"search": "race", "loss": "kl", "replacement_rank": 2}.items():
+        other = content | {"arguments": content["arguments"] | {name: value}}
+        report.write_text(json.dumps(other))
+        with pytest.raises(SystemExit, match="full.json: not of --search full and --loss ce without maps"):
+            replayed(*source)
