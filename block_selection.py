@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="full",
         help="full: an epoch for each candidate; race: the worse ones drop out early. Without training: "
         "untrained, by the loss that a skip costs with scales of 1, a third of an epoch for each candidate; "
-        "cosine, in seconds, by how little a block turns the residual stream",
+        "cosine, in a pass over the answers, by how little a block turns the residual stream",
     )
     what = (
         "race: share of the candidates that is trained, at least 2, by their losses before training; 1: all"
