@@ -1,12 +1,14 @@
 """Checkpoints in other hands: device maps, dtypes, quantised weights."""
 
+import contextlib
 import importlib.util
 import shutil
 
 import pytest
 import torch
 from conftest import check_refused
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 import param_scale
 import unscaled_ckpt
@@ -14,6 +16,8 @@ from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading.loader import load_model, quantization_config
 from hopscotch_common.loading.models import QUANTIZATIONS, model_ref
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.trainer import prepare_model
 
 SKIPPED = [0, 2]
 VALUES = 1 + 0.02 * torch.arange(16.0).view(4, 4)
@@ -127,6 +131,17 @@ def test_scales_train_on_a_quantised_base(base, quantization, device):
     before = scales.snapshot(model)
     torch.optim.Adam(scales.trainable_scales(model), lr=1e-2).step()
     assert torch.equal((scales.snapshot(model) != before).sum(1), torch.tensor([3, 4, 3, 4]))
+
+
+@pytest.mark.parametrize("method", [{}, {"quant_method": "fp8"}])
+@pytest.mark.parametrize("pre_quantized", [True, False])
+def test_a_quantised_base_without_gradients_does_not_train(base, pre_quantized, method):
+    model = load_model(base, device="cpu")
+    settings = FineGrainedFP8Config(**method)
+    model.hf_quantizer = FineGrainedFP8HfQuantizer(settings, pre_quantized=pre_quantized)
+    refused = pytest.raises(InputError, match=rf"{base.name}: its weights are quantised \(fp8\)")
+    with refused if pre_quantized else contextlib.nullcontext():
+        prepare_model(model, TrainingOptions(1e-2))
 
 
 @pytest.mark.skipif(not missing("flash_attn"), reason="flash attention is installed")
