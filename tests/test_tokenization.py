@@ -16,6 +16,7 @@ from test_labels import ENDS, SHAPES, tokenizer_of
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import unscaled_ckpt
 from hopscotch_common import checkpoints
 from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError
@@ -234,6 +235,37 @@ def test_further_chat_templates_travel_along(tiny_folder, tmp_path):
     (second / "additional_chat_templates" / "code.py").write_text("")
     with pytest.raises(InputError, match="additional_chat_templates: is no part of a checkpoint"):
         verify(second)
+
+
+@pytest.mark.parametrize(
+    ("family", "left"),
+    [("llama", []), ("qwen2", []), ("qwen2", ["tokenizer_config.json"]), ("gemma", [])],
+)
+def test_of_a_base_without_tokenizer_none_is_made_up(tiny_folder, tmp_path, family, left, capsys):
+    """transformers makes one of the special tokens alone for some families, and reads all text as nothing."""
+    base = shutil.copytree(tiny_folder(family), tmp_path / "base")
+    for name in {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} - set(left):
+        (base / name).unlink()
+    common = ["--model", str(base), "--blocks_to_skip", "1", "--output_dir", str(tmp_path)]
+    assert unscaled_ckpt.main([*common, "--export", "folded", "--device", "cpu"]) == 0
+    warnings = capsys.readouterr().err
+    assert "has no tokenizer that can be loaded" in warnings and "positions of random tokens" in warnings
+    for folder in (tmp_path / "base_unscaled", tmp_path / "base_unscaled_folded"):
+        assert {path.name for path in folder.glob("token*")} == set(left)
+    assert checkpoints.read_run(tmp_path / "base_unscaled")["tokenizer"] is None
+    with pytest.raises(InputError, match="base: its tokenizer cannot be loaded"):
+        tokenization.load_tokenizer(model_ref(str(base)))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "pattern"),
+    [("llama", "tekken.json", "tekken_*"), ("gemma", "tokenizer.model", "*.model.*")],
+)
+def test_one_kept_in_another_file_is_read(tmp_path, family, name, pattern):
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    stock_config(family).save_pretrained(tmp_path)
+    shutil.copyfile(next(data.glob(pattern)), tmp_path / name)
+    assert len(tokenization.read_tokenizer(tmp_path)) > 30_000
 
 
 def test_mistrals_own_tokenizer_is_left_out(tiny_folder, tmp_path):

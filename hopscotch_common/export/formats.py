@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files, scales
@@ -17,7 +16,7 @@ from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory
 from hopscotch_common.export import decilm, folding
 from hopscotch_common.loading import weights
 from hopscotch_common.loading.loader import device_map, resolve_device
-from hopscotch_common.loading.tokenization import copy_tokenizer
+from hopscotch_common.loading.tokenization import copy_tokenizer, read_tokenizer
 
 REPORT_FILE = "hopscotch_export.json"
 CONTINUATION_TOKENS = 24
@@ -216,7 +215,7 @@ def check_prompts(folder: Path, vocab_size: int) -> tuple[list[tuple[list[int], 
     Random token ids stand in where the folder has no tokenizer that fits the model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
         prompts = [_conversation_ids(tokenizer, *texts) for texts in CONVERSATIONS]
     except (OSError, ValueError, KeyError, ImportError) as error:
         logger.warning("%s: no usable tokenizer (%s); checking with random tokens", folder, error)

@@ -87,7 +87,8 @@ def _in_template(tokenizer, *messages: dict) -> str:
 def read_tokenizer(folder: Path, source: str | None = None):
     """The tokenizer of a base model or checkpoint; no code in the folder runs. source: the model's hub id.
 
-    Raises what the libraries raise at files that are broken or missing.
+    Raises what the libraries raise at files that are broken or missing, and OSError where transformers would
+    make up a tokenizer without files, of special tokens alone.
     """
     values = read_json(folder / "config.json")
     kind = str(values.get("model_type"))
@@ -100,7 +101,11 @@ def read_tokenizer(folder: Path, source: str | None = None):
         config.tokenizer_class = values.get("tokenizer_class")
     config._name_or_path = source or str(folder)  # transformers has rules for some ids
     # Mistral's own tokenizer, which transformers prefers where that is installed, has no chat template
-    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, mistral_format=False)
+    options = {"config": config, "trust_remote_code": False, "mistral_format": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise OSError("no tokenizer files")
+    return tokenizer
 
 
 def probe(tokenizer) -> dict:
