@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hopscotch_common import checkpoints, scales
+from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.loading.loader import load_model
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.scales.modeling_hopscotch import CODE
@@ -144,6 +145,21 @@ def test_tokenizer_travels_along(tiny_folder, tmp_path):
     save(tmp_path / "ckpt", tiny_folder())
     there, here = (AutoTokenizer.from_pretrained(path) for path in (tiny_folder(), tmp_path / "ckpt"))
     assert there.chat_template == here.chat_template and there("a b").input_ids == here("a b").input_ids
+
+
+def test_only_what_a_checkpoint_needs_travels_along(tiny_folder, tmp_path):
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    needed = {"LICENSE.txt", "USE_POLICY.md", "added_tokens.json", "vocab.json", "merges.txt", "spiece.model"}
+    others = {"trainer_state.json", "train_config.json", "params.json", "image_config.json", "notes.txt"}
+    for name in needed | others:
+        (base / name).write_text('{"loss": NaN}')
+    (base / "LICENSES").mkdir()
+    (base / "LICENSES" / "MIT.txt").write_text("Yours.")
+    save(tmp_path / "ckpt", base)
+    found = {path.name for path in (tmp_path / "ckpt").iterdir()}
+    assert found >= needed and not found & {*others, "LICENSES"}
+    verify(tmp_path / "ckpt")
+    assert "license_link: LICENSE.txt" in (tmp_path / "ckpt" / "README.md").read_text()
 
 
 def test_a_model_saved_again_in_its_place_keeps_its_new_scales(tiny_folder, tmp_path):

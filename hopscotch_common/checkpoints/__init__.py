@@ -48,8 +48,21 @@ RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, card.CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
 LAYER_KEY = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)\.(\w+)\.")
-OTHER_TOKENIZER = "tekken.json"  # Mistral's own; who finds it does not read tokenizer.json
-COMPANION_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+# Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
+COMPANION_FILES = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 def is_skipped_weight(key: str, config) -> bool:
@@ -164,8 +177,7 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, generation config and licence from a model folder."""
     for pattern in COMPANION_FILES:
         for path in source.glob(pattern):
-            own = path.name in ("config.json", RUN_FILE) or path.name.endswith(".index.json")
-            if not own and path.name != OTHER_TOKENIZER:
+            if path.is_file():
                 shutil.copyfile(path, target / path.name)
 
 

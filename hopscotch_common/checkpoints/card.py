@@ -149,7 +149,7 @@ def origin_of(base: ModelRef) -> dict:
         return found | ({"license": licence} if licence else {})
     folder = base.folder()
     found |= inherited(folder, LICENCE_FIELDS)
-    files = sorted(path.name for path in folder.glob("LICENSE*"))
+    files = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
     if "license" not in found and files:
         found |= {"license": "other", "license_name": "of-the-base-model", "license_link": files[0]}
     return found

@@ -119,7 +119,7 @@ def _download(source: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from transformers.utils import CHAT_TEMPLATE_DIR
 
-    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
     wanted += ["*.safetensors"] if weights else []
     unwanted = ["*/*", "consolidated*"]  # what lies in folders of its own; Mistral's second copy
     try:
