@@ -141,6 +141,8 @@ def _write_base(
     """
     source, stock = base.folder(), loader.read_config(base)
     weights.check_weights(source, stock)
+    if stock.tie_word_embeddings and weights.has_own_head(source):  # vLLM would drop it where the config ties
+        stock.tie_word_embeddings = False
     config = loader.hopscotch_config(stock, sorted(skipped), scales.granularity(values), scales.rank_of(maps))
     _, _, model_class = modeling_hopscotch.family_classes(stock.model_type)
     config.dtype = config.dtype or weights.stored_dtype(source)  # else vLLM would go by the float32 scales
@@ -158,8 +160,6 @@ def _write_base(
         if kept := {key: tensor for key, tensor in tensors.items() if not is_skipped_weight(key, config)}:
             weights.save_tensors(kept, target / name)
     weights.write_index(target)
-    if stock.tie_word_embeddings and weights.has_own_head(source):
-        stock.tie_word_embeddings = False
     with torch.device("meta"):  # files of quantised weights hold other numbers
         model = AutoModelForCausalLM.from_config(stock)
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
