@@ -58,6 +58,13 @@ def family_obstacle(config) -> str | None:
             f"{family}: its {MORE_THAN_LINEAR[family]} is more than the linear layer that vLLM's "
             "Transformers backend would make of it"
         )
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4":
+        return f"{family}: vLLM's Transformers backend has no MXFP4"
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        return (
+            f"{family}: longrope turns positions by the longest text of a batch, which vLLM cannot compile, "
+            "and which without compiling changes the texts beside it"
+        )
     return None
 
 

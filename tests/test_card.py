@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import stock_config
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
@@ -174,6 +175,25 @@ def test_channel_scales_are_told_from_layer_scales(base, tmp_path):
     values = torch.full((4, 2 * config.hidden_size + 2), 1.1)
     card.write_card(tmp_path, "x", "checkpoint", {}, config, values, {})
     assert "one a channel" in read(tmp_path).text
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "vllm", "exports"),
+    [
+        ("phi3", {}, True, True),
+        ("phi3", {"rope_parameters": LONGROPE}, False, True),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, False, False),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, True, False),
+    ],
+)
+def test_a_card_names_no_engine_that_refuses_it(tmp_path, family, changes, vllm, exports):
+    config = hopscotch_config(stock_config(family, **changes), [1])
+    card.write_card(tmp_path, "x", "checkpoint", {}, config, torch.ones(4, 4), {})
+    text = read(tmp_path).text
+    assert ("vllm serve" in text, "export it" in text) == (vllm, exports)
 
 
 @pytest.mark.parametrize(

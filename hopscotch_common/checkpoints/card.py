@@ -79,9 +79,11 @@ def write_card(
 
 
 def _exports(config) -> str:
-    """For which engines a checkpoint can be exported, in words; with maps, "" where for none."""
+    """For which engines a checkpoint can be exported, in words; "" where for none."""
     from hopscotch_common.export import decilm, gguf  # which import this
 
+    if getattr(config, "quantization_config", None):
+        return ""
     if not config.replacement_rank:
         return "llama.cpp and others"
     engines = ["llama.cpp"] if stock_type(config) in gguf.SOURCES else []
