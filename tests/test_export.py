@@ -164,6 +164,33 @@ def test_a_folded_config_says_its_rope_scaling_as_older_readers_want_it(tmp_path
     assert AutoConfig.from_pretrained(tmp_path / "folded").rope_parameters == rope
 
 
+PHI3_LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "old"),
+    [
+        ("qwen3_moe", {}, {"num_experts": 4}),
+        ("granitemoehybrid", {}, {"layer_types": ["mamba", "attention", "mamba", "attention", "attention"]}),
+        ("phi3", {"rope_scaling": dict(PHI3_LONGROPE), "rope_theta": 5e5}, {"rope_scaling": PHI3_LONGROPE}),
+    ],
+)
+def test_a_folded_config_says_what_older_readers_of_a_family_want(tmp_path, family, changes, old):
+    """Names of transformers 4.57; and transformers 5 reads the base's config again."""
+    stock = stock_config(family, dtype="float32", **changes)
+    config, layers = hopscotch_config(stock, [1]), stock.num_hidden_layers
+    folding.prepare(tmp_path, config, torch.ones(layers, 4), {})
+    text = (tmp_path / "config.json").read_text()
+    values = json.loads(text)
+    assert {key: values[key] for key in old} == old and "Infinity" not in text
+    own = ("_name_or_path", "architectures", "per_layer_config", "partial_rotary_factor", "torch_dtype")
+    found, expected = (
+        {key: value for key, value in config.to_dict().items() if key not in own}
+        for config in (AutoConfig.from_pretrained(tmp_path), stock)
+    )
+    assert found == expected
+
+
 def test_weights_keep_their_dtype_and_their_files(tmp_path, base):
     folder = tmp_path / "sharded"
     model = AutoModelForCausalLM.from_pretrained(base("llama"), dtype=torch.bfloat16)

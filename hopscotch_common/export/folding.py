@@ -39,6 +39,7 @@ from hopscotch_common.scales.modeling_hopscotch import (
     REPLACEMENT_NAMES,
     SCALE_NAMES,
     Family,
+    attention_blocks,
     head_dim_of,
     stock_type,
 )
@@ -60,6 +61,7 @@ MLP_OUTPUTS = {
 }
 TRANSPOSED_EXPERTS = {r"mlp\.experts\.down_proj": 2, r"mlp\.experts\.down_proj_bias": 1}
 TRANSPOSING = ("gpt_oss",)  # [experts, width, hidden]
+PHI3_FACTORS = ("short_factor", "long_factor")  # of longrope
 ONE_PLUS = ("gemma", "gemma2", "gemma3_text", "qwen3_next", "qwen3_5_text")  # norms times 1 + weight
 
 
@@ -279,7 +281,10 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     stock.per_layer_config = {block: {"skip": ["attention"]} for block in skipped_blocks(config)} or None
     stock.save_pretrained(folder)
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | old_names(stock), indent=2) + "\n")
+    written = json.loads(path.read_text()) | old_names(stock)
+    if math.inf in (getattr(stock, "time_step_limit", None) or ()):  # JSON has no such number
+        del written["time_step_limit"]
+    path.write_text(json.dumps(written, indent=2) + "\n")
     folding = Folding(stock, fold_factors(values, skipped_blocks(config)))
     renamed = get_checkpoint_conversion_mapping(stock.model_type) is not None
     return Target(folding, shapes_of(model), renamed)
@@ -292,8 +297,16 @@ def old_names(config) -> dict:
     if "rope_theta" in rope:  # else one for each kind of layer
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         scaled = scaling.get("rope_type", "default") != "default"
+        if config.model_type == "phi3" and scaled:  # these three alone were allowed
+            scaling = {"type": scaling["rope_type"]} | {key: scaling[key] for key in PHI3_FACTORS}
         found |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
         found |= {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
+    if config.model_type == "qwen3_moe":
+        found["num_experts"] = config.num_local_experts
+    if config.model_type == "granitemoehybrid":
+        present = attention_blocks(config)
+        kinds = ("attention" if layer in present else "mamba" for layer in range(config.num_hidden_layers))
+        found["layer_types"] = list(kinds)
     return found
 
 
