@@ -85,6 +85,7 @@ def test_a_checkpoint_says_what_it_is(base, tmp_path):
         "four a layer; 5 epoch(s) of Adam, learning rate 0.003, 16 answers a step, on KL",
         "| blocks skipped, no scales | 0.5000 | 0.1250 | 75.0% |",
         "| blocks skipped, with scales | 0.3750 | 0.0625 ± 0.0100 | 87.5% |",
+        "needs transformers 5",
         "vllm serve",
         "@inproceedings",
     ):
@@ -133,7 +134,8 @@ def test_exports_say_what_they_are(base, tmp_path, format, left):
     found = read(tmp_path / format)
     assert found.data.license_name == "acme" and found.data.base_model == "acme/parent"
     assert f"KV cache: {left} blocks" in found.text and report["summary"] in found.text
-    assert "0.0625" in found.text and ("trust" in found.text) == (format == "nemotron_nas")
+    assert "0.0625" in found.text and "needs transformers" not in found.text
+    assert ("trust" in found.text) == (format == "nemotron_nas")
 
 
 def test_without_training_it_says_so(base, tmp_path):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -171,6 +172,18 @@ def test_a_model_saved_again_in_its_place_keeps_its_new_scales(tiny_folder, tmp_
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "c", trust_remote_code=True)
     ours = checkpoints.load_checkpoint(tmp_path / "c")
     assert again.model.layers[0].s_scale_mlp == ours.model.layers[0].s_scale_mlp == 3
+
+
+def test_the_code_is_uploaded_with_a_model(tiny_folder, tmp_path, monkeypatch):
+    hub = Mock()
+    for place in ("modeling_utils", "utils.hub"):
+        monkeypatch.setattr(f"transformers.{place}.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", Mock())
+    model = load_model(model_ref(str(tiny_folder())), device="cpu")
+    for _ in range(2):  # into a new folder, and into the same again
+        model.save_pretrained(tmp_path / "model", push_to_hub=True)
+        sent = {operation.path_in_repo for operation in hub.create_commit.call_args.kwargs["operations"]}
+        assert sent >= {"config.json", "model.safetensors", CODE.name}
 
 
 def test_modeling_file_imports_nothing_of_the_project():

@@ -34,7 +34,6 @@ from hopscotch_common.loading.tokenization import check_copies, copy_tokenizer
 from hopscotch_common.log import check_settings
 from hopscotch_common.scales import modeling_hopscotch
 from hopscotch_common.scales.modeling_hopscotch import (
-    CODE,
     FAMILIES,
     PREFIX,
     REPLACEMENT_NAMES,
@@ -147,9 +146,7 @@ def _write_base(
     _, _, model_class = modeling_hopscotch.family_classes(stock.model_type)
     config.dtype = config.dtype or weights.stored_dtype(source)  # else vLLM would go by the float32 scales
     config.architectures = [model_class.__name__]
-    config.auto_map = modeling_hopscotch.auto_map(stock.model_type)
     config.save_pretrained(target)
-    shutil.copyfile(CODE, target / CODE.name)
     copy_companions(source, target)
     tokenizer = copy_tokenizer(source, target, base.source)
 

@@ -276,6 +276,17 @@ class HopscotchConfig:
         now = self.__dict__.get("uncached_layers")
         return tuple(self.skipped_attention_blocks or ()) if now is None else now
 
+    def save_pretrained(self, save_directory, **options):
+        """As the stock class, and beside it this file, which `auto_map` names.
+
+        A model saves its config so, too, before it uploads anything, and only where it writes files.
+        """
+        self.auto_map = auto_map(stock_type(self))
+        super().save_pretrained(save_directory, **options)
+        target = Path(save_directory) / CODE.name
+        if not (target.exists() and target.samefile(CODE)):
+            shutil.copyfile(CODE, target)
+
     def to_dict(self) -> dict:
         values = super().to_dict()
         for name in ("new_scales", "in_vllm_plugin", "uncached_layers"):
@@ -314,14 +325,6 @@ class HopscotchPreTrained:
     """What base model and causal LM share: how their scales are kept and read."""
 
     _keep_in_fp32_modules_strict = SCALE_NAMES + REPLACEMENT_NAMES
-
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **options):
-        """As the stock class, and this file beside the weights: the config's `auto_map` names it."""
-        self.config.auto_map = auto_map(stock_type(self.config))
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
-        target = Path(save_directory) / CODE.name
-        if is_main_process and not (target.exists() and target.samefile(CODE)):
-            shutil.copyfile(CODE, target)
 
     def _init_weights(self, module):
         """Raises ValueError for weights without scales, unless `config.new_scales` expects just that."""
