@@ -449,6 +449,20 @@ def test_a_model_without_scales_is_no_checkpoint(base):
         checkpoints.load_checkpoint(base("llama"))
 
 
+def test_names_of_a_vision_language_model(tiny_folder, tmp_path):
+    """As transformers 5 saves qwen3_5_text, where it was read of one."""
+    folder = shutil.copytree(tiny_folder("qwen3_5_text"), tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    named = {key.replace("model.", "model.language_model."): tensor for key, tensor in tensors.items()}
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
+    values = random_scales(0, 0.9, 1.1, layers=5)
+    checkpoint = save(tmp_path, folder, [1], values)
+    kept = load_file(checkpoint / "base-00001-of-00001.safetensors")
+    assert kept.keys() < tensors.keys() and "model.layers.1.self_attn.o_proj.weight" not in kept
+    report = formats.export_checkpoint(checkpoint, "folded", tmp_path / "folded", device="cpu")
+    assert report["relative_logit_error"] < 1e-3
+
+
 @pytest.mark.parametrize("family, form", [("gemma", "folded"), ("granite", "nemotron_nas")])
 def test_a_tied_base_with_a_head_of_its_own(tiny_folder, tmp_path, family, form):
     """What peft leaves with `modules_to_save`: transformers keeps both matrices, whatever the config says."""

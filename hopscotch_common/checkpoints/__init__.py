@@ -46,7 +46,7 @@ STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, card.CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
-LAYER_KEY = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)\.(\w+)\.")
+LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
 # Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
 COMPANION_FILES = (
     "generation_config.json",

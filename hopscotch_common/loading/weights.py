@@ -83,7 +83,7 @@ def weight_map(index: Path) -> dict[str, str]:
             )
         if not (index.parent / name).is_file():
             raise InputError(f"{index}: names {name}, which is missing; fetch the model again")
-    return names
+    return {_plain_name(key): name for key, name in names.items()}
 
 
 def fingerprint(folder: Path) -> str:
@@ -120,15 +120,20 @@ def write_index(folder: Path) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _plain_name(key: str) -> str:
+    """A tensor's name, without what qwen3_5_text has in it where a vision-language model was saved."""
+    return key.replace("model.language_model.", "model.", 1)
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one weight file, memory mapped where the format allows.
 
     A .bin file is read as weights only, so nothing in it runs. Raises InputError for a broken file.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, weights_only=True, mmap=True)
+        is_bin = path.suffix != ".safetensors"
+        found = torch.load(path, weights_only=True, mmap=True) if is_bin else load_file(path)
+        return {_plain_name(key): tensor for key, tensor in found.items()}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{path}: not a whole file of weights ({reason}); fetch the model again") from error
