@@ -134,7 +134,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         is_bin = path.suffix != ".safetensors"
         found = torch.load(path, weights_only=True, mmap=True) if is_bin else load_file(path)
         return {_plain_name(key): tensor for key, tensor in found.items()}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"{path}: not a whole file of weights ({reason}); fetch the model again") from error
 
