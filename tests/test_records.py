@@ -128,11 +128,16 @@ def write_all(folder: Path, records: list[dict]) -> list[Path]:
 
 def test_files_of_every_kind(tmp_path):
     records = [{"question": f"{n} + {n}?", "answer": f"It is {2 * n}, é"} for n in range(3)]
-    for path in write_all(tmp_path, records):
-        found = list(read_records(path))
-        assert [record for _, record in found] == records, path
-        assert found[1][0] in (f"{path}, line 2", f"{path}, record 2")
-    assert [record for _, record in hub_records(str(tmp_path / "a.parquet").rsplit("/", 1)[0], None, "train")]
+    for name in ("set1", "set[1]"):  # as a pattern, the second matches the first
+        (tmp_path / name).mkdir()
+        for path in write_all(tmp_path / name, records):
+            found = list(read_records(path))
+            assert [record for _, record in found] == records, path
+            assert found[1][0] in (f"{path}, line 2", f"{path}, record 2")
+        records.pop()
+    assert [record for _, record in hub_records(str(tmp_path / "set1"), None, "train")]
+    with pytest.raises(InputError, match="as a pattern; rename it"):
+        next(hub_records(str(tmp_path / "set[1]"), None, "train"))
 
 
 def test_cells_of_a_table_are_the_text_that_stands_there(tmp_path):

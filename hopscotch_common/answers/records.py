@@ -1,6 +1,7 @@
 """Records as people have them: files of several kinds, and one function that turns a record into messages."""
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -60,7 +61,8 @@ def _table(path: Path, kind: str) -> list[dict]:
         from datasets import load_dataset
 
         with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing left behind
-            return load_dataset(kind, data_files=str(path), split="train", cache_dir=cache).to_list()
+            name = glob.escape(str(path))  # it takes patterns
+            return load_dataset(kind, data_files=name, split="train", cache_dir=cache).to_list()
     except InputError:
         raise
     except Exception as error:  # whatever the readers of so many formats raise
@@ -101,6 +103,10 @@ def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str
     from datasets import load_dataset
     from huggingface_hub.utils.logging import set_verbosity_error
 
+    if Path(name).exists() and glob.escape(place := str(Path(name).resolve())) != place:
+        raise InputError(
+            f"--dataset {name}: datasets reads {place} as a pattern; rename it without any of [?*"
+        )
     set_verbosity_error()  # without a network it would warn of each of its retries
     try:
         rows = load_dataset(name, config, split=split)
