@@ -169,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, flag) and not args.dataset:
             raise InputError(f"--{flag}: goes with --dataset, which names the data set")
     source = dict(dataset=args.dataset, config=args.dataset_config, split=args.split or "train")
-    prompts = find_prompts(args.model, args.input_file, **source, field=args.prompt_field)[: args.num_samples]
+    source |= dict(field=args.prompt_field, num_samples=args.num_samples)
+    prompts = find_prompts(args.model, args.input_file, **source)
 
     from hopscotch_common.answers import engines
     from hopscotch_common.loading import tokenization, weights

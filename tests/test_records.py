@@ -29,6 +29,7 @@ RECORDS = [
     ),
     ({"question": "1 + 1?", "answer": "2", "id": 7}, BOTH),
     ({"question": "1 + 1?", "answer": 2}, [ASKED]),
+    ({"question": "1 + 1?", "answer": ["2", "two"]}, [ASKED]),
     ({"prompt": "1 + 1?", "completion": "2"}, BOTH),
     ({"prompt": [ASKED], "completion": [SAID]}, BOTH),
     ({"prompt": [SYSTEM, ASKED]}, [SYSTEM, ASKED]),
@@ -63,7 +64,7 @@ def test_a_field_of_another_name():
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
         ({"messages": [{"role": "user", "content": 3}]}, "content is int, not text"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "role 'judge' is not one of"),
-        ({"messages": [ASKED, {**SAID, "unmask": True}]}, "the assistant message has 'unmask'"),
+        ({"messages": [{**ASKED, "unmask": True}]}, "the user message has 'unmask'"),
         ({"messages": BOTH, "unmask": True}, "has 'unmask'"),
         ({"messages": BOTH, "tools": [{"name": "f"}]}, "has 'tools'"),
         ({"prompt": 7}, "'prompt' must be text"),
@@ -82,9 +83,30 @@ def test_what_cannot_be_read_is_refused_by_name(record, message):
         prompt_of(record, "here")
 
 
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"instruction": "1 + 1?", "input": "", "output": ""}, "the assistant message has no content"),
+        ({"question": "1 + 1?", "answer": " "}, "no content"),
+        (
+            {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": ""}]},
+            "no content",
+        ),
+        ({"messages": [ASKED, SAID | {"unmask": True}]}, "the assistant message has 'unmask'"),
+    ],
+)
+def test_answers_are_checked_where_they_are_not_left_out(record, message):
+    assert prompt_of(record, "here").messages == [ASKED]
+    with pytest.raises(InputError, match=f"^here: .*{message}"):
+        messages_of(record, "here")
+
+
 def test_tools_are_refused_and_answers_left_out():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
-    for messages in ([ASKED, call], [ASKED, {"role": "tool", "content": "2"}, SAID]):
+    function = {"name": "add", "arguments": "1, 1"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    old_call = {"role": "assistant", "content": "", "function_call": function}
+    tool = {"role": "tool", "content": "2"}
+    for messages in ([ASKED, call], [ASKED, old_call], [ASKED, tool, SAID]):
         with pytest.raises(InputError, match="^here: calls tools, which is not supported"):
             prompt_of({"messages": messages}, "here")
     none = SAID | {"tool_calls": [], "function_call": None}  # as OpenAI's answers have them
@@ -170,6 +192,12 @@ def test_conversations_that_ask_several_times_are_counted(tmp_path, caplog):
     with caplog.at_level("INFO", "hopscotch"):
         assert len(find_prompts(model_ref("smollm"), tmp_path / "a.json")) == 3
     assert "2 of 3 records ask several times" in caplog.text
+
+
+def test_records_beyond_those_taken_are_not_looked_at(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "1?"}\n{"question": "2?"}\n{"question":')
+    prompts = find_prompts(model_ref("smollm"), tmp_path / "a.jsonl", num_samples=2)
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["1?", "2?"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The prompts of step 1: where they come from, their token ids, and the answers kept while they come."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,7 @@ def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
 
 def prompt_of(record: dict, where: str, field: str | None = None) -> Prompt:
     """What a record asks, without the answers that it holds; InputError when there is nothing to answer."""
-    messages = messages_of(record, where, field)
-    messages = [message for message in messages if message["role"] != "assistant"]
+    messages = messages_of(record, where, field, answers=False)
     if not messages:
         raise InputError(f"{where}: only assistant messages, there is nothing to answer")
     if messages[-1]["role"] != "user":
@@ -97,10 +97,12 @@ def find_prompts(
     config: str | None = None,
     split: str = "train",
     field: str | None = None,
+    num_samples: int | None = None,
 ) -> list[Prompt]:
     """The prompts of a file, or of a data set of the hub (or a folder), or else the default ones for a model.
 
-    field: the one that holds text or messages, where it has a name of its own. Every record is checked.
+    field: the one that holds text or messages, where it has a name of its own. num_samples: only the first so
+    many records, and no other is checked.
     """
     if dataset is not None:
         records = hub_records(dataset, config, split)
@@ -113,7 +115,7 @@ def find_prompts(
         records = read_records(LOCAL_PROMPTS)
     else:
         records = hub_records(HUB_PROMPTS, "main", "train")
-    prompts = [prompt_of(record, where, field) for where, record in records]
+    prompts = [prompt_of(record, where, field) for where, record in itertools.islice(records, num_samples)]
     several = sum("user user" in " ".join(m["role"] for m in prompt.messages) for prompt in prompts)
     if several:
         logger.info("%d of %d records ask several times: all at once, without answers", several, len(prompts))

@@ -119,11 +119,12 @@ def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str
     yield from _rows(rows, name)
 
 
-def messages_of(record: dict, where: str, field: str | None = None) -> list[dict]:
+def messages_of(record: dict, where: str, field: str | None = None, answers: bool = True) -> list[dict]:
     """The conversation that a record holds, with its answer where it has one.
 
     A message has a role of ROLES and text as its content, and may have `reasoning_content`.
-    field: the one that holds text or messages, if it has another name. InputError says what was found.
+    field: the one that holds text or messages, if it has another name. answers: False leaves the assistant's
+    messages out, whatever they hold, unless they call tools. InputError says what was found.
     """
     for key, why in REFUSED.items():
         if record.get(key):
@@ -134,7 +135,8 @@ def messages_of(record: dict, where: str, field: str | None = None) -> list[dict
     _name_unused(set(record) - used - set(OURS))
     if not found:
         raise InputError(f"{where}: its list of messages is empty; leave it out")
-    return [_message(message, where) for message in found]
+    messages = [_message(message, where, answers) for message in found]
+    return [message for message in messages if message is not None]
 
 
 def _conversation(record: dict, where: str, field: str | None) -> tuple[list, set[str]]:
@@ -157,7 +159,7 @@ def _conversation(record: dict, where: str, field: str | None) -> tuple[list, se
             asked, used = _with_input(asked, record.get("input"), where), {*used, "input"}
         messages = _as_messages(asked, prompt, where)
         completion = record.get(answer)
-        if isinstance(completion, list):
+        if isinstance(completion, list) and all(isinstance(part, dict) for part in completion):
             messages += completion
         elif isinstance(completion, str):
             messages.append({"role": "assistant", "content": completion})
@@ -188,7 +190,8 @@ def _as_messages(value, name: str, where: str) -> list:
     return [{"role": "user", "content": value}]
 
 
-def _message(message, where: str) -> dict:
+def _message(message, where: str, answers: bool) -> dict | None:
+    """A message, checked; None for an answer where these are left out."""
     if isinstance(message, dict) and "from" in message and "value" in message:
         role, content = SHAREGPT_ROLES.get(message["from"], message["from"]), message["value"]
         message = {k: v for k, v in message.items() if k not in ("from", "value")}
@@ -197,11 +200,13 @@ def _message(message, where: str) -> dict:
     if not isinstance(role, str):
         raise InputError(f"{where}: each message needs a 'role' and a 'content'")
     message = {name: value for name, value in message.items() if value not in (None, [])}
-    if role == "tool" or "tool_calls" in message:
+    if role == "tool" or "tool_calls" in message or "function_call" in message:
         raise InputError(
             f"{where}: calls tools, which is not supported: without their definitions the model would read "
             "another text than when it made the calls; leave the record out"
         )
+    if role == "assistant" and not answers:
+        return None
     if role not in ROLES:
         raise InputError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
     if unknown := set(message) - set(MESSAGE_KEYS):
