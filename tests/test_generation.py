@@ -445,6 +445,20 @@ def test_vllm_gives_the_same_answers(work, tiny_folder, tmp_path):
     assert finals["vllm"] == finals["transformers"] and len(finals["vllm"]) == len(QUESTIONS)
 
 
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("error", [RuntimeError("Engine core\nfailed."), ValueError("No such quantization.")])
+def test_a_vllm_that_cannot_start_is_one_line(work, monkeypatch, capsys, error):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr("vllm.LLM", fail)
+    assert generate_model_gt_data.main([*work, "--backend", "vllm"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    reason = " ".join(str(error).split())
+    assert f"vLLM cannot run {work[1]} here ({reason}; see above): free memory, or use" in last
+
+
 def test_longrope_rows_end_where_a_batch_would_turn_otherwise(tiny_folder, tmp_path):
     """Beyond the original context transformers turns all rows' positions by other factors."""
     rope = dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=1.0)

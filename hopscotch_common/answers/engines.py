@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
-from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger
+from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger, reason_of
 from hopscotch_common.loading.loader import device_map, load_whole, resolve_device
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.loading.weights import stored_dtype
@@ -300,13 +300,16 @@ class VllmEngine:
         if dtype == "auto":  # vLLM's own "auto" would run a float32 checkpoint in bfloat16
             dtype = str(config.dtype or stored_dtype(folder)).removeprefix("torch.")
         size = tensor_parallel_size(options.tensor_parallel_size, config)
-        self.llm = LLM(
-            model=str(folder),
-            dtype=dtype,
-            max_model_len=longest,
-            tensor_parallel_size=size,
-            **(_cpu_settings(config, dtype, options, longest) if current_platform.is_cpu() else {}),
-        )
+        more = _cpu_settings(config, dtype, options, longest) if current_platform.is_cpu() else {}
+        try:
+            self.llm = LLM(
+                model=str(folder), dtype=dtype, max_model_len=longest, tensor_parallel_size=size, **more
+            )
+        except (RuntimeError, ValueError) as error:  # too little free memory, or a model that it does not run
+            raise HopscotchError(
+                f"vLLM cannot run {ref.source} here ({reason_of(error)}; see above): free memory, or use "
+                "--backend transformers"
+            ) from error
         self.stop_ids = stop_ids
         self.num_asked = 0
 
