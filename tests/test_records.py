@@ -30,7 +30,7 @@ RECORDS = [
     ({"question": "1 + 1?", "answer": "2", "id": 7}, BOTH),
     ({"question": "1 + 1?", "answer": 2}, [ASKED]),
     ({"question": "1 + 1?", "answer": ["2", "two"]}, [ASKED]),
-    ({"prompt": "1 + 1?", "completion": "2"}, BOTH),
+    ({"prompt": "1 + 1?", "completion": "2", "chat_template_kwargs": {}, "tools": None}, BOTH),
     ({"prompt": [ASKED], "completion": [SAID]}, BOTH),
     ({"prompt": [SYSTEM, ASKED]}, [SYSTEM, ASKED]),
     (
@@ -67,6 +67,10 @@ def test_a_field_of_another_name():
         ({"messages": [{**ASKED, "unmask": True}]}, "the user message has 'unmask'"),
         ({"messages": BOTH, "unmask": True}, "has 'unmask'"),
         ({"messages": BOTH, "tools": [{"name": "f"}]}, "has 'tools'"),
+        (
+            {"prompt": "?", "chat_template_kwargs": {"enable_thinking": False}},
+            "template is used with its def",
+        ),
         ({"prompt": 7}, "'prompt' must be text"),
         ({"conversations": "1 + 1?"}, "'conversations' must be a list"),
         ({"question": "  "}, "'question' must be text"),

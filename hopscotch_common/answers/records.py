@@ -21,13 +21,13 @@ UNDERSTOOD = (
     "'messages', 'conversations' (from, value), 'prompt' (text or messages; the answer in 'completion'), "
     "'question' ('answer') or 'instruction' with 'input' ('output')"
 )
-# What a record may say besides its messages that would change what is trained on.
+# What a record may say besides its messages that would change what is read or trained on.
 REFUSED = {
     "unmask": "what is counted for the loss is always the answers",
     "tools": "no tools are given to the chat template",
+    "chat_template_kwargs": "the chat template is used with its defaults",
 }
-OURS = ("prompt_token_ids", "answer_token_ids", "finish_reason", "num_generated_tokens", "index")
-OURS += ("unmask", "tools")
+OURS = ("prompt_token_ids", "answer_token_ids", "finish_reason", "num_generated_tokens", "index", *REFUSED)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
