@@ -23,7 +23,13 @@ from hopscotch_common.loading.models import model_ref
 CONVERSATIONS = [
     [("user", "What is 3 + 4?"), ("assistant", "3 + 4 = 7.")],
     [("system", "Be brief."), ("user", "And 5 + 6?\nSay why."), ("assistant", "  11, because\n\n5 + 6.")],
-    [("user", "1 + 1?"), ("assistant", "Two."), ("user", "Again, in digits?"), ("assistant", "2 — é")],
+    [
+        ("system", ""),
+        ("user", "1 + 1?"),
+        ("assistant", "Two."),
+        ("user", "Again, in digits?"),
+        ("assistant", "2 — é"),
+    ],
 ]
 
 

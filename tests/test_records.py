@@ -27,6 +27,7 @@ RECORDS = [
         {"messages": [{"role": "developer", "content": "x"}, *BOTH]},
         [{"role": "developer", "content": "x"}, *BOTH],
     ),
+    ({"messages": [SYSTEM | {"content": ""}, *BOTH]}, [SYSTEM | {"content": ""}, *BOTH]),
     ({"question": "1 + 1?", "answer": "2", "id": 7}, BOTH),
     ({"question": "1 + 1?", "answer": 2}, [ASKED]),
     ({"question": "1 + 1?", "answer": ["2", "two"]}, [ASKED]),

@@ -214,7 +214,7 @@ def _message(message, where: str, answers: bool) -> dict | None:
             f"{where}: the {role} message has {min(unknown)!r}, which is not understood; leave it out"
         )
     content = _text(message.get("content"), role, where)
-    if not content.strip():
+    if role in ("user", "assistant") and not content.strip():  # an empty system message replaces a default
         raise InputError(f"{where}: the {role} message has no content")
     return message | {"content": content}
 
