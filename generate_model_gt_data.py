@@ -35,6 +35,7 @@ from hopscotch_common.answers.prompts import (
     kept_answers,
     tokenize,
 )
+from hopscotch_common.answers.records import TABLES
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.log import Log
@@ -51,6 +52,8 @@ def output_paths(output_file: Path | None, model: ModelRef) -> tuple[Path, Path,
 
 def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | None) -> None:
     """InputError for outputs that could not be written, or would take the place of an input."""
+    if final.suffix.lower() in (".gz", *TABLES):  # step 2 would read it as such
+        raise InputError(f"--output_file {final}: is written as JSONL; name it .jsonl")
     inputs = [] if input_file is None else [input_file]
     for path in (final, partial, report):
         files.check_output(path, "--output_file", inputs)

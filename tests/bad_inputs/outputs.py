@@ -30,6 +30,12 @@ CASES = [
         "--output_file",
         ("is the input", "prompts.jsonl", "--output_file prompts.jsonl"),
         ("is the input by another path", "prompts.jsonl", "--output_file model/../prompts.jsonl"),
+        (
+            "is no JSONL by its name",
+            "answers.csv: is written as JSONL; name it",
+            "--output_file new/answers.csv",
+        ),
+        ("is packed by its name", "a.jsonl.GZ: is written as JSONL", "--output_file new/a.jsonl.GZ"),
         ("kept answers are the input", "prompts.jsonl", "--output_file prompts_final.jsonl"),
         (
             "kept answers are the input, without a last line break",
