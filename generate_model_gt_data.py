@@ -184,9 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     if backend == "vllm":
         engines.tensor_parallel_size(args.tensor_parallel_size, config)
     tokenizer = tokenization.load_tokenizer(args.model)
+    stop_ids = tokenization.stop_token_ids(args.model.folder(weights=False), tokenizer)
     prompt_ids = tokenize(prompts, tokenizer, config)
     weights.check_weights(args.model.folder(), config, args.attn_implementation)
-    stop_ids = tokenization.stop_token_ids(args.model.folder(weights=False), tokenizer)
     settings = {
         "model": args.model.source,
         "tensors": weights.fingerprint(args.model.folder()),

@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from hopscotch_common.errors import InputError, as_os_error, logger, reason_of
@@ -46,15 +46,16 @@ def load_tokenizer(ref: ModelRef):
 def stop_token_ids(folder: Path, tokenizer) -> set[int]:
     """Tokens that end an answer: the tokenizer's end of sequence, the generation config's, and the turn's.
 
-    Without a generation config those of the config, as transformers does it.
+    Without a generation config those of the config, as transformers does it. InputError for what is no id.
     """
-    stop = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
-    if (folder / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(folder).eos_token_id
-    else:
-        configured = read_json(folder / "config.json").get("eos_token_id")
-    stop.update(configured if isinstance(configured, list) else [configured])
-    return stop - {None}
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        file = folder / "config.json"
+    configured = read_json(file, "fetch the model again").get("eos_token_id")
+    ids = configured if isinstance(configured, list) else [configured]
+    if any(type(token) is not int for token in ids if token is not None):
+        raise InputError(f"{file}: 'eos_token_id' must be a token id or a list of them; mend it")
+    return {tokenizer.eos_token_id, end_of_turn(tokenizer), *ids} - {None}
 
 
 def end_of_turn(tokenizer) -> int | None:

@@ -24,6 +24,7 @@ from .workplace import CHECKPOINT
 CONFIG, WEIGHTS, INDEX = "model/config.json", "model/model.safetensors", "model/model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "model/tokenizer.json", "model/tokenizer_config.json"
 WITH_WEIGHTS = LOADING  # those that read or copy the weights
+GENERATION = "model/generation_config.json"
 NO_WEIGHTS = "model.*(weights|safetensors)"
 UP = "blk.2.ffn_up.weight"
 KEY = "model.layers.2.mlp.up_proj.weight"
@@ -94,6 +95,13 @@ CASES = [
         qwen2_vl="is a vision-language model; give",
         vit="is no language model; give",
         cohere="is not supported: attention and MLP stand side by side",
+    ),
+    *_models(
+        ("generate_model_gt_data", "process_gt_data"),
+        ("generation config is not JSON", "generation_config.json: not JSON", write(GENERATION, "{")),
+        ("generation config is a list", "generation_config.json: a JSON object", write(GENERATION, "[]")),
+        ("end is text", "generation_config.json: 'eos_token_id'", write(GENERATION, '{"eos_token_id": "2"}')),
+        ("an end is text", "'eos_token_id' must be", write(GENERATION, '{"eos_token_id": [2, "3"]}')),
     ),
     *_models(
         "unscaled_ckpt",
