@@ -54,9 +54,11 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
     """InputError for outputs that could not be written, or would take the place of an input."""
     if final.suffix.lower() in (".gz", *TABLES):  # step 2 would read it as such
         raise InputError(f"--output_file {final}: is written as JSONL; name it .jsonl")
-    inputs = [] if input_file is None else [input_file]
     for path in (final, partial, report):
-        files.check_output(path, "--output_file", inputs)
+        files.check_output(path, "--output_file", [input_file] if input_file and path == final else [])
+    for path, what in ((partial, "its answers are kept meanwhile"), (report, "its report goes")):
+        if input_file and files.same_place(path, input_file):
+            raise InputError(f"--output_file {final}: {path}, where {what}, is the input; name another file")
     if final.exists() and not report.exists() and not partial.exists():
         raise InputError(f"--output_file {final}: exists and is not of this script; name another file")
 

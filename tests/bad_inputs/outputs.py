@@ -7,6 +7,7 @@ from .workplace import CHECKPOINT
 FOREIGN = "written by hand"  # and without a line break at its end
 RECORDS = '{"question": "1?"}\n{"question": "2?"}'
 LONG = "a" * 300
+KEPT = "--output_file prompts_final.jsonl: prompts.jsonl, where its answers are kept meanwhile, is the input"
 NOT_AN_EXPORT = "exists and is not an earlier export: name another"
 
 
@@ -36,10 +37,10 @@ CASES = [
             "--output_file new/answers.csv",
         ),
         ("is packed by its name", "a.jsonl.GZ: is written as JSONL", "--output_file new/a.jsonl.GZ"),
-        ("kept answers are the input", "prompts.jsonl", "--output_file prompts_final.jsonl"),
+        ("kept answers are the input", KEPT, "--output_file prompts_final.jsonl"),
         (
             "kept answers are the input, without a last line break",
-            "prompts.jsonl",
+            KEPT,
             "--output_file prompts_final.jsonl",
             write("prompts.jsonl", '{"question": "1 + 1?"}'),
         ),
@@ -47,7 +48,7 @@ CASES = [
         ("kept answers are records", "new/answers.jsonl", write("new/answers.jsonl", RECORDS)),
         (
             "report is the input",
-            "a_report.json",
+            "--output_file a.jsonl: a_report.json, where its report goes, is the input",
             "--input_file a_report.json --output_file a.jsonl",
             copy("prompts.jsonl", "a_report.json"),
         ),
