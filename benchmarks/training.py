@@ -112,7 +112,7 @@ def study(
     trained.start()
     if setting.decay:
         optimizer = trained._trainer.optimizer
-        steps = epochs * len(trained._training)
+        steps = epochs * len(trained._training.epoch())
         schedule = LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         optimizer.register_step_post_hook(lambda *_: schedule.step())
     runs = []

@@ -36,6 +36,8 @@ def printable(text: str, most: int | None = None) -> str:
 def reason_of(error: Exception) -> str:
     """An error of a library's on one line, and not too long a one."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # whose text is the key alone
+        text = f"KeyError: {text}"
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 

@@ -25,8 +25,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     JSON object.
     """
     check_input(path)
-    with open(path, "rb") as file:
-        yield from lines_of_file(file, path)
+    try:
+        with open(path, "rb") as file:
+            yield from lines_of_file(file, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
 
 
 def lines_of_file(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict]]:
@@ -105,7 +108,11 @@ def _distinct(pairs: list[tuple]) -> dict:
 def read_json(path: Path, remedy: str = "name another") -> dict:
     """The JSON object that a file holds; InputError when it holds none."""
     check_input(path, remedy)
-    return as_object(parse_json(path.read_bytes(), str(path), remedy), str(path), remedy)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    return as_object(parse_json(content, str(path), remedy), str(path), remedy)
 
 
 def check_writable(folder: Path) -> None:

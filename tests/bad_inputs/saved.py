@@ -59,7 +59,7 @@ def _kept(script: str, about: str, file: str, *rows: tuple, **third_lines: dict)
     """Files that a run left for the next one to go on with. third_lines: changes of line 3, by name."""
     rows += (
         ("no settings", file, line(file, 1, "{}")),
-        ("of another model", f"{file}.*model", edit_line(file, 1, settings=ANOTHER)),
+        ("of another model", f"{file}.*made with (model|tensors)", edit_line(file, 1, settings=ANOTHER)),
         ("line of text", f"{file}, line 3: not JSON", line(file, 3, "so far so good")),
         ("a folder", file, folder(file)),
         *(
@@ -198,8 +198,8 @@ CASES = [
         ("no config", "scaled_epoch_0: no config.json, so not a checkpoint", remove(CONFIG)),
         ("of another family", "'gpt2' is not a supported one", edit(CONFIG, model_type="gpt2")),
         ("model type with escapes", "architecture ", edit(CONFIG, model_type="\x1b[31m\n")),
-        ("skips text", CONFIG, edit(CONFIG, skipped_attention_blocks="1")),
-        ("skips block 9", f"{CONFIG}.*block 9 does", edit(CONFIG, skipped_attention_blocks=[9])),
+        ("skips text", "config.json", edit(CONFIG, skipped_attention_blocks="1")),
+        ("skips block 9", "block 9 does not exist.*config.json", edit(CONFIG, skipped_attention_blocks=[9])),
         ("other skips", f"{CHECKPOINT}: .*(missing|skip)", edit(CONFIG, skipped_attention_blocks=[2])),
         ("more layers than it has", CHECKPOINT, edit(CONFIG, num_hidden_layers=6)),
         ("fewer layers than it has", CHECKPOINT, edit(CONFIG, num_hidden_layers=3)),
