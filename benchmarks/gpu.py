@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import measuring
@@ -33,7 +33,7 @@ from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config,
 from hopscotch_common.scales import freeze_base
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.training import IGNORE_INDEX, MAPS_RATE, TrainingOptions
-from hopscotch_common.training.batches import MinibatchRunner, Sample
+from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
 from hopscotch_common.training.loss import Originals, summed_loss
 from hopscotch_common.training.replacement import collect, solve
 from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, free_bytes, prepare_model
@@ -173,8 +173,8 @@ def budget(bench: Bench) -> dict:
     tokens = EpochBatches(model, bench.answers(1, bench.size.answers), options).max_tokens
     length = tokens // options.batch_size
     answers = bench.answers(options.batch_size, (length, length))
-    batches = EpochBatches(model, answers, replace(options, max_tokens_per_batch=tokens)).epoch()
-    (minibatch,) = batches[0].minibatches
+    minibatch = Minibatch.of(answers)  # `make_batches` would split it
+    batches = [Batch([minibatch], sum(answer.num_loss_counted_tokens for answer in answers))]
     runner = MinibatchRunner()
     trainer = ScaleTrainer(model, LEARNING_RATE, [CANDIDATE], runner=runner)
     bench.reset_peak()

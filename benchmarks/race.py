@@ -78,7 +78,8 @@ def untrained_of(path: Path, report: dict, arguments: argparse.Namespace) -> lis
     """
     beside = path.with_suffix(".untrained.json")
     skipped = [iteration["skipped_before"] for iteration in report["iterations"]]
-    of = {"data": report["data"]["sha256"], "seed": report["arguments"]["seed"], "skipped_before": skipped}
+    of = {name: report["arguments"][name] for name in ("seed", "batch_size", "dtype")}
+    of |= {"data": report["data"]["sha256"], "skipped_before": skipped}
     kept = json.loads(beside.read_text()) if beside.exists() else None
     if (kept is None or kept.get("of") != of) and arguments.model and arguments.data_path:
         kept = {"of": of, "iterations": record_untrained(report, arguments)}

@@ -23,8 +23,8 @@ class InputError(HopscotchError, ValueError):
 
 def command_name() -> str:
     """What runs, as one types it: "param_scale.py", or "python -m hopscotch_common.report"."""
-    path = Path(sys.argv[0])
-    return f"python -m {sys.modules['__main__'].__spec__.parent}" if path.name == "__main__.py" else path.name
+    name, spec = Path(sys.argv[0]).name, getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.parent}" if name == "__main__.py" and spec is not None else name
 
 
 def printable(text: str, most: int | None = None) -> str:

@@ -59,7 +59,7 @@ def test_losses_before_training_are_kept_with_what_they_are_of(tiny_folder, tmp_
     first = kept.read_bytes()
     assert replayed() == found  # from what was kept
     content = json.loads(report.read_text())
-    for change in ("data", "seed", "skipped_before"):
+    for change in ("data", "seed", "batch_size", "dtype", "skipped_before"):
         other = json.loads(first)
         other["of"][change] = "another"
         kept.write_text(json.dumps(other))

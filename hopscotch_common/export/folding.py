@@ -282,8 +282,8 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     stock.save_pretrained(folder)
     path = folder / "config.json"
     written = json.loads(path.read_text()) | old_names(stock)
-    if math.inf in (getattr(stock, "time_step_limit", None) or ()):  # JSON has no such number
-        del written["time_step_limit"]
+    if tuple(getattr(stock, "time_step_limit", None) or ()) == (0.0, math.inf):  # the default, and no JSON
+        written.pop("time_step_limit", None)
     path.write_text(json.dumps(written, indent=2) + "\n")
     folding = Folding(stock, fold_factors(values, skipped_blocks(config)))
     renamed = get_checkpoint_conversion_mapping(stock.model_type) is not None

@@ -80,8 +80,14 @@ def unpacked_folder(gguf: Path, dtype: str = "bfloat16") -> Path:
     identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT, f"torch.{dtype}"))
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     target = cache_folder() / f"{gguf.stem}-{digest}"
+    unpack_once(gguf, target, dtype)
+    return target
+
+
+def unpack_once(gguf: Path, target: Path, dtype: str) -> None:
+    """Make the folder `target` of a GGUF file unless it is there; all of it, or nothing."""
     if target.is_dir():
-        return target
+        return
     described = read_description(gguf)
     reader = described[0]
     files.check_name(target, f"{gguf}: its folder")
@@ -91,7 +97,6 @@ def unpacked_folder(gguf: Path, dtype: str = "bfloat16") -> Path:
         if not target.is_dir():
             with files.atomic_folder(target) as temporary:
                 unpack(gguf, *described, temporary, getattr(torch, dtype))
-    return target
 
 
 def open_gguf(path: Path, remedy: str = REMEDY) -> GGUFReader:

