@@ -54,11 +54,9 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
     """InputError for outputs that could not be written, or would take the place of an input."""
     if final.suffix.lower() in (".gz", *TABLES):  # step 2 would read it as such
         raise InputError(f"--output_file {final}: is written as JSONL; name it .jsonl")
-    for path in (final, partial, report):
-        files.check_output(path, "--output_file", [input_file] if input_file and path == final else [])
-    for path, what in ((partial, "its answers are kept meanwhile"), (report, "its report goes")):
-        if input_file and files.same_place(path, input_file):
-            raise InputError(f"--output_file {final}: {path}, where {what}, is the input; name another file")
+    beside = f"--output_file {final}, which needs"  # a file that the user did not name
+    for path, flag in ((final, "--output_file"), (partial, beside), (report, beside)):
+        files.check_output(path, flag, [] if input_file is None else [input_file])
     if final.exists() and not report.exists() and not partial.exists():
         raise InputError(f"--output_file {final}: exists and is not of this script; name another file")
 
@@ -66,17 +64,19 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
 def answer_missing(
     log: Log,
     records: dict[int, dict],
+    missing: Sequence[int],
     prompts: Sequence[Prompt],
     prompt_ids: Sequence[list[int]],
     tokenizer,
     generate: Callable[..., Iterable],
 ) -> None:
-    """Add each answer of an engine to log and records. generate: gives the answers, and takes `on_tokens`.
+    """Add each answer of an engine to log and records. generate: gives those to the missing prompts, in their
+    numbers among these, and takes `on_tokens`.
 
     The bar counts tokens: in transformers many answers grow for long before one of them ends.
     """
-    missing, total = [i for i in range(len(prompts)) if i not in records], len(prompts)
-    with tqdm(unit=" tokens", desc=f"{total - len(missing)}/{total} answers", dynamic_ncols=True) as bar:
+    total = len(prompts)
+    with tqdm(unit=" tokens", desc=f"{len(records)}/{total} answers", dynamic_ncols=True) as bar:
         for answer in generate(on_tokens=bar.update):
             index = missing[answer.index]
             stopped = answer.finish_reason == "stop"
@@ -190,7 +190,6 @@ def main(argv: list[str] | None = None) -> int:
     prompt_ids = tokenize(prompts, tokenizer, config)
     weights.check_weights(args.model.folder(), config, args.attn_implementation)
     settings = {
-        "model": args.model.source,
         "tensors": weights.fingerprint(args.model.folder()),
         "dtype": args.dtype,
         "max_tokens": args.max_tokens,
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             generate = functools.partial(
                 engines.generate, args.model, config, backend, asked, stop_ids, args.max_tokens, options
             )
-            answer_missing(log, records, prompts, prompt_ids, tokenizer, generate)
+            answer_missing(log, records, missing, prompts, prompt_ids, tokenizer, generate)
         kept, figures = select_answers(records, args.keep_truncated)
         if not kept:
             raise InputError(

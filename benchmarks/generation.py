@@ -24,7 +24,8 @@ from pathlib import Path
 import measuring
 
 from hopscotch_common.answers import EngineOptions
-from hopscotch_common.answers.engines import ENGINES, Answer, vllm_obstacle
+from hopscotch_common.answers.decoding import Answer
+from hopscotch_common.answers.engines import ENGINES, vllm_obstacle
 from hopscotch_common.loading.loader import read_config
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids

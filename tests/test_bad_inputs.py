@@ -115,7 +115,10 @@ LAST_OF_EACH = {case.script: case for case in CASES}
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name == "unscaled_ckpt" else pytest.mark.slow) for name in LAST_OF_EACH],
+    [
+        pytest.param(name, marks=[] if name in ("unscaled_ckpt", "report") else pytest.mark.slow)
+        for name in LAST_OF_EACH
+    ],
 )
 def test_a_real_process_says_no_more_than_that(name, work):
     """Whatever libraries write to stderr while they are imported, here it would be seen."""
@@ -123,7 +126,10 @@ def test_a_real_process_says_no_more_than_that(name, work):
     case.spoil(work)
     before = snapshot(work)
     module = MODULES[name]
-    start = ["-m", module] if "." in module else [str(ROOT / f"{module}.py")]
+    package = module.removesuffix(".__main__")
+    start, named = [str(ROOT / f"{module}.py")], f"{module}.py"
+    if "." in module:
+        start, named = ["-m", package], f"python -m {package}"
     process = subprocess.run(
         [sys.executable, *start, *case.arguments()],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -133,6 +139,7 @@ def test_a_real_process_says_no_more_than_that(name, work):
         timeout=120,
     )
     check_refused(Outcome(process.returncode, process.stdout, process.stderr), points_to(case.message))
+    assert process.stderr.startswith(f"{named}: error: ")
     check_untouched(before, snapshot(work))
 
 

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import generate_model_gt_data
 import process_gt_data
 from hopscotch_common import checkpoints
-from hopscotch_common.answers import EngineOptions, engines
+from hopscotch_common.answers import EngineOptions, decoding, engines
 from hopscotch_common.answers.prompts import answer_text
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading.loader import hopscotch_config, read_config
@@ -84,7 +84,7 @@ def test_batched_answers_equal_one_prompt_at_a_time(
         values[skipped, 0] = 0
         folder, load = tmp_path / "checkpoint", checkpoints.load_checkpoint
         checkpoints.save_checkpoint(folder, ref, skipped, values, {})
-    monkeypatch.setattr(engines, "ROOM", 6)  # so small that batches are full before their answers end
+    monkeypatch.setattr(decoding, "ROOM", 6)  # so small that batches are full before their answers end
     kernel = attention_of(folder)
     stock = load(folder, dtype=torch.float32, attn_implementation="eager" if kernel == "eager" else None)
     model = load(folder, dtype=torch.float32, attn_implementation=kernel)
@@ -101,7 +101,7 @@ def test_batched_answers_equal_one_prompt_at_a_time(
         return output
 
     model.generate = watched
-    answers = list(engines.decode(model, prompts, limits, STOP, 250, steps.append))
+    answers = list(decoding.decode(model, prompts, limits, STOP, 250, steps.append))
 
     assert sorted(answer.index for answer in answers) == list(range(len(prompts)))
     for answer in answers:
@@ -123,11 +123,11 @@ def test_what_is_begun_is_finished_before_more_is_begun(tiny_folder, monkeypatch
         made[0] += sum(min(steps, most) for most in left)
         return [[7] * (most - 1) + [2] if most <= steps else [7] * steps for most in left]
 
-    monkeypatch.setattr(engines, "_generate", generate)
+    monkeypatch.setattr(decoding, "_generate", generate)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder())
     model.config.max_position_embeddings = 4096
     prompts, kept, most = [[index] for index in range(900)], 0, 0
-    for answer in engines.decode(model, prompts, [4096] * 900, {2}, 2**15):
+    for answer in decoding.decode(model, prompts, [4096] * 900, {2}, 2**15):
         assert len(answer.token_ids) == lengths[answer.index]
         most = max(most, made[0] - kept)
         kept += len(answer.token_ids)
@@ -137,7 +137,7 @@ def test_what_is_begun_is_finished_before_more_is_begun(tiny_folder, monkeypatch
 def test_a_prompt_longer_than_the_budget_runs_alone(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder())
     prompts = [[9] * 60, [8] * 3]
-    answers = engines.decode(model, prompts, [5, 5], set(), max_tokens_per_batch=10)
+    answers = decoding.decode(model, prompts, [5, 5], set(), max_tokens_per_batch=10)
     assert {answer.index: len(answer.token_ids) for answer in answers} == {0: 5, 1: 5}
 
 
@@ -154,7 +154,7 @@ def test_grouped_attention_equals_stock_sdpa(queries, masked):
     mask = torch.rand(2, 1, queries, 7) > 0.4 if masked else None
     if masked:
         mask[..., -1] = True
-    ours, _ = engines.grouped_sdpa(Module(), query, key, value, mask, scaling=0.3)
+    ours, _ = decoding.grouped_sdpa(Module(), query, key, value, mask, scaling=0.3)
     stock, _ = sdpa_attention_forward(Module(), query, key, value, mask, scaling=0.3)
     assert torch.allclose(ours, stock, atol=1e-6)
     other, _ = sdpa_attention_forward(Module(), query, key.flip(1), value, mask, scaling=0.3)
@@ -328,7 +328,7 @@ def test_script_writes_the_models_answers_in_input_order(work, monkeypatch, caps
     check_refused(generate_model_gt_data, work, message, capsys)
 
 
-def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch):
+def test_interrupted_run_loses_nothing_and_goes_on(work, tmp_path, monkeypatch):
     real, asked = engines.generate, []
 
     def interrupted(ref, config, backend, prompts, *rest, **more):
@@ -344,7 +344,8 @@ def test_interrupted_run_loses_nothing_and_goes_on(work, monkeypatch):
     kept = Path("a.jsonl").read_bytes()
     assert kept.count(b"\n") == 1 + 3
     Path("a.jsonl").write_bytes(kept + b'{"index": 7, "mess')  # a writer killed in mid-line
-    assert generate_model_gt_data.main([*work, "--keep_truncated"]) == 0
+    elsewhere = shutil.copytree(work[1], tmp_path / "elsewhere")  # the same model there
+    assert generate_model_gt_data.main([*work, "--keep_truncated", "--model", str(elsewhere)]) == 0
     assert asked == [len(QUESTIONS), len(QUESTIONS) - 3]
     assert Path("a.jsonl").read_bytes().startswith(kept)
     assert read_lines("a_final.jsonl") == expected_records(work[1])

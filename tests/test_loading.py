@@ -10,6 +10,7 @@ from conftest import check_refused
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
+import block_selection
 import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
@@ -76,9 +77,10 @@ def test_a_base_quantised_by_torchao_is_refused(base, tmp_path, capsys, monkeypa
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(f"{base.source}/{name}", tmp_path / "base" / name)
     (tmp_path / "data.jsonl").write_text('{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}\n')
-    common = ["--model", "base", "--blocks_to_skip", "1"]
-    for script, more in ((unscaled_ckpt, []), (param_scale, ["--data_path", "data.jsonl"])):
-        check_refused(script, [*common, *more], "base: its weights are quantised by torchao", capsys)
+    skips, data = ["--blocks_to_skip", "1"], ["--data_path", "data.jsonl"]
+    message = "base: its weights are quantised by torchao"
+    for script, more in ((unscaled_ckpt, skips), (param_scale, [*skips, *data]), (block_selection, data)):
+        check_refused(script, ["--model", "base", *more], message, capsys)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 0.0), ("bfloat16", 0.05), ("float16", 0.01)])

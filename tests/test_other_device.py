@@ -11,7 +11,7 @@ from other_device import Far, MixedDevices, to_far, two_devices
 from test_training import loaded, random_samples, with_prefix
 from transformers import AutoModelForCausalLM
 
-from hopscotch_common.answers import engines
+from hopscotch_common.answers import decoding
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.schedule import COSINE, FULL, UNTRAINED, Candidate, Schedule
 from hopscotch_common.search.search import Search
@@ -111,7 +111,7 @@ def test_generation(on_both, tiny_folder):
 
     def work(move):
         model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).eval()
-        answers = engines.decode(move(model), prompts, [6, 4, 8], {2}, 64)
+        answers = decoding.decode(move(model), prompts, [6, 4, 8], {2}, 64)
         return sorted((answer.index, answer.token_ids) for answer in answers)
 
     near, far = on_both(work)

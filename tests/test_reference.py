@@ -59,13 +59,16 @@ def test_losses_before_training_are_kept_with_what_they_are_of(tiny_folder, tmp_
     first = kept.read_bytes()
     assert replayed() == found  # from what was kept
     content = json.loads(report.read_text())
-    for change in ("data", "seed", "batch_size", "dtype", "skipped_before"):
-        other = json.loads(first)
-        other["of"][change] = "another"
-        kept.write_text(json.dumps(other))
+    arguments = {name: content["arguments"] | {name: "another"} for name in ("seed", "batch_size", "dtype")}
+    others = [{"arguments": changed} for changed in arguments.values()]
+    others += [{"data": content["data"] | {"sha256": "another"}}, {"iterations": content["iterations"] * 2}]
+    for other in others:  # a report made again in the place of the one before
+        report.write_text(json.dumps(content | other))
         with pytest.raises(SystemExit, match="full.untrained.json: of another search; give --model and"):
             replayed()
-        assert replayed(*source) == found and kept.read_bytes() == first
+    report.write_text(json.dumps(content))
+    kept.write_text(json.dumps(json.loads(first) | {"of": "another"}))
+    assert replayed(*source) == found and kept.read_bytes() == first
     for name, value in {"search": "race", "loss": "kl", "replacement_rank": 2}.items():
         other = content | {"arguments": content["arguments"] | {name: value}}
         report.write_text(json.dumps(other))

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import block_selection
 import param_scale
 import unscaled_ckpt
-from hopscotch_common import checkpoints, scales
+from hopscotch_common import checkpoints, cli, scales
 from hopscotch_common.checkpoints import __main__ as verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import loader
@@ -244,7 +244,7 @@ def test_a_model_that_does_not_fit_gets_one_line(work, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granularity):
+def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granularity, monkeypatch):
     common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2", "--granularity", granularity)
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "whole"]) == 0
     assert param_scale.main([*common, "--num_epochs", "1", "--output_dir", "parts", "--resume"]) == 0
@@ -260,7 +260,9 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
     assert not gone.exists() and [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
     capsys.readouterr()
     again = [*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]
-    assert param_scale.main(again) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "load_model", lambda _: pytest.fail("loaded for nothing"))
+        assert param_scale.main(again) == 0
     assert "all epochs are there, so none is trained" in capsys.readouterr().err
     message = (
         "all epochs are there, the last trained at 0.01, and none is left for --learning_rate 0.02; name"
@@ -413,6 +415,11 @@ def test_a_journal_of_other_settings_or_weights_is_refused(work, tmp_path, capsy
     shutil.copytree(work, folder)
     arguments = [*flags(folder), "--output", "report.json"]
     assert block_selection.main(arguments) == 0
+    journal = (tmp_path / "report.journal.jsonl").read_bytes()
+    folder = folder.rename(tmp_path / "elsewhere")  # it is the same model there
+    arguments = [*flags(folder), "--output", "report.json"]
+    assert block_selection.main(arguments) == 0
+    assert (tmp_path / "report.journal.jsonl").read_bytes() == journal
     others = dict(seed=7, batch_size=5, learning_rate=0.5, loss="kl", dtype="bfloat16", replacement_rank=2)
     for name, value in others.items():
         message = f"journal.jsonl: was made with {name} = .*, now it is {value}"

@@ -2,44 +2,23 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    GenerationConfig,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
+from hopscotch_common.answers.decoding import GROUPED_SDPA, Answer, OnTokens, decode
 from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger, reason_of
 from hopscotch_common.loading.loader import device_map, load_whole, resolve_device
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.loading.weights import stored_dtype
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, head_dim_of, stock_type
 
-OnTokens = Callable[[int], None]
-GROUPED_SDPA = "hopscotch_grouped_sdpa"
-ROOM = 256  # tokens that a batch has room for, in every answer, when it begins
 PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One finished answer. token_ids ends with the stop token where finish_reason is "stop"."""
-
-    index: int  # of the prompt
-    token_ids: list[int]
-    finish_reason: str  # "stop", or "length": cut off at max_tokens or at the end of the context
 
 
 def generate(
@@ -149,27 +128,6 @@ def tensor_parallel_obstacle(size: int, config) -> str | None:
     return None
 
 
-def grouped_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention kernel for transformers: sdpa that copies no keys or values when decoding.
-
-    Stock sdpa with a mask repeats each key and value for every query head that shares it. For a
-    single query token those heads can be rows of one query instead, and nothing is repeated.
-
-    query: [rows, heads, queries, dim]; key, value: [rows, kv_heads, columns, dim]; attention_mask:
-    [rows, 1, queries, columns] or None. Returns ([rows, queries, heads, dim], None).
-    """
-    rows, heads, queries, dim = query.shape
-    if queries != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    grouped = query.reshape(rows, key.shape[1], -1, dim)
-    output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return output.reshape(rows, 1, heads, dim), None
-
-
-AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
-AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
-
-
 class TransformersEngine:
     """The model in transformers. longest: tokens of prompt and answer, at most (here: not needed)."""
 
@@ -208,83 +166,6 @@ class TransformersEngine:
                 f"out of memory with --max_tokens_per_batch {self.max_tokens_per_batch}: lower it; "
                 "the same command goes on from here"
             ) from error
-
-
-def decode(
-    model,
-    prompts: Sequence[list[int]],
-    limits: Sequence[int],
-    stop_ids: set[int],
-    max_tokens_per_batch: int,
-    on_tokens: OnTokens = lambda count: None,
-) -> Iterator[Answer]:
-    """Greedy answers by the model's own `generate`, to batches of prompts of like length, the shortest first.
-
-    A batch ends with half of its answers, or when it fills max_tokens_per_batch (rows times columns, padding
-    included; a prompt that alone is longer runs alone) or the model's context. What has not ended waits, and
-    goes on among its likes once that fills a batch; so one long answer does not hold up many, and what lies
-    in memory alone is little.
-    """
-    # not the model's own: it may penalize repetitions, for example
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    said: list[list[int]] = [[] for _ in prompts]
-    waiting = list(range(len(prompts)))
-
-    def fitting(indices: Sequence[int]) -> list[int]:
-        """Those that one batch has room for, the shortest first."""
-        found = sorted(indices, key=lambda index: len(prompts[index]) + len(said[index]))
-        lengths = [len(prompts[index]) + len(said[index]) + ROOM for index in found]
-        fits = [n for n, length in enumerate(lengths, 1) if n * length <= max_tokens_per_batch]
-        return found[: max(fits, default=1)]
-
-    while waiting:
-        begun = [index for index in waiting if said[index]]
-        batch = fitting(begun)
-        if len(batch) == len(begun):  # they leave room for new ones
-            batch = fitting(waiting)
-        waiting = [index for index in waiting if index not in batch]
-        rows = [prompts[index] + said[index] for index in batch]
-        left = [limits[index] - len(said[index]) for index in batch]
-        columns = min(max_tokens_per_batch // len(batch), context_length(model.config))
-        said_now = _generate(model, rows, left, stop_ids, columns, on_tokens)
-        for index, tokens in zip(batch, said_now, strict=True):
-            for token in tokens:
-                said[index].append(token)
-                if token in stop_ids or len(said[index]) == limits[index]:
-                    yield Answer(index, said[index], "stop" if token in stop_ids else "length")
-                    break
-            else:
-                waiting.append(index)
-
-
-def _generate(
-    model,
-    rows: list[list[int]],
-    limits: list[int],
-    stop_ids: set[int],
-    columns: int,
-    on_tokens: OnTokens,
-) -> list[list[int]]:
-    """A batch of `decode`: what each row goes on with, and more behind the end of those that end early.
-
-    columns: at which a batch of several rows ends.
-    """
-    width = len(rows[-1])
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).to(model.device)
-    stops = torch.tensor(sorted(stop_ids)).to(model.device)
-    last_columns = torch.tensor([width + limit for limit in limits]).to(model.device)
-    ended = torch.zeros_like(last_columns, dtype=torch.bool)
-
-    def ends(ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        """Which rows have ended, after each token; all of them where the batch ends."""
-        on_tokens(len(rows) - int(ended.sum()))
-        ended.logical_or_(torch.isin(ids[:, -1], stops) | (last_columns <= ids.shape[1]))
-        full = len(rows) > 1 and ids.shape[1] >= columns
-        return ended | full | (2 * ended.sum() >= len(rows))
-
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), stopping_criteria=[ends])
-    return output[:, width:].tolist()
 
 
 class VllmEngine:

@@ -7,7 +7,7 @@ from .workplace import CHECKPOINT
 FOREIGN = "written by hand"  # and without a line break at its end
 RECORDS = '{"question": "1?"}\n{"question": "2?"}'
 LONG = "a" * 300
-KEPT = "--output_file prompts_final.jsonl: prompts.jsonl, where its answers are kept meanwhile, is the input"
+KEPT = "--output_file prompts_final.jsonl, which needs prompts.jsonl: would take the place of an input"
 NOT_AN_EXPORT = "exists and is not an earlier export: name another"
 
 
@@ -48,7 +48,7 @@ CASES = [
         ("kept answers are records", "new/answers.jsonl", write("new/answers.jsonl", RECORDS)),
         (
             "report is the input",
-            "--output_file a.jsonl: a_report.json, where its report goes, is the input",
+            "--output_file a.jsonl, which needs a_report.json: would take the place of an input",
             "--input_file a_report.json --output_file a.jsonl",
             copy("prompts.jsonl", "a_report.json"),
         ),
