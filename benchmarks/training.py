@@ -8,12 +8,14 @@ A setting is granularity-loss, and what differs from the defaults of `param_scal
 rank in the blocks' place), -lr0.01 (Adam's learning rate of the scales), -decay (it falls in a straight line
 to 0 at the last step). Each trains on the first --answers of the data and is measured on the last
 --held_out ones, before training and after each epoch: cross entropy, KL to the original model, agreement.
+--counts takes the first so many of --blocks, --seeds shuffles the data before it is split.
 Results go to benchmarks/results/training_{model}.json after each training; the next run adds to it.
 """
 
 import argparse
 import dataclasses
 import itertools
+import random
 import re
 import time
 from collections.abc import Sequence
@@ -86,6 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_study_arguments(parser, held_out=48, epochs=2)
     parser.add_argument("--blocks", type=int, nargs="+", help="attention blocks to skip")
     parser.add_argument("--answers", type=int, nargs="+", default=[100], help="to train on")
+    parser.add_argument("--counts", type=int, nargs="+", help="of --blocks, the first first; default: all")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="of the order of the answers; default: the file's"
+    )
     parser.add_argument(
         "--settings", type=setting_name, nargs="+", default=["layer-ce", "channel-kl"], metavar="SETTING"
     )
@@ -122,35 +128,48 @@ def study(
     return figures | {"epochs": runs, "seconds": time.perf_counter() - start}
 
 
-def measure(arguments: argparse.Namespace, name: str, answers: int) -> dict:
+def measure(
+    arguments: argparse.Namespace, name: str, answers: int, count: int | None, seed: int | None
+) -> dict:
     """`study` of a setting."""
     setting = Setting.named(name)
     model, samples = setting.load(arguments)
     if answers + arguments.held_out > len(samples):
         raise SystemExit(f"{arguments.data_path}: {len(samples)} answers, too few for {answers}")
+    if seed is not None:
+        random.Random(seed).shuffle(samples)
     held_out = samples[len(samples) - arguments.held_out :]
     how = (setting, arguments.batch_size, arguments.epochs)
-    return study(model, arguments.blocks, samples[:answers], held_out, *how)
+    return study(model, sorted(arguments.blocks[:count]), samples[:answers], held_out, *how)
 
 
 def table(figures: Sequence[dict]) -> list[str]:
-    """Markdown: what is not trained, and a row for each training, after its last epoch."""
-    lines = title("setting", "answers", "held-out cross entropy", "KL", "agreement")
+    """Markdown: by blocks and seed, what is not trained, and a row for each training, after its last epoch.
 
-    def add(name: str, answers: object, found: dict) -> None:
+    KL has its standard error over the held-out answers, where the file has it.
+    """
+    lines = title("setting", "answers", "blocks", "seed", "held-out cross entropy", "KL", "agreement")
+
+    def add(name: str, answers: object, group: tuple, found: dict) -> None:
         agreement = f"{100 * found['agreement']:.1f} %"
-        lines.append(row(name, answers, f"{found['cross_entropy']:.4f}", f"{found['kl']:.4f}", agreement))
+        kl = f"{found['kl']:.4f}" + (f" ± {found['kl_error']:.4f}" if found.get("kl_error") else "")
+        shown = ["-" if value is None else value for value in group]
+        lines.append(row(name, answers, *shown, f"{found['cross_entropy']:.4f}", kl, agreement))
 
-    figures = sorted(figures, key=lambda f: (f["of"]["setting"], f["of"]["answers"]))
-    for which in ("original", "unscaled"):
-        plain = [f[which] for f in figures if which in f and not Setting.named(f["of"]["setting"]).rank]
-        for found in plain[:1]:
-            add(which, "-", found)
-    for figure in figures:
-        name, answers = figure["of"]["setting"], figure["of"]["answers"]
-        if Setting.named(name).rank:
-            add(f"{name}, as fitted", answers, figure["unscaled"])
-        add(name, answers, figure["epochs"][-1]["held_out"])
+    groups: dict[tuple, list[dict]] = {}
+    for figure in sorted(figures, key=lambda figure: (figure["of"]["setting"], figure["of"]["answers"])):
+        of = figure["of"]
+        groups.setdefault((of.get("blocks"), of.get("seed")), []).append(figure)
+    for group in sorted(groups, key=str):
+        for which in ("original", "unscaled"):
+            plain = [f for f in groups[group] if which in f and not Setting.named(f["of"]["setting"]).rank]
+            for figure in plain[:1]:
+                add(which, "-", group, figure[which])
+        for figure in groups[group]:
+            name, answers = figure["of"]["setting"], figure["of"]["answers"]
+            if Setting.named(name).rank:
+                add(f"{name}, as fitted", answers, group, figure["unscaled"])
+            add(name, answers, group, figure["epochs"][-1]["held_out"])
     return lines
 
 
@@ -161,11 +180,16 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.table:
         if not (arguments.data_path and arguments.blocks):
             parser.error("--data_path and --blocks are needed to measure")
-        arguments.blocks.sort()
         names = "model data_path blocks held_out epochs batch_size dtype"
         results = measuring.Results(path, measuring.settings_of(arguments, names))
-        for answers, name in itertools.product(arguments.answers, arguments.settings):
-            results.measure({"setting": name, "answers": answers}, measure, arguments, name, answers)
+        # an option that is not given leaves no trace, so that files from before it go on
+        optional = {"blocks": arguments.counts or [None], "seed": arguments.seeds or [None]}
+        for count, seed, answers, name in itertools.product(
+            *optional.values(), arguments.answers, arguments.settings
+        ):
+            of = {"setting": name, "answers": answers, "blocks": count, "seed": seed}
+            of = {key: value for key, value in of.items() if value is not None}
+            results.measure(of, measure, arguments, name, answers, count, seed)
     print("\n".join(table(measuring.figures_in(path))))
 
 

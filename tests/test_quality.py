@@ -315,6 +315,20 @@ def test_training(tiny_folder, tmp_path, capsys):
         training.main([*words, "--settings", "channel-mse"])
 
 
+def test_training_of_the_first_blocks_on_shuffled_answers(tiny_folder, tmp_path, capsys):
+    options = ["--blocks", 2, 1, "--counts", 1, 2, "--seeds", 0, "--answers", 4, "--held_out", 4]
+    training.main(words_for(tiny_folder(), tmp_path, 12, *options, "--settings", "channel-kl", "--epochs", 1))
+    lines = capsys.readouterr().out.splitlines()
+    model = loaded(tiny_folder(), "float32", scale_granularity="channel")
+    samples = load_samples(tmp_path / "data.jsonl", model.config.vocab_size)
+    random.Random(0).shuffle(samples)
+    for figure, blocks in zip(figures_in(tmp_path), ([2], [1, 2]), strict=True):
+        assert figure["of"] == {"setting": "channel-kl", "answers": 4, "blocks": len(blocks), "seed": 0}
+        plain = EpochTraining(model, blocks, samples[:4], samples[8:], TrainingOptions(3e-3, 4, loss="kl"))
+        assert figure["unscaled"]["kl"] == pytest.approx(plain.baselines()["unscaled"].kl, rel=1e-4)
+    assert [line.split(" | ")[2:4] for line in lines[2:]] == [["1", "0"]] * 3 + [["2", "0"]] * 3
+
+
 def test_a_decay_falls_in_a_straight_line(tiny, monkeypatch):
     rates = []
     step = ScaleTrainer.step
