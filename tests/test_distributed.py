@@ -96,7 +96,7 @@ def test_processes_that_were_started_otherwise_all_say_so():
 def test_one_that_loses_the_others_says_so_in_a_line():
     (code, words), other = run_two("lost")
     assert other == (2, "parted")
-    assert code == 3 and re.fullmatch("process 0 has lost the others.*\nparted", words)
+    assert code == 3 and re.fullmatch("process 0 cannot talk with the others.*\nparted", words)
 
 
 @pytest.mark.parametrize(

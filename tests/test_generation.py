@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import process_gt_data
 from hopscotch_common import checkpoints
 from hopscotch_common.answers import EngineOptions, decoding, engines
 from hopscotch_common.answers.prompts import answer_text
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import HopscotchError, InputError
 from hopscotch_common.loading.loader import hopscotch_config, read_config
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
@@ -187,6 +188,17 @@ def test_tensor_parallel_size_keeps_vllms_rules(monkeypatch, gpus, sizes, size):
     assert engines.tensor_parallel_size(None, config_of(*sizes)) == size
 
 
+@pytest.mark.parametrize("settings", [{"group_size": 128}, {"weight_block_size": [128, 128]}])
+def test_no_group_of_quantised_weights_is_cut(monkeypatch, settings):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    config = config_of(12, 2, 8960)  # of Qwen2.5-1.5B
+    assert engines.tensor_parallel_size(None, config) == 4
+    config.quantization_config = settings
+    assert engines.tensor_parallel_size(None, config) == 2
+    with pytest.raises(InputError, match="4: cuts the MLP's width of 8960 within groups of 128"):
+        engines.tensor_parallel_size(4, config)
+
+
 @pytest.mark.parametrize(
     ("gpus", "size", "reason"),
     [
@@ -227,10 +239,15 @@ def test_backend_is_chosen_by_what_can_run(monkeypatch):
 )
 def test_a_checkpoint_that_vllm_cannot_run_is_left_to_transformers(monkeypatch, family, reason):
     from vllm import envs
+    from vllm.platforms import current_platform
 
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
     monkeypatch.setattr(engines, "entry_points", lambda **_: ["installed"])
-    config = hopscotch_config(stock_config(family), [attention_blocks(stock_config(family))[0]])
+    stock = stock_config(family, hidden_size=128, head_dim=32)
+    config = hopscotch_config(stock, [attention_blocks(stock)[0]])
+    small = stock_config(family, hidden_size=64, head_dim=16)
+    if current_platform.is_cpu():
+        assert "no CPU kernel for attention heads of 16" in engines.vllm_obstacle(small)
     chosen = engines.resolve_backend(EngineOptions(), config)
     assert chosen == ("transformers" if reason else "vllm")
     assert envs.VLLM_WORKER_MULTIPROC_METHOD == "spawn"  # a fork cannot use CUDA once anything asked for it
@@ -239,6 +256,22 @@ def test_a_checkpoint_that_vllm_cannot_run_is_left_to_transformers(monkeypatch, 
             engines.resolve_backend(EngineOptions(backend="vllm"), config)
     monkeypatch.setattr("vllm.__version__", "0.33.1")
     assert engines.resolve_backend(EngineOptions(), config) == "transformers"
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_a_vllm_engine_that_dies_ends_in_one_line():
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def step():
+        raise EngineDeadError
+
+    engine = object.__new__(engines.VllmEngine)
+    engine.stop_ids, engine.num_asked = {2}, 0
+    core = SimpleNamespace(has_unfinished_requests=lambda: True, step=step)
+    engine.llm = SimpleNamespace(enqueue=lambda *_, **__: None, llm_engine=core)
+    with pytest.raises(HopscotchError, match="vLLM's engine died .*the same command goes on from here"):
+        next(engine.answers([[3]], [4]))
 
 
 QUESTIONS = [f"{'What is ' * (index % 4)}{index} + {index}?" for index in range(8)]

@@ -2,23 +2,22 @@
 
 import contextlib
 import importlib.util
+import json
 import shutil
 
 import pytest
 import torch
 from conftest import check_refused
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers import AutoModelForCausalLM
 
 import block_selection
 import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
+from hopscotch_common.loading import loader
 from hopscotch_common.loading.loader import load_model, quantization_config
 from hopscotch_common.loading.models import QUANTIZATIONS, model_ref
-from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.trainer import prepare_model
 
 SKIPPED = [0, 2]
 VALUES = 1 + 0.02 * torch.arange(16.0).view(4, 4)
@@ -135,15 +134,56 @@ def test_scales_train_on_a_quantised_base(base, quantization, device):
     assert torch.equal((scales.snapshot(model) != before).sum(1), torch.tensor([3, 4, 3, 4]))
 
 
-@pytest.mark.parametrize("method", [{}, {"quant_method": "fp8"}])
-@pytest.mark.parametrize("pre_quantized", [True, False])
-def test_a_quantised_base_without_gradients_does_not_train(base, pre_quantized, method):
-    model = load_model(base, device="cpu")
-    settings = FineGrainedFP8Config(**method)
-    model.hf_quantizer = FineGrainedFP8HfQuantizer(settings, pre_quantized=pre_quantized)
-    refused = pytest.raises(InputError, match=rf"{base.name}: its weights are quantised \(fp8\)")
-    with refused if pre_quantized else contextlib.nullcontext():
-        prepare_model(model, TrainingOptions(1e-2))
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "fp8", "mxfp4"])
+def test_a_quantised_base_without_gradients_does_not_train(base, method, tmp_path, monkeypatch):
+    folder = shutil.copytree(base.source, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": method}})
+    )
+    unpacked = method in ("fp8", "mxfp4")
+    loads = []
+
+    def load(*_, **options):  # as transformers does with kernels for them
+        loads.append(method)
+        model = AutoModelForCausalLM.from_pretrained(base.source)
+        model.hf_quantizer = object()
+        return model
+
+    monkeypatch.setattr(loader, "load_whole", load)
+    with pytest.raises(InputError, match=rf"base: its weights are quantised \({method}\)"):
+        load_model(model_ref(str(folder)), device="cpu")
+    assert len(loads) == unpacked  # the others are known by their config
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_int4_on_cuda_computes_in_the_models_dtype(stored, monkeypatch):
+    monkeypatch.setattr(loader, "_require", lambda *_: None)
+    found = quantization_config("int4", torch.device("cuda"), getattr(torch, stored))
+    assert (found.bnb_4bit_quant_type, found.bnb_4bit_compute_dtype) == ("nf4", getattr(torch, stored))
+
+
+@pytest.mark.parametrize("gpus, rank, place", [(1, 3, 0), (4, 3, 3)])
+def test_a_process_that_sees_one_gpu_takes_that(gpus, rank, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert loader.resolve_device("auto") == torch.device("cuda", place)
+
+
+def test_flash_attention_in_float32_is_refused(base, monkeypatch):
+    class Model:
+        @staticmethod
+        def from_pretrained(folder, output_loading_info, **options):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=options["dtype"])
+            model.config._attn_implementation_internal = "flash_attention_2"
+            return model, {}
+
+    for dtype in ("bfloat16", "float32"):
+        refused = pytest.raises(InputError, match="flash_attention_2: computes in 16 bits only")
+        with refused if dtype == "float32" else contextlib.nullcontext():
+            loader.load_whole(Model, base.source, dtype=dtype)
 
 
 @pytest.mark.skipif(not missing("flash_attn"), reason="flash attention is installed")

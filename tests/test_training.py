@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged, InputError, TrainingError
+from hopscotch_common.errors import Diverged, InputError, TrainingError, is_out_of_memory
 from hopscotch_common.loading.loader import load_model
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.training import TrainingOptions, trainer
@@ -391,6 +391,18 @@ def test_a_single_answer_that_does_not_fit_is_named(tiny_folder):
     message = f"epoch 0, batch 0: .* single answer of {len(longest)} tokens, data.jsonl, line [12];"
     with pytest.raises(TrainingError, match=message):
         trainer.run(make_batches(samples, 2, 1000), "epoch 0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",  # torch's AcceleratorError, of pinned memory for one
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_ways_to_be_out_of_memory(text):
+    assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(RuntimeError("CUDA error: 3"))
 
 
 def test_out_of_memory_for_real_is_split(tiny_folder, tmp_path):

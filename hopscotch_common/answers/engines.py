@@ -13,7 +13,7 @@ from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
 from hopscotch_common.answers.decoding import GROUPED_SDPA, Answer, OnTokens, decode
 from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger, reason_of
-from hopscotch_common.loading.loader import device_map, load_whole, resolve_device
+from hopscotch_common.loading.loader import device_map, lacks_bfloat16, load_whole, resolve_device
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.loading.weights import stored_dtype
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, head_dim_of, stock_type
@@ -86,6 +86,11 @@ def vllm_obstacle(config) -> str | None:
 
     if not current_platform.is_cpu() and not (current_platform.is_cuda_alike() and torch.cuda.is_available()):
         return "vLLM is installed, but finds no device that its build runs on"
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        if head_dim_of(config) not in CPUAttentionBackend.get_supported_head_sizes():
+            return f"vLLM has no CPU kernel for attention heads of {head_dim_of(config)}"
     if not config.model_type.startswith(PREFIX):
         return None
     if not entry_points(group=PLUGINS, name="hopscotch"):  # it loads them in processes of its own
@@ -114,8 +119,9 @@ def tensor_parallel_size(requested: int | None, config) -> int:
 def tensor_parallel_obstacle(size: int, config) -> str | None:
     """Why vLLM cannot split a model of this config over so many GPUs; None if it can.
 
-    Its rules: the size divides the attention heads and the MLP's width; of the size and the number of
-    KV heads, one divides the other (KV heads are repeated where there are fewer).
+    Its rules: the size divides the attention heads and the MLP's width, and cuts no group of quantised
+    weights; of the size and the number of KV heads, one divides the other (KV heads are repeated where there
+    are fewer).
     """
     heads, width = config.num_attention_heads, getattr(config, "intermediate_size", size)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -125,6 +131,10 @@ def tensor_parallel_obstacle(size: int, config) -> str | None:
         return f"and the model's {kv_heads} KV heads do not divide one another"
     if width % size:
         return f"does not divide the MLP's width of {width}"
+    quantization = getattr(config, "quantization_config", None) or {}
+    group = quantization.get("group_size") or (quantization.get("weight_block_size") or [1])[-1]
+    if size > 1 and group > 0 and width % (size * group):
+        return f"cuts the MLP's width of {width} within groups of {group} quantised weights"
     return None
 
 
@@ -180,6 +190,10 @@ class VllmEngine:
         dtype = options.dtype
         if dtype == "auto":  # vLLM's own "auto" would run a float32 checkpoint in bfloat16
             dtype = str(config.dtype or stored_dtype(folder)).removeprefix("torch.")
+        if dtype == "bfloat16" and torch.cuda.is_available() and lacks_bfloat16(torch.device("cuda")):
+            raise InputError(
+                f"--dtype {options.dtype}: vLLM has no bfloat16 on this GPU; give --dtype float16"
+            )
         size = tensor_parallel_size(options.tensor_parallel_size, config)
         more = _cpu_settings(config, dtype, options, longest) if current_platform.is_cpu() else {}
         try:
@@ -188,8 +202,8 @@ class VllmEngine:
             )
         except (RuntimeError, ValueError) as error:  # too little free memory, or a model that it does not run
             raise HopscotchError(
-                f"vLLM cannot run {ref.source} here ({reason_of(error)}; see above): free memory, or use "
-                "--backend transformers"
+                f"vLLM cannot run {ref.source} here ({reason_of(error)}; see above): free memory, give a "
+                "smaller --tensor_parallel_size, or use --backend transformers"
             ) from error
         self.stop_ids = stop_ids
         self.num_asked = 0
@@ -202,6 +216,7 @@ class VllmEngine:
     ) -> Iterator[Answer]:
         """Answer each prompt with at most its limit of tokens; yields answers as they end."""
         from vllm import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         parameters = [
             SamplingParams(
@@ -215,7 +230,13 @@ class VllmEngine:
         self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
         first, self.num_asked = self.num_asked, self.num_asked + len(prompts)
         while self.llm.llm_engine.has_unfinished_requests():  # llm.generate() holds all back to the end
-            for output in self.llm.llm_engine.step():  # whole answers: `enqueue` asks for no parts
+            try:
+                ended = self.llm.llm_engine.step()
+            except EngineDeadError as error:
+                raise HopscotchError(
+                    f"vLLM's engine died ({reason_of(error)}; see above); the same command goes on from here"
+                ) from error
+            for output in ended:  # whole answers: `enqueue` asks for no parts
                 ids, reason = output.outputs[0].token_ids, output.outputs[0].finish_reason
                 if reason not in ("stop", "length"):
                     raise HopscotchError(f"vLLM ended an answer by {reason!r}: see above")

@@ -10,10 +10,12 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import files, scales
-from hopscotch_common.errors import InputError, is_out_of_memory, reason_of
+from hopscotch_common.errors import InputError, is_out_of_memory, logger, reason_of
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, family_classes
 
+# Quantised weights over which scales train, and those that do where transformers unpacks them: on a CPU.
+TRAINABLE, UNPACKED = ("bitsandbytes",), ("fp8", "mxfp4")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")  # have a causal head, too
 # What a model is that is no decoder-only language model, by the first group that holds its type.
 OTHER_KINDS = (
@@ -102,7 +104,10 @@ def resolve_device(device: str):
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
         if use_cpu or not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device(
+            "cuda", rank % torch.cuda.device_count()
+        )  # slurm may show a process one GPU alone
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -126,25 +131,31 @@ def load_model(
     """The model with scaled decoder layers, no block skipped, all scales 1, in eval mode.
 
     With scales of 1 its logits equal the stock class's bit for bit. Weights are frozen; only the
-    scales require gradients. quantization: None, or one of QUANTIZATIONS (weight only).
+    scales require gradients. quantization: None, or one of QUANTIZATIONS.
     scale_granularity: one of GRANULARITIES. replacement_rank: above 0, each block has a map for when it is
-    skipped, zero until `fit_maps`.
+    skipped, zero until `fit_maps`. InputError for a quantised base that has no gradients to give.
     """
     config = hopscotch_config(
         read_config(ref), scale_granularity=scale_granularity, replacement_rank=replacement_rank
     )
+    method = quantized_by(config)
+    if method not in (None, *TRAINABLE, *UNPACKED):
+        raise no_gradients(ref, method)
     _, model_class = hopscotch_classes(config.model_type)
     resolved = resolve_device(device)
     options = {"config": config, "dtype": dtype, "device_map": device_map(resolved)}
     if attn_implementation != "auto":
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
-        options["quantization_config"] = quantization_config(quantization, resolved)
+        stored = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        options["quantization_config"] = quantization_config(quantization, resolved, stored)
     if attn_implementation == "flex_attention" and (resolved is None or resolved.type == "cpu"):
         raise InputError("--attn_implementation flex_attention: trains on one GPU only; give sdpa")
     if ref.embedded:  # loads in a second; larger models show transformers' own bar
         transformers_logging.disable_progress_bar()
     model = load_whole(model_class, ref.folder(), **options)
+    if method in UNPACKED and getattr(model, "hf_quantizer", None) is not None:
+        raise no_gradients(ref, method)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             f"--device {device}: {ref.source} does not fit the GPUs here, and what lies elsewhere cannot "
@@ -152,6 +163,22 @@ def load_model(
         )
     scales.freeze_base(model)
     return model
+
+
+def quantized_by(config) -> str | None:
+    """The method that a base's stored weights are quantised by, None where they are whole."""
+    settings = getattr(config, "quantization_config", None)
+    return (
+        settings and str(settings.get("quant_method", "bitsandbytes")).lower()
+    )  # as transformers once wrote it
+
+
+def no_gradients(ref: ModelRef, method: str) -> InputError:
+    """What is said of a base over whose weights no scales train."""
+    return InputError(
+        f"{ref.source}: its weights are quantised ({method}), and their kernels give no gradients, or none "
+        "that are right; give the model that it was made of (--quantization trains over quantised weights)"
+    )
 
 
 def device_map(device) -> str | dict:
@@ -177,7 +204,19 @@ def load_whole(model_class, folder: Path, **options):
             remedy = "use --quantization int8"
         raise InputError(f"{folder}: cannot be loaded ({reason_of(error)}); {remedy}") from error
     check_loaded(folder, found)
+    kernel = model.config._attn_implementation or ""
+    if "flash" in kernel and model.dtype == torch.float32:
+        raise InputError(f"--attn_implementation {kernel}: computes in 16 bits only; give --dtype bfloat16")
+    if model.dtype == torch.bfloat16 and lacks_bfloat16(model.device):
+        logger.warning(
+            "this GPU has no units for bfloat16, and is slow at it: --dtype float16 suits it better"
+        )
     return model.eval()
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU from before bfloat16, such as T4 and V100."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def check_loaded(folder: Path, found: dict) -> None:
@@ -192,11 +231,21 @@ def check_loaded(folder: Path, found: dict) -> None:
             raise InputError(f"{folder}: {first} {what} ({len(found[kind])} such); both must be one model's")
 
 
-def quantization_config(quantization: str, device):
-    """Weight-only quantisation: bitsandbytes on CUDA, torchao elsewhere. device: None when split."""
+def quantization_config(quantization: str, device, dtype: torch.dtype | None = None):
+    """Quantisation while loading: by bitsandbytes on CUDA, of weights alone by torchao elsewhere.
+
+    device: None when split. dtype: the model's. bitsandbytes' int4 is NF4, as adapters are trained over it;
+    its int8 quantises activations as well (LLM.int8).
+    """
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         _require("bitsandbytes", "--quantization on CUDA")
-        return BitsAndBytesConfig(load_in_8bit=quantization == "int8", load_in_4bit=quantization == "int4")
+        if quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        # its defaults are FP4, and products in float32
+        compute = dtype or torch.bfloat16
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
     _require("torchao", "--quantization on a CPU")
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup

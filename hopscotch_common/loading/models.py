@@ -20,7 +20,7 @@ ALIASES = {
     EMBEDDED: "SmolLM2-135M-Instruct, embedded",
 }
 GGUF_SUFFIX = ".gguf"
-QUANTIZATIONS = ("int8", "int4")  # weight only
+QUANTIZATIONS = ("int8", "int4")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from hopscotch_common.errors import HopscotchError, InputError
+from hopscotch_common.errors import HopscotchError, InputError, reason_of
+from hopscotch_common.loading.loader import resolve_device
 
 # All processes of a round have about as much to do, so one that is so late hangs.
 TIMEOUT = timedelta(hours=2)
@@ -93,10 +94,11 @@ def join_processes(device: str) -> Iterator[Processes]:
     """This process's place among those that accelerate launched; they part on leaving.
 
     device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs. Within it, an error of
-    that talk becomes a HopscotchError: another process ended, and says why itself.
+    that talk becomes a HopscotchError: mostly another process ended, and says why itself.
     """
     check_launch(device)
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=TIMEOUT)
+    place = resolve_device(device)
+    state = PartialState(cpu=place is not None and place.type == "cpu", timeout=TIMEOUT)
     if state.num_processes == 1:
         yield Processes()
         return
@@ -109,7 +111,8 @@ def join_processes(device: str) -> Iterator[Processes]:
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise
         raise HopscotchError(
-            f"process {processes.rank} has lost the others: one of them ended, and says why in its own line"
+            f"process {processes.rank} cannot talk with the others: if one of them ended, its own line says "
+            f"why ({reason_of(error)})"
         ) from error
     finally:
         processes.part()

@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged, InputError, logger
+from hopscotch_common.errors import Diverged, logger
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import MAPS_RATE, TrainingOptions
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample, make_batches
@@ -32,16 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam's state
 
 
 def prepare_model(model, options: TrainingOptions) -> None:
-    """Switch on what only training wants; InputError where a quantised base has no gradients to give."""
-    quantizer = getattr(model, "hf_quantizer", None)  # gone where transformers unpacked the weights
-    # What --quantization makes, and not the base, is known to train, whatever its quantizer says.
-    if quantizer is not None and quantizer.pre_quantized and not quantizer.is_trainable:
-        method = quantizer.quantization_config.quant_method.lower()  # a text or an enum's
-        raise InputError(
-            f"{model.config.name_or_path}: its weights are quantised ({method}), and transformers' kernels "
-            "for them give no gradients; give the model that it was made of (--quantization trains over "
-            "quantised weights)"
-        )
+    """Switch on what only training wants."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.model.layers:
