@@ -25,6 +25,7 @@ from hopscotch_common.log import Log
 from hopscotch_common.report import describe_run, find_bend, plain
 
 SCREENING = 0.33
+FEW_BATCHES = 4  # of an epoch: below, its loss is mostly that before training
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -205,6 +206,12 @@ def main(argv: list[str] | None = None) -> int:
             f"loss-counted tokens; {config.num_hidden_layers} layers, skipped already: {skipped or 'none'}; "
             f"{processes.count} process(es)"
         )
+        if arguments.search in ("full", "race") and trainer.num_batches < FEW_BATCHES:
+            logger.warning(
+                "an epoch has %d batch(es) only, and a batch's loss is taken before its step: these losses "
+                "tell little of training; give a smaller --batch_size, or --search untrained",
+                trainer.num_batches,
+            )
         rule = schedule.named(arguments.search, trainer.num_batches, arguments.screening)
         bar = resources.enter_context(SearchBar(num_blocks, rule, processes))
         picks = Picks(Search(trainer, rule, journal, processes, bar), arguments.max_loss_increase)

@@ -250,6 +250,12 @@ def print_held_out(report: dict) -> None:
         names = ("original", "unscaled", "scaled")
         figures = [f"{name} {with_error(held_out[name], measure)}" for name in names]
         cli.result(f"Held-out {title}: {', '.join(figures)} (epoch {report['best_epoch']})")
+    measure = MEASURES[report["arguments"]["loss"]]
+    if held_out["scaled"][measure] > held_out["unscaled"][measure]:
+        logger.warning(
+            "training left the held-out loss worse than it was before it: give a lower --learning_rate, or "
+            "take what unscaled_ckpt.py makes"
+        )
 
 
 def export(arguments: argparse.Namespace, report: dict) -> None:
