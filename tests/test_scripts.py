@@ -506,6 +506,27 @@ def test_a_loss_that_is_not_finite_exits_1_and_picks_nothing(work, capsys):
     assert captured.out == "" and "candidate block 0, epoch 0, batch 1: the loss is nan" in captured.err
 
 
+def test_an_epoch_that_tells_little_of_training_is_told_of(work, capsys):
+    for search, told in (("full", True), ("untrained", False)):
+        assert block_selection.main(flags(work, "--batch_size", "32", "--search", search)) == 0
+        assert ("an epoch has 1 batch(es) only" in capsys.readouterr().err) == told
+
+
+def test_training_that_did_harm_is_told_of(caplog):
+    def report(scaled: float) -> dict:
+        figures = {
+            name: dict(cross_entropy=1.0, kl=kl, agreement=0.5, kl_error=0.0)
+            for name, kl in (("original", 0.0), ("unscaled", 0.02), ("scaled", scaled))
+        }
+        epochs = [{"epoch": 0, "held_out": figures}]
+        return {"epochs": epochs, "best_epoch": 0, "arguments": {"loss": "kl"}}
+
+    param_scale.print_held_out(report(0.01))
+    assert not caplog.messages
+    param_scale.print_held_out(report(0.03))
+    assert "training left the held-out loss worse" in caplog.text
+
+
 def test_race_flags_without_a_race_are_named(work, capsys):
     assert block_selection.main(flags(work, "--screening", "0.5")) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
