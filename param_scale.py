@@ -237,8 +237,23 @@ def final_report(arguments: argparse.Namespace, runs: list[dict]) -> dict:
         "skipped_blocks": best["skipped_attention_blocks"],
         "best_epoch": best["epoch"],
         "epochs": [{key: run[key] for key in keys} for run in runs],
+        **checkpoint_figures(epoch_folder(arguments, best["epoch"])),
         "exports": {},
     } | describe_run(vars(arguments))
+
+
+def checkpoint_figures(folder: Path) -> dict:
+    """Where a checkpoint lies, its `weights`, and mean and deviation of its scales by layer."""
+    from hopscotch_common import checkpoints, scales
+
+    if not folder.exists():  # removed, to save space, while later epochs trained
+        return {}
+    spreads = {}
+    for name, rows in scales.columns(checkpoints.load_scales(folder).double()).items():
+        deviation = rows.std(1, correction=0).tolist() if rows.shape[1] > 1 else []
+        spreads[name.replace("_scale", "")] = {"mean": rows.mean(1).tolist(), "deviation": deviation}
+    weights = checkpoints.read_run(folder)["weights"]
+    return {"checkpoint": str(folder), "weights": weights, "scales": spreads}
 
 
 def print_held_out(report: dict) -> None:

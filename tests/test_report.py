@@ -29,6 +29,7 @@ from hopscotch_common.report.reading import SearchRun, join_searches, parse, rea
 from hopscotch_common.report.tables import Table, decisions, picks, plain_text, summary
 
 ODD_NAME = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \x1b[31m\n " + "long" * 30
+SCALES = ("b_attn", "s_attn", "b_mlp", "s_mlp")
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +208,13 @@ def test_the_pictures_of_epochs_show_what_the_report_holds(made, scaled, tmp_pat
     assert agreement.get_ylabel().split("\n")[0] == "agreement: the answers' tokens that are"
 
 
-def test_the_map_shows_the_scales_of_the_best_epoch(made):
+def test_the_map_shows_the_scales_of_the_best_epoch(made, scaled):
     run = read_report(made / "scaled")
     axes = plots.scales_figure(run).axes[0]
     shown = axes.collections[0].get_array()
-    expected = checkpoints.load_scales(run.checkpoint).T.numpy()
+    best = made / "scaled" / f"{scaled['model']}_scaled_epoch_{scaled['best_epoch']}"
+    assert scaled["checkpoint"] == str(best)
+    expected = checkpoints.load_scales(best).T.numpy()
     hatched = np.zeros((4, 4), dtype=bool)
     hatched[0, list(run.skipped_blocks)] = True
     assert np.array_equal(np.ma.getmaskarray(shown), hatched) and len(run.skipped_blocks) == 2
@@ -224,18 +227,24 @@ def test_the_map_shows_the_scales_of_the_best_epoch(made):
     assert norm.vcenter == 1 and norm.vmax - 1 == pytest.approx(1 - norm.vmin)
 
 
-def test_the_map_of_vectors_shows_mean_and_spread(made, tmp_path):
-    shutil.copytree(made / "scaled", tmp_path / "scaled")
-    run = read_report(tmp_path / "scaled")
+def test_the_map_of_vectors_shows_mean_and_spread(made, scaled, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(scaled["checkpoint"], checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"scale_granularity": "channel"}
     generator = torch.Generator().manual_seed(0)
-    path = run.checkpoint / "scales.safetensors"
+    path = checkpoint / "scales.safetensors"
     tensors = {
         key: torch.rand(32, generator=generator) if ".b_" in key else value
         for key, value in weights.read_tensors(path).items()
     }
-    path.unlink()
+    for file in (path, checkpoint / "config.json"):
+        file.unlink()
     weights.save_tensors(tensors, path)
-    figure = plots.scales_figure(read_report(tmp_path / "scaled"))
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    scaled |= param_scale.checkpoint_figures(checkpoint)
+    (tmp_path / "report.json").write_text(json.dumps(scaled))
+    run = read_report(tmp_path)
+    figure = plots.scales_figure(run)
     means, spreads = (axes.collections[0].get_array() for axes in figure.axes[:2])
     for layer in range(4):
         for row, name in enumerate(("b_scale_attn", "b_scale_mlp")):
@@ -245,23 +254,6 @@ def test_the_map_of_vectors_shows_mean_and_spread(made, tmp_path):
             else:
                 assert means[2 * row, layer] == pytest.approx(values.mean().item())
                 assert spreads[row, layer] == pytest.approx(values.std(correction=0).item())
-
-
-@pytest.mark.parametrize(
-    "change", [{"loss": 0.125}, {"skipped_attention_blocks": [3]}], ids=["another loss", "other blocks"]
-)
-def test_a_checkpoint_of_a_later_training_is_not_this_reports(made, tmp_path, change):
-    """Started anew in the same folder, and interrupted before it wrote a report."""
-    shutil.copytree(made / "scaled", tmp_path / "scaled")
-    run = read_report(tmp_path / "scaled")
-    assert run.weights is not None and run.scales is not None
-    run_file = run.checkpoint / "hopscotch.json"
-    told = json.loads(run_file.read_text())
-    run_file.unlink()
-    run_file.write_text(json.dumps(told | change))
-    run = read_report(tmp_path / "scaled")
-    assert run.weights is None and run.scales is None
-    assert dict(summary(run).rows)["checkpoint"].endswith("(not there)")
 
 
 def test_a_search_without_a_pick_has_nothing_to_show():
@@ -430,7 +422,7 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
 def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, scaled, tmp_path):
     """Of the training where there is one, whatever the order; the figures as the files have them."""
     runs = [read_report(made / name) for name in ("scaled", "first.json")]
-    counts = json.loads((runs[0].checkpoint / "hopscotch.json").read_text())["weights"]
+    counts = checkpoints.read_run(Path(scaled["checkpoint"]))["weights"]
     held_out = scaled["epochs"][scaled["best_epoch"]]["held_out"]
     ((lost, gained),) = decisions(runs)
     assert lost.startswith(f"on held-out answers after epoch {scaled['best_epoch']}: ")
@@ -484,12 +476,13 @@ def test_names_are_text_wherever_they_stand(scaled, tmp_path):
     report = synthetic_search(model=ODD_NAME, arguments={ODD_NAME: ODD_NAME, "list": [ODD_NAME]})
     report["versions"] = {ODD_NAME: ODD_NAME}
     scaled |= {"model": ODD_NAME, "exports": {ODD_NAME: {"folder": ODD_NAME, ODD_NAME: ODD_NAME}}}
+    scaled["checkpoint"] = ODD_NAME
     paths = [tmp_path / "<i>$a$.json", tmp_path / "scaled.json"]
     for path, content in zip(paths, (report, scaled), strict=True):
         path.write_text(json.dumps(content))
     text = check_page(page.build_page([read_report(path) for path in paths]))
     start = "$x^2$ <script>alert('&amp;')</script> \"\\frac\" \\x1b[31m\\n longlong"
-    assert text.count(start) >= 8 and "<i>$a$.json" in text
+    assert text.count(start) >= 9 and "<i>$a$.json" in text
     (figure,) = plots.pictures(read_report(paths[0])).values()
     assert figure.get_suptitle().startswith("$x^2$ <scr")
     drawn = check_page(page.inline_svg(figure, "a-", ODD_NAME))
@@ -508,16 +501,13 @@ def test_names_are_text_wherever_they_stand(scaled, tmp_path):
         ),
     ],
 )
-def test_parameters_of_scales_and_maps_count(made, tmp_path, added, left, row):
-    """Where the checkpoint tells them; they can be more than the skipped blocks had."""
-    shutil.copytree(made / "scaled", tmp_path / "scaled")
-    run_file = read_report(tmp_path / "scaled").checkpoint / "hopscotch.json"
-    told = json.loads(run_file.read_text())
-    del told["weights"]["parameters_added"]
-    told["weights"] |= {"parameters": 1000, "parameters_removed": 300}
-    told["weights"] |= {} if added is None else {"parameters_added": added}
-    run_file.write_text(json.dumps(told))
-    run = read_report(tmp_path / "scaled")
+def test_parameters_of_scales_and_maps_count(scaled, tmp_path, added, left, row):
+    """Where the checkpoint told them; they can be more than the skipped blocks had."""
+    del scaled["weights"]["parameters_added"]
+    scaled["weights"] |= {"parameters": 1000, "parameters_removed": 300}
+    scaled["weights"] |= {} if added is None else {"parameters_added": added}
+    (tmp_path / "report.json").write_text(json.dumps(scaled))
+    run = read_report(tmp_path)
     ((_, gained),) = decisions([run])
     assert left in gained and row in summary(run).rows
 
@@ -532,15 +522,19 @@ def test_of_maps_the_baseline_is_these_as_fitted(scaled, tmp_path):
     assert not any("unscaled" in name or "skips without" in name for name in rows)
 
 
-def test_a_run_without_held_out_figures_and_without_its_checkpoint(scaled, tmp_path):
+def test_an_earlier_report_without_held_out_figures(scaled, tmp_path):
+    """It told nothing of its checkpoint, and nor does one whose best epoch was removed by its end."""
+    assert param_scale.checkpoint_figures(tmp_path / "removed") == {}
+    for key in ("checkpoint", "weights", "scales"):
+        del scaled[key]
     for epoch in scaled["epochs"]:
         epoch["held_out"] = {"original": None, "unscaled": None, "scaled": None}
     (tmp_path / "report.json").write_text(json.dumps(scaled))
     run = read_report(tmp_path)
     assert run.scales is None and list(plots.pictures(run)) == ["epochs"]
     names = [name for name, _ in summary(run).rows]
-    assert names == ["attention blocks skipped", "granularity", "loss", "checkpoint"]
-    assert "checkpoint is not there" in check_page(page.build_page([run]))
+    assert names == ["attention blocks skipped", "granularity", "loss"]
+    check_page(page.build_page([run]))
 
 
 ANSWERS = {"prompts": 16, "answers": 12, "truncated": 4, "generated_tokens": 1351, "backend": "vllm"}
@@ -644,20 +638,25 @@ def test_a_malformed_search_is_one_line(changes, of_pick, message, tmp_path, cap
     check_refused(report_command, [str(tmp_path / "a.json")], message, capsys)
 
 
-def test_bad_scales_beside_a_report_are_one_line(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(made / "scaled", "scaled")
-    scales = read_report(Path("scaled")).checkpoint / "scales.safetensors"
-    good, tensors, one = scales.read_bytes(), weights.read_tensors(scales), "model.layers.2.s_scale_mlp"
-    scales.write_bytes(good[:100])
-    check_refused(report_command, ["scaled"], "scales.safetensors: not the scales of every layer", capsys)
-    for content, message in (
-        ({key: value for key, value in tensors.items() if ".0." in key}, "skipped_blocks: . is no block"),
-        ({key: value for key, value in tensors.items() if key != one}, "not the scales of every layer"),
-        (tensors | {one: torch.tensor([torch.nan])}, "a scale is not a finite number"),
-    ):
-        weights.save_tensors(content, scales)
-        check_refused(report_command, ["scaled"], message, capsys)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"s_mlp": None}, "scales.s_mlp: Input should be an object"),
+        ({"s_mlp": {"mean": [1.0] * 4}}, "scales.s_mlp.deviation: Field required"),
+        (
+            {"s_mlp": {"mean": [1.0, 1.0, 1.0, "1"], "deviation": []}},
+            r"scales.s_mlp.mean\[3\]: Input should be",
+        ),
+        ({"s_mlp": {"mean": [1.0] * 3, "deviation": []}}, "scales: s_mlp tells of another number of layers"),
+        ({"b_mlp": {"mean": [1.0] * 4, "deviation": [0.5] * 5}}, "scales: b_mlp tells of another number"),
+        (dict.fromkeys(SCALES, {"mean": [], "deviation": []}), "scales.b_attn.mean: Tuple should have at"),
+        (dict.fromkeys(SCALES, {"mean": [1.0], "deviation": []}), "skipped_blocks: . is no block of those"),
+    ],
+)
+def test_malformed_scales_of_a_report_are_one_line(changes, message, scaled, tmp_path, capsys):
+    scaled["scales"] |= changes
+    (tmp_path / "report.json").write_text(json.dumps(scaled))
+    check_refused(report_command, [str(tmp_path)], message, capsys)
 
 
 def test_bad_arguments_are_one_line(made, tmp_path, monkeypatch, capsys):

@@ -256,8 +256,11 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
         a, b = (tmp_path / part / f"{work.name}_scaled_epoch_{epoch}" for part in ("whole", "parts"))
         assert torch.equal(checkpoints.load_scales(a), checkpoints.load_scales(b))
         assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
-    report = json.loads((tmp_path / "parts/report.json").read_text())
+    report, whole = (
+        json.loads((tmp_path / f"{part}/report.json").read_text()) for part in ("parts", "whole")
+    )
     assert not gone.exists() and [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
+    assert [report[key] for key in ("weights", "scales")] == [whole[key] for key in ("weights", "scales")]
     capsys.readouterr()
     again = [*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]
     with monkeypatch.context() as patched:

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from hopscotch_common.report import plots, tables
-from hopscotch_common.report.reading import CountsRun, Run, ScalingRun
+from hopscotch_common.report.reading import CountsRun, Run
 
 THEME = {plots.INK: "--ink", plots.MUTED: "--muted", plots.FAINT: "--faint", plots.PAPER: "--paper"}
 TEMPLATE = "page.html.jinja"
@@ -36,7 +36,6 @@ def build_page(runs: Sequence[Run]) -> str:
                 (inline_svg(figure, f"run{number}-{name}-", f"{run.model}: {name}"), plots.CAPTIONS[name])
                 for name, figure in plots.pictures(run).items()
             ],
-            "checkpoint_is_gone": isinstance(run, ScalingRun) and run.scales is None,
         }
         for number, run in enumerate(runs, 1)
     ]

@@ -295,14 +295,14 @@ def scales_figure(run: ScalingRun) -> Figure:
     Values below 1 carry a minus, for those who see no colour; the attention of skipped blocks, whose
     b_attn is 0 and not trained, is hatched.
     """
-    assert run.scales is not None, "a run whose checkpoint is gone has no map"
+    assert run.scales is not None, "an earlier report has no map"
     skipped = list(run.skipped_blocks)
     mean, spread = {}, {}
-    for name, values in run.scales.items():
-        hidden = np.isin(np.arange(len(values)), skipped) & (name == "b_attn")
-        mean[name] = np.ma.masked_array(values.mean(axis=1), hidden)
-        if values.shape[1] > 1:
-            spread[name] = np.ma.masked_array(values.std(axis=1), hidden)
+    for name, found in run.scales:
+        hidden = np.isin(np.arange(run.scales.num_layers), skipped) & (name == "b_attn")
+        mean[name] = np.ma.masked_array(found.mean, hidden)
+        if found.deviation:
+            spread[name] = np.ma.masked_array(found.deviation, hidden)
     heights = [len(mean), len(spread)] if spread else [len(mean)]
     what = f"scales after epoch {run.best_epoch} (−: below 1)"
     blocks = plain_text(", ".join(map(str, skipped)) or "none", 50)

@@ -12,18 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import numpy as np
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    InstanceOf,
     ValidationError,
     model_validator,
 )
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from hopscotch_common import files
 from hopscotch_common.errors import InputError
@@ -158,7 +154,7 @@ class Epoch(Record):
 
 
 class Weights(Record):
-    """What a checkpoint's hopscotch.json counts."""
+    """What a checkpoint counts."""
 
     parameters: Count = Field(gt=0)
     parameters_removed: Count
@@ -167,27 +163,50 @@ class Weights(Record):
     kv_cache_blocks_removed: Count
 
 
-class RunFile(Record):
-    weights: Weights
-    loss: Finite
-    skips: list[Count] = Field(alias="skipped_attention_blocks")  # sorted
+class Spread(Record):
+    """Mean and standard deviation of a scale over the channels, of each layer."""
+
+    mean: tuple[Finite, ...] = Field(min_length=1)
+    deviation: tuple[Finite, ...]  # empty where it is a number a layer
+
+
+class Scales(Record):
+    """The four scales of a training; each tells as many layers as the others."""
+
+    b_attn: Spread
+    s_attn: Spread
+    b_mlp: Spread
+    s_mlp: Spread
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.b_attn.mean)
+
+    @model_validator(mode="after")
+    def _check_lengths(self):
+        for name, found in self:
+            if {len(found.mean), len(found.deviation) or self.num_layers} != {self.num_layers}:
+                raise ValueError(f"{name} tells of another number of layers than b_attn")
+        return self
 
 
 class ScalingRun(Run):
-    """Step 4a. `weights` and `scales` are the best epoch's, None where its checkpoint is gone."""
+    """Step 4a. checkpoint, weights and scales: of the best epoch; earlier reports do not tell them."""
 
     skipped_blocks: tuple[Count, ...]
     best_epoch: Count
     epochs: tuple[Epoch, ...]
     exports: dict[str, object] = {}
-    checkpoint: Path = Path()
+    checkpoint: str = ""
     weights: Weights | None = None
-    scales: dict[str, InstanceOf[np.ndarray]] | None = None  # by name, [layers, 1], or [layers, hidden]
+    scales: Scales | None = None
 
     @model_validator(mode="after")
     def _check_best(self):
         if self.best_epoch not in [epoch.epoch for epoch in self.epochs]:
             raise ValueError(f"best_epoch is {self.best_epoch}, which epochs does not hold")
+        if self.scales and max(self.skipped_blocks, default=0) >= self.scales.num_layers:
+            raise ValueError(f"skipped_blocks: {max(self.skipped_blocks)} is no block of those in scales")
         return self
 
     @property
@@ -231,7 +250,7 @@ def read_report(path: Path) -> Run:
     if "iterations" in content:
         return parse(SearchRun, content, path)
     if "best_epoch" in content:
-        return _with_checkpoint(parse(ScalingRun, content, path))
+        return parse(ScalingRun, content, path)
     for what, key in (("answers", "prompts"), ("data", "kept")):
         if key in content and isinstance(content.get("arguments"), dict):
             model = Path(str(content["arguments"].get("model", "model"))).name  # of an id or a folder
@@ -254,42 +273,6 @@ def parse(kind: type[Parsed], content: Mapping, path: Path = Path()) -> Parsed:
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path}: {place}{place and ': '}{message}; {REMEDY}") from error
     return record.model_copy(update={"path": path}) if isinstance(record, Run) else record
-
-
-def _with_checkpoint(run: ScalingRun) -> ScalingRun:
-    """The run with what its best checkpoint tells: beside the report, whatever that says of its model.
-
-    A checkpoint that a later training put there, before it wrote a report of its own, is another one's.
-    """
-    folder = run.path.parent / f"{Path(run.model).name}_scaled_epoch_{run.best_epoch}"
-    weights = scales = None
-    run_file = folder / "hopscotch.json"
-    told = None
-    if run_file.is_file() and (folder / "scales.safetensors").is_file():
-        told = parse(RunFile, files.read_json(run_file, REMEDY), run_file)
-    if told and told.loss == run.best.loss and told.skips == sorted(run.skipped_blocks):
-        weights, scales = told.weights, read_scales(folder / "scales.safetensors")
-        if max(run.skipped_blocks, default=0) >= len(scales["b_attn"]):
-            raise InputError(f"{run.path}: skipped_blocks: {max(run.skipped_blocks)} is no block; {REMEDY}")
-    return run.model_copy(update={"checkpoint": folder, "weights": weights, "scales": scales})
-
-
-def read_scales(path: Path) -> dict[str, np.ndarray]:
-    """The scales of a checkpoint's scales.safetensors by name; InputError where it is not one.
-
-    Read here without torch, which takes longer to import than the page to make.
-    """
-    try:
-        tensors, scales = load_file(path), {}
-        num_layers = 1 + max(int(key.split(".")[2]) for key in tensors if key.startswith("model.layers."))
-        for name in ("b_attn", "s_attn", "b_mlp", "s_mlp"):
-            keys = [f"model.layers.{layer}.{name.replace('_', '_scale_')}" for layer in range(num_layers)]
-            scales[name] = np.stack([tensors[key].astype(np.float64).ravel() for key in keys])
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not the scales of every layer ({error}); {REMEDY}") from error
-    if not all(values.size and np.isfinite(values).all() for values in scales.values()):
-        raise InputError(f"{path}: a scale is not a finite number; train again at a lower --learning_rate")
-    return scales
 
 
 def join_searches(runs: Sequence[Run]) -> list[Run]:

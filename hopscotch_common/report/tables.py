@@ -6,11 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from hopscotch_common.errors import printable
 from hopscotch_common.report import find_bend, with_error
-from hopscotch_common.report.reading import CountsRun, Run, ScalingRun, SearchRun, measures_of
+from hopscotch_common.report.reading import CountsRun, Run, Scales, ScalingRun, SearchRun, Spread, measures_of
 
 NUMBER = re.compile(r"([-+]?[\d,]*\.?\d+( ± [\d.]+)?|skipped)?")
 
@@ -83,7 +81,7 @@ def _lost_and_gained(run: ScalingRun | SearchRun) -> tuple[str, str]:
 
 
 def _saved(run: ScalingRun) -> dict[str, tuple[int, int]]:
-    """(total, saved) by what the checkpoint lacks; empty where it is gone.
+    """(total, saved) by what the checkpoint lacks; empty where the report does not tell.
 
     Fewer than 0 parameters are saved where scales and maps have more than the skipped blocks had.
     """
@@ -136,8 +134,7 @@ def _scaling_rows(run: ScalingRun) -> list[tuple[str, str]]:
         name, unit = ("KV cache", " blocks") if "KV" in what else (what, "")
         how, of = ("saved", "of") if saved >= 0 else ("added", "to")
         rows.append((f"{name} {how}", f"{abs(saved):,} {of} {total:,}{unit} ({abs(saved) / total:.1%})"))
-    is_gone = "" if run.weights else " (not there)"
-    return [*rows, ("checkpoint", f"{run.checkpoint}{is_gone}")]
+    return rows + ([("checkpoint", run.checkpoint)] if run.checkpoint else [])
 
 
 def details(run: Run) -> list[Table]:
@@ -212,16 +209,16 @@ def scales(run: ScalingRun) -> Table:
     """A row for each layer with its scales; of vectors mean ± standard deviation over the channels."""
     assert run.scales is not None
 
-    def cell(layer: int, name: str, values: np.ndarray) -> str:
+    def cell(layer: int, name: str, found: Spread) -> str:
         if name == "b_attn" and layer in run.skipped_blocks:
             return "skipped"
-        return f"{values.mean():.4f}" + (f" ± {values.std():.4f}" if values.size > 1 else "")
+        return f"{found.mean[layer]:.4f}" + (f" ± {found.deviation[layer]:.4f}" if found.deviation else "")
 
     rows = [
-        (str(layer), *(cell(layer, name, values[layer]) for name, values in run.scales.items()))
-        for layer in range(len(run.scales["b_attn"]))
+        (str(layer), *(cell(layer, name, found) for name, found in run.scales))
+        for layer in range(run.scales.num_layers)
     ]
-    return Table("scales", rows, ("layer", *run.scales))
+    return Table("scales", rows, ("layer", *Scales.model_fields))
 
 
 def exports(run: ScalingRun) -> Table:

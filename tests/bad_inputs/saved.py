@@ -4,8 +4,6 @@ from .cases import Case, cases
 from .flags import HUGE
 from .makers import (
     REMOVED,
-    Spoil,
-    all_of,
     change,
     cut,
     edit,
@@ -73,12 +71,6 @@ def _kept(script: str, about: str, file: str, *rows: tuple, **third_lines: dict)
 def _value(value: float):
     """The scales with one of them changed."""
     return tensors(SCALES, lambda found: found | {FIRST_SCALE: found[FIRST_SCALE] * 0 + value})
-
-
-def _each_epoch(function, *arguments, **changes) -> Spoil:
-    """A change of both epochs' hopscotch.json."""
-    paths = [f"scaled/model_scaled_epoch_{epoch}/hopscotch.json" for epoch in (0, 1)]
-    return all_of(*(function(path, *arguments, **changes) for path in paths))
 
 
 CASES = [
@@ -187,8 +179,8 @@ CASES = [
         ("report.json of depth 200,000", TABLE, write(TABLE, "[" * 200_000)),
         ("best epoch is gone", f"{TABLE}.*best_epoch is 7", edit(TABLE, best_epoch=7)),
         ("best epoch elsewhere", TABLE, edit(TABLE, best_epoch="0/../../model_scaled_epoch_0")),
-        ("hopscotch.json is not JSON", "hopscotch.json", _each_epoch(cut, 0.5)),
-        ("no weights", "hopscotch.json", _each_epoch(edit, weights=REMOVED)),
+        ("weights are text", f"{TABLE}.*weights: ", edit(TABLE, weights="all")),
+        ("scales are text", f"{TABLE}.*scales: ", edit(TABLE, scales="all")),
     ),
     # checkpoints to export
     *cases(
