@@ -261,7 +261,7 @@ def check_data(data_path: Path, model: models.ModelRef) -> None:
     from hopscotch_common.loading import tokenization
 
     report = data_path.with_name(DATA_REPORT)
-    if data_path.name != DATA_FILE or not report.is_file():
+    if data_path.name.removesuffix(".gz") != DATA_FILE or not report.is_file():
         return
     content = files.read_json(report, "remove it, or make the data again with process_gt_data.py")
     made_with = content.get("tokenizer")

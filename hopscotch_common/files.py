@@ -7,37 +7,48 @@ lies under a temporary name that nobody holds is a killed writer's, and the next
 
 import contextlib
 import errno
+import gzip
+import io
 import json
 import os
 import shutil
 import socket
 import stat
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from hopscotch_common.errors import InputError, command_name, logger
+from hopscotch_common.errors import InputError, command_name, logger, reason_of
+
+BOM = b"\xef\xbb\xbf"  # a byte order mark
+
+
+@contextlib.contextmanager
+def open_input(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
+    """A file of bytes, unpacked where its name ends in .gz; InputError where it cannot be read."""
+    check_input(path)
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, record) of every line that is not blank.
+    """`lines_of_file` of a file, which may end in .gz; InputError, too, where it cannot be read."""
+    with open_input(path) as file:
+        yield from lines_of_file(file, path)
 
-    Raises InputError, with the line, for a missing or empty file and for a line that is not a
-    JSON object.
+
+def lines_of_file(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, record) of every line of an open file that is not blank.
+
+    Raises InputError where there is none, and for a line that is not a JSON object.
     """
-    check_input(path)
-    try:
-        with open(path, "rb") as file:
-            yield from lines_of_file(file, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name another file") from error
-
-
-def lines_of_file(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict]]:
-    """`read_jsonl` of lines that were read before."""
     empty = True
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(file, 1):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+            line = line.removeprefix(BOM)
         if not line.strip():
             continue
         empty = False

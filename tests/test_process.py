@@ -117,6 +117,8 @@ def test_data_of_another_tokenizer_is_refused(work, capsys):
     check_refused(param_scale, [*data, "--blocks_to_skip", "1"], message, capsys)
     check_refused(unscaled_ckpt, [*data, "--blocks_to_skip", "1", "--replacement_rank", "2"], message, capsys)
     theirs, ours = model_ref(str(another)), model_ref(work[1])
+    with pytest.raises(process_gt_data.InputError, match="made with another tokenizer"):
+        cli.check_data(Path("out/data.jsonl.gz"), theirs)
     cli.check_data(Path("out/data.jsonl"), ours)
     assert "are they one model" not in capsys.readouterr().err
     copied = shutil.copytree(work[1], "elsewhere/model")

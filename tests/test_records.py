@@ -134,6 +134,8 @@ def write_all(folder: Path, records: list[dict]) -> list[Path]:
         "a.jsonl": lines,
         "a.json": json.dumps(records).encode(),
         "a.txt": b"\xef\xbb\xbf" + lines,
+        "array.txt": b"\xef\xbb\xbf\n " + json.dumps(records).encode(),
+        "blank.jsonl": lines.replace(b"\n", b"\n\n  \n", 2),
         "a.jsonl.gz": gzip.compress(lines),
         "a.json.gz": gzip.compress(json.dumps(records, indent=1).encode()),
     }
@@ -160,7 +162,8 @@ def test_files_of_every_kind(tmp_path):
         for path in write_all(tmp_path / name, records):
             found = list(read_records(path))
             assert [record for _, record in found] == records, path
-            assert found[1][0] in (f"{path}, line 2", f"{path}, record 2")
+            second = 4 if path.name == "blank.jsonl" else 2
+            assert found[1][0] in (f"{path}, line {second}", f"{path}, record {second}")
         records.pop()
     assert [record for _, record in hub_records(str(tmp_path / "set1"), None, "train")]
     with pytest.raises(InputError, match="as a pattern; rename it"):
@@ -212,6 +215,8 @@ def test_records_beyond_those_taken_are_not_looked_at(tmp_path):
         ("a.json", b"[1]", "record 1: a JSON object is needed"),
         ("a.json", b"[{]", "not JSON"),
         ("a.jsonl.gz", b"no gzip", "cannot be read .Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "1?"}\n')[:-12], "cannot be read .Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 9, "cannot be read .Error -3"),
         ("a.parquet", b"no parquet", "cannot be read"),
         ("a.csv", b"prompt\na, b\n", "record 1: has more cells than columns"),
         ("a.csv", b"prompt,prompt\na,b\n", "two columns have one name"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import math
 import random
@@ -554,10 +555,11 @@ GOOD = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
     ],
 )
 def test_bad_samples_are_refused_with_their_line(tmp_path, record, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(record) + "\n")
-    with pytest.raises(InputError, match=f"line 2: .*{message}"):
-        data.load_samples(path, vocab_size=300, max_tokens=50)
+    for name, unpacked in (("data.jsonl", open), ("data.jsonl.gz", gzip.open)):
+        with unpacked(tmp_path / name, "wt") as file:
+            file.write(json.dumps(GOOD) + "\n" + json.dumps(record) + "\n")
+        with pytest.raises(InputError, match=f"{name}, line 2: .*{message}"):
+            data.load_samples(tmp_path / name, vocab_size=300, max_tokens=50)
 
 
 def test_batches_are_divided_by_the_least_budget_of_all_processes(tiny_folder, monkeypatch):

@@ -2,16 +2,13 @@
 
 import csv
 import glob
-import gzip
-import io
 import json
 import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.files import as_object, check_input, lines_of_file, parse_json
+from hopscotch_common.files import BOM, as_object, check_input, lines_of_file, open_input, parse_json
 
 TABLES = {".parquet": "parquet", ".csv": "csv", ".zst": "json"}
 ROLES = ("system", "developer", "user", "assistant")
@@ -35,22 +32,18 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
 
     where: the file, and the line or the number of the record from 1. InputError names them.
     """
-    check_input(path)
     kind = TABLES.get(path.suffix.lower())
     if kind is not None:
+        check_input(path)
         yield from _rows(_table(path, kind), str(path))
         return
-    unpack = gzip.open if path.suffix.lower() == ".gz" else open
-    try:
-        with unpack(path, "rb") as file:
-            content = file.read().removeprefix(b"\xef\xbb\xbf")
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
-    if content[:1024].lstrip()[:1] == b"[":
-        yield from _rows(parse_json(content, str(path), "mend it, or name another file"), str(path))
-    else:
-        for number, record in lines_of_file(io.BytesIO(content), path):
-            yield f"{path}, line {number}", record
+    with open_input(path) as file:
+        if file.peek(1024).removeprefix(BOM).lstrip()[:1] == b"[":
+            content = file.read().removeprefix(BOM)
+            yield from _rows(parse_json(content, str(path), "mend it, or name another file"), str(path))
+        else:
+            for number, record in lines_of_file(file, path):
+                yield f"{path}, line {number}", record
 
 
 def _table(path: Path, kind: str) -> list[dict]:
