@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-from transformers.models.auto import modeling_auto as auto
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import files, scales
@@ -16,16 +15,6 @@ from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, REFUSED
 
 # Quantised weights over which scales train, and those that do where transformers unpacks them: on a CPU.
 TRAINABLE, UNPACKED = ("bitsandbytes",), ("fp8", "mxfp4")
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")  # have a causal head, too
-# What a model is that is no decoder-only language model, by the first group that holds its type.
-OTHER_KINDS = (
-    (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "a vision-language model"),
-    (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, "a speech model"),
-    (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "an encoder-decoder model"),
-    (set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(ENCODERS), None),
-    (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "an encoder"),
-    (auto.MODEL_MAPPING_NAMES, "no language model"),
-)
 
 
 def read_config(ref: ModelRef, checkpoint: bool = False):
@@ -57,17 +46,12 @@ def check_supported(model_type: str, where: object) -> None:
     """Raise InputError, which says `where`, unless a `model_type` of transformers is in FAMILIES."""
     if model_type in FAMILIES:
         return
-    what, known = f"{where}: architecture {model_type!r} is", f"supported are {', '.join(FAMILIES)}"
+    what = f"{where}: architecture {model_type!r} is not supported"
     if model_type in REFUSED:
-        raise InputError(f"{what} not supported: {REFUSED[model_type]}; give another model")
-    kinds = [kind for names, kind in OTHER_KINDS if model_type in names]
-    if kinds and kinds[0]:
-        raise InputError(
-            f"{what} {kinds[0]}; give a decoder-only language model, as its text generation needs: {known}"
-        )
+        raise InputError(f"{what}: {REFUSED[model_type]}; give another model")
     raise InputError(
-        f"{what} not supported; {known}; give another model, or describe its decoder layer in FAMILIES "
-        "in hopscotch_common/scales/modeling_hopscotch.py"
+        f"{what}; supported are {', '.join(FAMILIES)}; give such a decoder-only language model, or describe "
+        "its decoder layer in FAMILIES in hopscotch_common/scales/modeling_hopscotch.py"
     )
 
 
@@ -105,9 +89,8 @@ def resolve_device(device: str):
         if use_cpu or not torch.cuda.is_available():
             return torch.device("cpu")
         rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device(
-            "cuda", rank % torch.cuda.device_count()
-        )  # slurm may show a process one GPU alone
+        # slurm may show each process a GPU of its own only
+        return torch.device("cuda", rank % torch.cuda.device_count())
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -168,9 +151,9 @@ def load_model(
 def quantized_by(config) -> str | None:
     """The method that a base's stored weights are quantised by, None where they are whole."""
     settings = getattr(config, "quantization_config", None)
-    return (
-        settings and str(settings.get("quant_method", "bitsandbytes")).lower()
-    )  # as transformers once wrote it
+    if not settings:
+        return None
+    return str(settings.get("quant_method", "bitsandbytes")).lower()  # whose older settings do not name it
 
 
 def no_gradients(ref: ModelRef, method: str) -> InputError:
