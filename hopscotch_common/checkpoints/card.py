@@ -1,16 +1,15 @@
 """The model card of a checkpoint or an export: its README.md, which a hub shows as the model's page."""
 
-import contextlib
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from hopscotch_common import scales
-from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.errors import logger, reason_of
 from hopscotch_common.loading.models import EMBEDDED_LICENCE, ModelRef
 from hopscotch_common.report import with_error
-from hopscotch_common.scales.modeling_hopscotch import attention_blocks, stock_type
+from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.vllm_plugin import family_obstacle
 
 CARD_FILE = "README.md"
@@ -73,24 +72,9 @@ def write_card(
         check=check,
         maps=maps,
         plugin=family_obstacle(config) is None,
-        exports=_exports(config),
+        quantised=bool(getattr(config, "quantization_config", None)),
     )
     card.save(target / CARD_FILE)
-
-
-def _exports(config) -> str:
-    """For which engines a checkpoint can be exported, in words; "" where for none."""
-    from hopscotch_common.export import decilm, gguf  # which import this
-
-    if getattr(config, "quantization_config", None):
-        return ""
-    if not config.replacement_rank:
-        return "llama.cpp and others"
-    engines = ["llama.cpp"] if stock_type(config) in gguf.SOURCES else []
-    with contextlib.suppress(InputError):
-        decilm.check(config, config.replacement_rank)
-        engines.append("mlx-lm")
-    return " and ".join(engines)
 
 
 def _training(config, values: torch.Tensor, run: dict) -> str:
