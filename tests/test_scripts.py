@@ -410,7 +410,7 @@ def test_an_odd_padding_token_is_not_looked_up(work, tmp_path):
 
 def test_an_export_that_cannot_succeed_is_refused_before_training(work, tiny_folder, capsys):
     arguments = flags(tiny_folder("qwen3"), "--blocks_to_skip", "1", "--export", "nemotron_nas")
-    check_refused(param_scale, arguments, "no place for the q and k norms of qwen3", capsys)
+    check_refused(param_scale, arguments, "those of qwen3 are not; export it as folded", capsys)
 
 
 def test_a_journal_of_other_settings_or_weights_is_refused(work, tmp_path, capsys):

@@ -31,7 +31,7 @@ from hopscotch_common.loading.loader import hopscotch_classes, load_whole
 from hopscotch_common.scales.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES, head_dim_of
 
 CODE = Path(configuration_decilm.__file__)
-LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite", "qwen3")
+LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite")
 WIDTH_STEP = 256
 # What the format says of a block beyond what a Llama layer needs; some runtimes read them all.
 ATTENTION_DEFAULTS = {
@@ -55,23 +55,21 @@ SAME_IN_BOTH = (
 def check(config, replacement_rank: int) -> None:
     """Raise InputError for a (stock or Hopscotch) config that the format cannot hold."""
     remedy = "export it as folded, or serve the checkpoint itself, with vLLM or transformers"
-    family = config.model_type
-    if family.removeprefix(PREFIX) not in LLAMA_SHAPED:
+    family = config.model_type.removeprefix(PREFIX)
+    if family not in LLAMA_SHAPED:
         raise InputError(
             f"nemotron_nas holds layers of Llama's shape, and those of {family} are not; {remedy}"
         )
     if replacement_rank and getattr(config, "attention_bias", False):
         raise InputError(f"nemotron_nas gives a map a bias where attention has one; {remedy}")
-    if replacement_rank and family.endswith("qwen2"):
+    if replacement_rank and family == "qwen2":
         raise InputError(
             "nemotron_nas with maps runs in mlx-lm alone, which does not read qwen2's biases; serve the "
             "checkpoint itself, with vLLM or transformers, or leave --replacement_rank out"
         )
-    if family.endswith("qwen3"):
-        raise InputError(f"nemotron_nas has no place for the q and k norms of qwen3; {remedy}")
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["full_attention"]
-    slides = "sliding_attention" in types if family.endswith("qwen2") else window is not None
+    slides = "sliding_attention" in types if family == "qwen2" else window is not None
     if slides and window < config.max_position_embeddings:
         raise InputError(f"nemotron_nas has no sliding window, and this model has one of {window}; {remedy}")
     if config.hidden_act != "silu":
