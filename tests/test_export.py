@@ -136,16 +136,14 @@ def test_folded_folder_is_stock(tmp_path, base):
     assert names == {path.name for path in base("qwen2").iterdir()} | {"README.md", "hopscotch_export.json"}
     config = json.loads((tmp_path / "folded/config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
-    skips = {"per_layer_config": {str(layer): {"skip": ["attention"]} for layer in (0, 2)}}
     old = {
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "torch_dtype": "float32",
     }  # read before transformers 5
-    assert config == json.loads((base("qwen2") / "config.json").read_text()) | skips | old
+    assert config == json.loads((base("qwen2") / "config.json").read_text()) | old
     loaded = load_folded(tmp_path / "folded")
     assert relative_error(logits(loaded), expected) < 1e-3
-    assert [layer.skip for layer in loaded.config.per_layer_config] == [["attention"], [], ["attention"], []]
     tensors = load_file(tmp_path / "folded/model.safetensors")
     for layer in range(LAYERS):
         zero = not tensors[f"model.layers.{layer}.self_attn.o_proj.weight"].any()
@@ -183,7 +181,7 @@ def test_a_folded_config_says_what_older_readers_of_a_family_want(tmp_path, fami
     text = (tmp_path / "config.json").read_text()
     values = json.loads(text)
     assert {key: values[key] for key in old} == old and "Infinity" not in text
-    own = ("_name_or_path", "architectures", "per_layer_config", "partial_rotary_factor", "torch_dtype")
+    own = ("_name_or_path", "architectures", "partial_rotary_factor", "torch_dtype")
     found, expected = (
         {key: value for key, value in config.to_dict().items() if key not in own}
         for config in (AutoConfig.from_pretrained(tmp_path), stock)

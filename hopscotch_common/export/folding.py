@@ -277,8 +277,6 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(stock)
     stock.architectures = [type(model).__name__]
-    # transformers 5.19 reads this key and acts on it in no model. One that does will leave out what is zero.
-    stock.per_layer_config = {block: {"skip": ["attention"]} for block in skipped_blocks(config)} or None
     stock.save_pretrained(folder)
     path = folder / "config.json"
     written = json.loads(path.read_text()) | old_names(stock)
