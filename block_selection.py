@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     number.add_argument("--num_blocks", type=cli.positive_int, help=what)
     what = "pick as many as leave the KV cache at most this share of the whole model's, at most; layers "
     what += "count alike, those with a sliding window too"
-    number.add_argument("--kv_budget", type=cli.part, metavar="SHARE", help=what)
+    number.add_argument("--kv_budget", type=cli.between_0_and_1, metavar="SHARE", help=what)
     group.add_argument(
         "--max_loss_increase",
         type=cli.positive_float,
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = (
         "race: share of the candidates that is trained, at least 2, by their losses before training; 1: all"
     )
-    group.add_argument("--screening", type=cli.share, default=SCREENING, help=what)
+    group.add_argument("--screening", type=cli.above_0_at_most_1, default=SCREENING, help=what)
     cli.add_replacement_argument(parser)
     cli.add_training_arguments(parser, learning_rate=1e-2)
     what = "JSON report (default: {model}_block_selection.json); the journal stands beside it"

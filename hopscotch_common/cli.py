@@ -145,9 +145,9 @@ def number(kind: type, condition: Callable[[float], bool], needed: str) -> Calla
 positive_int = number(int, lambda value: 0 < value < 2**31, "a whole number above 0 and below 2^31")
 whole_number = number(int, lambda value: 0 <= value < 2**31, "a whole number, 0 or above")
 positive_float = number(float, lambda value: 0 < value < 1e30, "a finite number above 0")
-share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
-part = number(float, lambda value: 0 < value < 1, "above 0 and below 1")
-fraction = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+above_0_at_most_1 = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+between_0_and_1 = number(float, lambda value: 0 < value < 1, "above 0 and below 1")
+at_least_0_below_1 = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 
 
@@ -219,7 +219,7 @@ def add_validation_argument(parser: argparse.ArgumentParser, purpose: str) -> No
     """Add `--validation_split`."""
     parser.add_argument(
         "--validation_split",
-        type=fraction,
+        type=at_least_0_below_1,
         default=0.0,
         help=f"share of answers held out to measure {purpose}",
     )

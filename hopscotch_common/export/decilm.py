@@ -4,6 +4,8 @@ A block without attention is `block_configs[layer].attention.no_op`; it has no w
 KV cache. The MLP's width is `ffn_mult`, in units of 1.5 hidden sizes, rounded up to a multiple of 256:
 all that SGLang, TensorRT-LLM and mlx-lm read. A width between two multiples is therefore filled up with
 channels that are zero, which change nothing.
+
+formats.py calls `check`, `prepare` and `load` for this format.
 """
 
 import json

@@ -14,6 +14,8 @@ C is negative, the norm that reads the stream changes the sign of its weight. Wh
 `fold_factors` makes StreamFactors (C and b / C of each layer) of the scales; a Folding says from these what
 becomes of each tensor (a Product); a format's `prepare` puts it into a Target, with what differs in that
 format; `write_weights` writes the tensors so.
+
+formats.py calls `check`, `prepare` and `load` for the format `folded`, and `write_weights` for both formats.
 """
 
 import json

@@ -47,7 +47,7 @@ FORMATS = {"folded": folding, "nemotron_nas": decilm}
 def check_exports(formats: Sequence[str], config, target: Path, replacement_rank: int = 0) -> None:
     """Raise InputError where `run_exports` is bound to fail for a model of this (stock) config."""
     for name in formats:
-        check_output(export_folder(target, name))
+        check_export_folder(export_folder(target, name))
         _check_format(name, config, replacement_rank)
 
 
@@ -74,7 +74,7 @@ def run_exports(formats: Sequence[str], checkpoint: Path, target: Path, device: 
     return results
 
 
-def check_output(output: Path) -> None:
+def check_export_folder(output: Path) -> None:
     """Raise InputError unless an export may be written there: a new folder, or an earlier export's."""
     files.check_name(output, "--output")
     empty = output.is_dir() and not any(output.iterdir())
@@ -102,7 +102,7 @@ def export_checkpoint(
     if without_maps and not config.replacement_rank:
         raise InputError(f"{checkpoint}: has no maps; leave --without_maps out")
     run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
-    check_output(output)
+    check_export_folder(output)
     maps = {} if without_maps else checkpoints.load_maps(checkpoint, config)
     _check_format(format, config, scales.rank_of(maps))
     if config.dtype is None:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hopscotch_common.files import write_atomic
 from hopscotch_common.report import BEND_RULE, find_bend
-from hopscotch_common.report.reading import Iteration, Run, ScalingRun, SearchRun, parse
+from hopscotch_common.report.reading import IterationRecord, Run, ScalingRun, SearchRun, parse
 from hopscotch_common.report.tables import plain_text
 
 # A page may give these four other values in a dark window.
@@ -155,7 +155,7 @@ def search_figure(run: SearchRun) -> Figure:
     return figure
 
 
-def _draw_candidates(axes: Axes, pick: Iteration, criterion: str, decided_by: str) -> None:
+def _draw_candidates(axes: Axes, pick: IterationRecord, criterion: str, decided_by: str) -> None:
     fallen = {block: drop for block, drop in pick.dropped.items() if drop.after_batches > 0}
     decided = pick.losses
     if criterion == "cosine":

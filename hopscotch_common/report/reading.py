@@ -76,7 +76,7 @@ class Drop(Record):
     mean_loss: Loss
 
 
-class Iteration(Record):
+class IterationRecord(Record):
     """One pick. Losses are by block; one that is not finite is of a candidate that diverged."""
 
     skipped_before: tuple[Count, ...]
@@ -115,10 +115,10 @@ class SearchRun(Run):
 
     num_layers: Count
     skipped_blocks: tuple[Count, ...]
-    iterations: tuple[Iteration, ...]
+    iterations: tuple[IterationRecord, ...]
     data: dict[str, object] = {}
     original_held_out: Measures = {}
-    stopped_before: Iteration | None = None  # the pick that would have cost more than was allowed
+    stopped_before: IterationRecord | None = None  # the pick that would have cost more than was allowed
 
     @model_validator(mode="after")
     def _check_blocks(self):
