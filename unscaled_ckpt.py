@@ -42,12 +42,11 @@ def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dic
     from hopscotch_common import scales
     from hopscotch_common.training import TrainingOptions
     from hopscotch_common.training.replacement import fit_maps
-    from hopscotch_common.training.trainer import PROBE_TOKENS, EpochBatches
+    from hopscotch_common.training.trainer import EpochBatches
 
     samples = cli.load_samples(arguments, config)
     model = cli.load_model(arguments)
-    most = max(PROBE_TOKENS, *map(len, samples))  # nothing is trained, so nothing is probed for that
-    batches = EpochBatches(model, samples, TrainingOptions(0.0, max_tokens_per_batch=most)).in_order()
+    batches = EpochBatches(model, samples, TrainingOptions(0.0)).in_order()
     fit_maps(model, tqdm(batches, "fitting the maps", unit="batch", dynamic_ncols=True), blocks)
     scales.reset(model, blocks)
     return scales.maps_of(model)

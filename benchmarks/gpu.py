@@ -33,10 +33,10 @@ from hopscotch_common.loading.loader import hopscotch_classes, hopscotch_config,
 from hopscotch_common.scales import freeze_base
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.training import IGNORE_INDEX, MAPS_RATE, TrainingOptions
-from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
+from hopscotch_common.training.batches import Sample
 from hopscotch_common.training.loss import Originals, summed_loss
 from hopscotch_common.training.replacement import collect, solve
-from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, free_bytes, prepare_model
+from hopscotch_common.training.trainer import EpochBatches, ScaleTrainer, prepare_model
 
 LEARNING_RATE = 1e-2
 CANDIDATE = 4  # the block that is skipped where one candidate stands for all
@@ -166,28 +166,6 @@ def saved_by_a_layer(bench: Bench) -> dict:
     return {name: size // ids.numel() for name, size in kept.items()}
 
 
-def budget(bench: Bench) -> dict:
-    """The token budget that the library chooses, and a step that fills it, without padding."""
-    model, options = bench.model(), TrainingOptions(LEARNING_RATE, bench.size.batch_size)
-    free = {"free_bytes": free_bytes(bench.device)} if bench.device.type == "cuda" else {}
-    tokens = EpochBatches(model, bench.answers(1, bench.size.answers), options).max_tokens
-    length = tokens // options.batch_size
-    answers = bench.answers(options.batch_size, (length, length))
-    minibatch = Minibatch.of(answers)  # `make_batches` would split it
-    batches = [Batch([minibatch], sum(answer.num_loss_counted_tokens for answer in answers))]
-    runner = MinibatchRunner()
-    trainer = ScaleTrainer(model, LEARNING_RATE, [CANDIDATE], runner=runner)
-    bench.reset_peak()
-    seconds = bench.seconds(lambda: trainer.run(batches, "epoch 0"))
-    return {
-        "budget_tokens": tokens,
-        "tokens": minibatch.num_tokens,
-        "fits": runner.too_large > tokens,
-        "tokens_per_second": minibatch.num_tokens / seconds,
-        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-    } | (free | bench.peak())
-
-
 def training(bench: Bench, attention: str = "sdpa", rank: int = 0, **flags) -> dict:
     """Training steps on answers of mixed lengths. flags: of TrainingOptions.
 
@@ -198,8 +176,7 @@ def training(bench: Bench, attention: str = "sdpa", rank: int = 0, **flags) -> d
     model = bench.model(attention, rank=rank)
     prepare_model(model, options)
     samples = bench.answers(size.batch_size * size.training_batches, size.answers)
-    epochs = EpochBatches(model, samples, options)
-    batches = epochs.epoch()
+    batches = EpochBatches(model, samples, options).epoch()
     originals = Originals(model) if options.loss == "kl" else None
     if originals is not None:
         originals.keep(batches)
@@ -216,7 +193,6 @@ def training(bench: Bench, attention: str = "sdpa", rank: int = 0, **flags) -> d
         "tokens_per_step": sum(map(len, samples)) / len(batches),
         "padded_tokens_per_step": sum(runs) / len(batches),
         "largest_minibatch_tokens": max(runs),
-        "budget_tokens": epochs.max_tokens,
         "warm_up_seconds": warm_up,
     } | bench.peak()
 
@@ -314,7 +290,6 @@ def all_sections(bench: Bench) -> dict[str, Section]:
         "saved, sdpa": Section(20, partial(saved, bench, "sdpa")),
         "saved, flash": Section(20, partial(saved, bench, flash), lacks),
         "saved, a layer": Section(20, partial(saved_by_a_layer, bench)),
-        "budget": Section(30, partial(budget, bench)),
         "training, sdpa": Section(30, partial(training, bench)),
         "training, flash": Section(30, partial(training, bench, flash), lacks),
         "screening": Section(60, partial(screening, bench)),

@@ -204,8 +204,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
         "--max_tokens_per_batch",
         type=positive_int,
         help="most tokens that run at once, padding included: bounds memory, does not change the result "
-        "(default: 512 on a CPU, what fits on a GPU, and at least the longest answer); what does not fit "
-        "all the same is split",
+        "(default: 512 on a CPU, 4096 on a GPU, and at least a batch's longest answer); what does not fit "
+        "all the same is halved",
     )
     add("--max_samples", type=positive_int, help="use the first so many answers (default: all)")
     add(

@@ -38,7 +38,7 @@ def test_every_section_measures_on_a_cpu(result):
     assert set(result["figures"]) == set(gpu.all_sections(bench)) - flash
     for name, figures in result["figures"].items():
         for key, value in figures.items():
-            assert key not in ("peak_bytes", "free_bytes"), name
+            assert key != "peak_bytes", name
             assert value > 0 or key == "blocks_skipped", (name, key)
             assert math.isfinite(value), (name, key)
     assert "gpu" not in result["machine"]
@@ -57,7 +57,6 @@ def test_the_figures_agree_with_the_model(result):
     (line,) = [line for line in result["table"] if line.startswith("training, sdpa")]
     assert f"share_of_matmul_rate {training['flops_per_second'] / rate:.4g}" in line
     assert training["tokens_per_step"] <= training["padded_tokens_per_step"]
-    assert figures["budget"]["fits"] and figures["budget"]["tokens"] == figures["budget"]["budget_tokens"]
     layer = figures["saved, a layer"]
     assert layer["bytes_per_token"] < layer["bytes_per_token_padded"]
 

@@ -15,7 +15,7 @@ from hopscotch_common.answers import decoding
 from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.schedule import COSINE, FULL, UNTRAINED, Candidate, Schedule
 from hopscotch_common.search.search import Search
-from hopscotch_common.training import TrainingOptions, loss, trainer
+from hopscotch_common.training import TrainingOptions, loss
 from hopscotch_common.training.distributed import Group
 from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
 
@@ -125,28 +125,3 @@ def test_what_is_left_on_the_cpu_is_found(tiny_folder, monkeypatch):
     monkeypatch.setattr(loss, "_counted", lambda *given: [tensor.cpu() for tensor in counted(*given)])
     with two_devices(), pytest.raises(MixedDevices, match="aten"):
         CandidateTrainer(to_far(model), random_samples(3), options).train([], Candidate(1), 1, Group(), print)
-
-
-def pretend_gpus(monkeypatch, gpus: dict[torch.device, tuple[int, int]]) -> None:
-    """torch.cuda's counters on GPUs of so many free bytes, where a step takes so many a token."""
-    counters = {
-        "mem_get_info": lambda device: (gpus[device][0], 10**9),
-        "memory_reserved": lambda device: 700,
-        "memory_allocated": lambda device: 300,
-        "max_memory_allocated": lambda device: 300 + gpus[device][1] * trainer.PROBE_TOKENS,
-        "reset_peak_memory_stats": lambda device: None,
-    }
-    for name, counter in counters.items():
-        monkeypatch.setattr(torch.cuda, name, counter)
-    monkeypatch.setattr(trainer, "gpus_of", lambda model: set(gpus))
-
-
-def test_a_gpus_token_budget(tiny_folder, monkeypatch):
-    """What is free, with what the allocator holds, less a fifth, by what a token takes on the fullest GPU."""
-    model, samples = loaded(tiny_folder("llama", max_position_embeddings=2048)), random_samples(3)
-    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    pretend_gpus(monkeypatch, {first: (10**6, 100), second: (4 * 10**5, 50)})
-    assert trainer.token_budget(model, samples, False, None) == int(0.8 * (4 * 10**5 + 400) / 50)
-    assert trainer.token_budget(model, samples, False, 33) == 33
-    pretend_gpus(monkeypatch, {first: (100, 100)})
-    assert trainer.token_budget(model, samples, False, None) == max(map(len, samples))

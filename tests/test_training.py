@@ -7,6 +7,7 @@ import json
 import math
 import random
 import statistics
+import types
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, InputError, TrainingError, is_out_of_memory
 from hopscotch_common.loading.loader import load_model
 from hopscotch_common.loading.models import model_ref
-from hopscotch_common.training import TrainingOptions, trainer
+from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training import batches as data
 from hopscotch_common.training.batches import Batch, Sample
 from hopscotch_common.training.loss import LOGIT_ROWS, HeadLoss, Originals, summed_loss
@@ -413,7 +414,6 @@ def test_out_of_memory_for_real_is_split(tiny_folder, tmp_path):
 import resource, sys, torch
 sys.path[:0] = [{str(ROOT / "tests")!r}]
 from test_training import Sample, data, make_batches, random_samples, trainer_of
-data.BUSY_TOKENS = 10**6
 torch.set_num_threads(1)
 (sample,) = random_samples(1)
 long = Sample(sample.input_ids * 40, sample.labels * 40)
@@ -438,14 +438,17 @@ def test_batches_over_ranks_hold_every_sample_once():
         assert targets == mine.num_loss_counted_tokens == other.num_loss_counted_tokens
 
 
-def test_padded_rows_spread_evenly_over_ranks_whatever_the_budget():
+@pytest.mark.parametrize(("packed", "padding", "uneven"), [(False, 1.15, 1.25), (True, 1.0, 1.07)])
+def test_rows_spread_evenly_over_ranks_whatever_the_budget(packed, padding, uneven):
     lengths = random.Random(0).choices(range(100, 700), k=256)
     samples = [Sample([5] * length, [-100] + [5] * (length - 1)) for length in lengths]
-    for budget, ranks in ((1024, 8), (50_000, 8), (50_000, 4), (50_000, 1)):
-        parts = [make_batches(samples, 32, budget, rank=r, world_size=ranks) for r in range(ranks)]
+    for budget, ranks in ((1024, 8), (4096, 8), (50_000, 8), (4096, 4), (50_000, 4), (4096, 2), (4096, 1)):
+        parts = [
+            make_batches(samples, 32, budget, rank=r, world_size=ranks, packed=packed) for r in range(ranks)
+        ]
         ran = [[sum(m.num_tokens for m in batch.minibatches) for batch in part] for part in parts]
-        assert sum(map(sum, ran)) < 1.15 * sum(lengths)
-        assert sum(map(max, zip(*ran, strict=True))) < 1.25 * sum(lengths) / ranks
+        assert sum(map(sum, ran)) <= padding * sum(lengths)
+        assert sum(map(max, zip(*ran, strict=True))) <= uneven * sum(lengths) / ranks, (budget, ranks)
 
 
 def test_packed_rows_keep_to_their_own_targets():
@@ -562,10 +565,14 @@ def test_bad_samples_are_refused_with_their_line(tmp_path, record, message):
             data.load_samples(tmp_path / name, vocab_size=300, max_tokens=50)
 
 
-def test_batches_are_divided_by_the_least_budget_of_all_processes(tiny_folder, monkeypatch):
-    model = loaded(tiny_folder())
-    asked = []
-    monkeypatch.setattr(trainer, "gather_object", lambda mine: asked.extend(mine) or [512, 64])
-    batches = EpochBatches(model, random_samples(), TrainingOptions(1e-2, 8))
-    assert asked == [512] and batches.max_tokens == 64
-    assert all(part.num_tokens <= 64 for batch in batches.epoch() for part in batch.minibatches)
+@pytest.mark.parametrize(
+    ("device", "asked", "most"), [("cpu", None, 512), ("cuda", None, 4096), ("cuda", 300, 300)]
+)
+def test_tokens_that_run_at_once(tiny_folder, device, asked, most):
+    """As asked, or by device, and no more of them for a longer answer that is in another batch."""
+    model = types.SimpleNamespace(config=loaded(tiny_folder()).config, device=torch.device(device))
+    long = Sample([5] * 5000, [-100] + [5] * 4999)
+    samples = [Sample(sample.input_ids * 5, sample.labels * 5) for sample in random_samples(200)]
+    batches = EpochBatches(model, [*samples, long], TrainingOptions(1e-2, 200, asked)).in_order()
+    at_once = [max(minibatch.num_tokens for minibatch in batch.minibatches) for batch in batches]
+    assert most - 100 < at_once[0] <= most and at_once[1:] == [5000]

@@ -19,7 +19,6 @@ from hopscotch_common.errors import InputError, TrainingError, is_out_of_memory,
 from hopscotch_common.files import read_jsonl
 from hopscotch_common.training import IGNORE_INDEX, TrainingOptions
 
-BUSY_TOKENS = 4096  # of padded rows at once keep a GPU busy
 MIN_SHARED = 0.2  # of a batch's tokens: less is not worth a pass of its own
 
 Result = TypeVar("Result")
@@ -277,11 +276,10 @@ def make_batches(
     """An epoch's batches, in the order that (options.seed, epoch) gives.
 
     instructlab-training's packers split each batch of samples into minibatches of at most max_tokens
-    tokens (padding included), of similar length, and spread them over processes; padded rows into no
-    larger ones than `_most_padded` has it. How it is split changes memory and speed, not the batch's loss
-    or gradient.
+    tokens (padding included; of more where a sample is longer), of similar length, and spread them over
+    processes. How it is split changes memory and speed, not the batch's loss or gradient.
     share_prefix: tokens that all samples of a batch begin with become its `prefix`, where that
-    saves enough; they still count in each row, which attends to them. No sample is longer than max_tokens.
+    saves enough; they still count in each row, which attends to them.
     """
     from instructlab.training.batch_packer import batch_lengths_to_minibatches_lpt
     from instructlab.training.padded_batch_packer import batch_lengths_to_minibatches_padded
@@ -295,8 +293,10 @@ def make_batches(
         chosen = [samples[i] for i in order[start : start + options.batch_size]]
         prefix = shared_prefix(chosen) if share_prefix else []
         lengths = [len(sample) for sample in chosen]
-        most = max_tokens if packed else min(max_tokens, _most_padded(lengths, world_size))
-        rows = pack(lengths, most, world_size, rank)
+        most = max_tokens
+        if world_size > 1 and not packed:  # that packer deals out whole minibatches: a few would not go round
+            most = min(most, math.ceil(sum(lengths) / (4 * world_size)))
+        rows = pack(lengths, max(most, *lengths), world_size, rank)
         parts = [[chosen[i] for i in indices if i >= 0] for indices in rows]  # -1: nothing for this one
         batches.append(
             Batch(
@@ -306,16 +306,6 @@ def make_batches(
             )
         )
     return batches
-
-
-def _most_padded(lengths: Sequence[int], world_size: int) -> int:
-    """Tokens of a minibatch of padded rows, at most: one of more would be slower.
-
-    The packer fills a minibatch whatever the padding, and deals whole minibatches out to the processes. So
-    large ones hold much padding, and a few of them leave processes without any.
-    """
-    even = math.ceil(sum(lengths) / (4 * world_size)) if world_size > 1 else BUSY_TOKENS
-    return max(*lengths, min(even, BUSY_TOKENS))
 
 
 def shared_prefix(samples: Sequence[Sample]) -> list[int]:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import gather_object
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged, logger
+from hopscotch_common.errors import Diverged
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import MAPS_RATE, TrainingOptions
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample, make_batches
@@ -21,10 +20,9 @@ from hopscotch_common.training.distributed import Group, Reduce
 from hopscotch_common.training.loss import HeldOut, Originals, compute_prefix, evaluate, summed_loss
 from hopscotch_common.training.replacement import fit_maps
 
-CPU_TOKENS = 512  # few answers at a time are as fast as many, waste less on padding and need less memory
-PROBE_TOKENS = 1024
-MARGIN = 0.8  # of the free memory: fragments, and the logits of a few rows, take the rest
-
+# Tokens that run at once. More are not faster, waste more on padding and need more memory.
+CPU_TOKENS = 512
+GPU_TOKENS = 4096
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam's state
 
 
@@ -40,21 +38,17 @@ def prepare_model(model, options: TrainingOptions) -> None:
 
 
 class EpochBatches:
-    """The batches of some samples for one model, by epoch and by the part that a process runs.
-
-    The token budget is found once, by what is free on the model's device then; of several processes by
-    the least, as their parts of a batch fit together only where all divide it alike.
-    """
+    """The batches of some samples for one model, by epoch and by the part that a process runs."""
 
     def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions):
         recurrent = len(attention_blocks(model.config)) < model.config.num_hidden_layers
         # A recurrent layer carries its state along a row, over the borders of what is packed.
         packed = "flash" in (model.config._attn_implementation or "") and not recurrent
-        budget = token_budget(model, samples, packed, options.max_tokens_per_batch)
-        self.max_tokens = min(gather_object([budget]))
+        suits = CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS
+        most = options.max_tokens_per_batch or suits
         share_prefix = not (packed or recurrent or options.gradient_checkpointing)
         self._make = functools.partial(
-            make_batches, samples, options, self.max_tokens, packed=packed, share_prefix=share_prefix
+            make_batches, samples, options, most, packed=packed, share_prefix=share_prefix
         )
 
     def epoch(self, number: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
@@ -64,53 +58,6 @@ class EpochBatches:
     def in_order(self, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """The batches of the samples in their own order, for what is only measured."""
         return self._make(shuffle=False, rank=rank, world_size=world_size)
-
-
-def token_budget(model, samples: Sequence[Sample], packed: bool, requested: int | None) -> int:
-    """Tokens that run at once: as requested, else by device, and never below the longest sample.
-
-    On a GPU a probe measures the memory that a token takes in a training step. Of a model that is
-    spread over GPUs, the fullest one decides.
-    """
-    if requested is not None:
-        return requested
-    longest = max(len(sample) for sample in samples)
-    devices = gpus_of(model)
-    if not devices:
-        return max(CPU_TOKENS, longest)
-    taken = bytes_per_token(model, samples, packed, devices)
-    budgets = {device: int(MARGIN * free_bytes(device) / taken[device]) for device in devices}
-    tightest = min(budgets, key=budgets.get)
-    budget = max(budgets[tightest], longest)
-    logger.info(
-        "room for %d tokens at once: %.0f kB a token, %.1f GB free on %s (--max_tokens_per_batch bounds it)",
-        *(budget, taken[tightest] / 1e3, free_bytes(tightest) / 1e9, tightest),
-    )
-    return budget
-
-
-def gpus_of(model) -> set[torch.device]:
-    """The GPUs that hold a model's parameters."""
-    return {p.device for p in model.parameters() if p.device.type == "cuda"}
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that this process may still take, its allocator's cache included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def bytes_per_token(model, samples: Sequence[Sample], packed: bool, devices) -> dict[torch.device, float]:
-    """Peak memory above the weights of one training step, a token, on each of the (CUDA) devices."""
-    ids = list(itertools.islice(itertools.cycle(max(samples, key=len).input_ids), PROBE_TOKENS))
-    minibatch = Minibatch.of([Sample(ids, ids)], packed).to(model.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    before = {}
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
-        before[device] = torch.cuda.memory_allocated(device)
-    torch.autograd.grad(summed_loss(model, minibatch), parameters, allow_unused=True)
-    return {d: max(1, torch.cuda.max_memory_allocated(d) - before[d]) / PROBE_TOKENS for d in devices}
 
 
 # One choice of skipped blocks, step by step
