@@ -37,17 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dict:
     """The maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
-    from tqdm import tqdm
-
     from hopscotch_common import scales
     from hopscotch_common.training import TrainingOptions
-    from hopscotch_common.training.replacement import fit_maps
-    from hopscotch_common.training.trainer import EpochBatches
+    from hopscotch_common.training.trainer import EpochTraining
 
     samples = cli.load_samples(arguments, config)
     model = cli.load_model(arguments)
-    batches = EpochBatches(model, samples, TrainingOptions(0.0)).in_order()
-    fit_maps(model, tqdm(batches, "fitting the maps", unit="batch", dynamic_ncols=True), blocks)
+    EpochTraining(model, blocks, samples, [], TrainingOptions(0.0)).fit_maps()
     scales.reset(model, blocks)
     return scales.maps_of(model)
 
