@@ -64,15 +64,6 @@ def _empty(layer) -> bool:
     return layer.skip_attention and layer.replacement_up is None
 
 
-def trainable_scales(model) -> list[torch.nn.Parameter]:
-    """The scales that train; fails loudly if a parameter trains that is neither scale nor map."""
-    scales = [scale for _, scale in named_scales(model) if scale.requires_grad]
-    maps = [parameter for _, parameter in named_maps(model) if parameter.requires_grad]
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trainable == {id(p) for p in [*scales, *maps]}, "a parameter other than scales and maps trains"
-    return scales
-
-
 def skippable_blocks(model, skipped) -> list[int]:
     """The attention blocks of which each could be skipped besides `skipped`."""
 

@@ -120,7 +120,8 @@ class ScaleTrainer:
         self.model, self.reduce, self.runner = model, reduce, runner or MinibatchRunner()
         self.originals = originals
         scales.reset(model, skipped)
-        groups = [{"params": scales.trainable_scales(model), "lr": learning_rate}]
+        trainable = [scale for _, scale in scales.named_scales(model) if scale.requires_grad]
+        groups = [{"params": trainable, "lr": learning_rate}]
         self._maps = {}
         if map_learning_rate is not None and (maps := dict(scales.named_maps(model))):
             self._maps = {key: parameter.requires_grad_() for key, parameter in maps.items()}
