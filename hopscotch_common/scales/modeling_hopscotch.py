@@ -454,25 +454,6 @@ def check_skipped_blocks(blocks, config) -> None:
         )
 
 
-def scaled_logits(config, logits: torch.Tensor) -> torch.Tensor:
-    """What a family makes of the LM head's output: Granite divides it, Gemma 2 caps it softly."""
-    scaling, cap = _logits_scaling(config)
-    if scaling != 1.0:
-        logits = logits / scaling
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def scaled_logits_slope(config, scaled: torch.Tensor) -> torch.Tensor | float:
-    """The derivative of `scaled_logits`, from what that returned: a tensor like it, or one number."""
-    scaling, cap = _logits_scaling(config)
-    return 1 / scaling if cap is None else (1 - (scaled / cap).square()) / scaling
-
-
-def _logits_scaling(config) -> tuple[float, float | None]:
-    cap = getattr(config, "final_logit_softcapping", None)
-    return getattr(config, "logits_scaling", None) or 1.0, cap
-
-
 @functools.cache
 def scaled_layer_class(stock: type, family: Family) -> type:
     """The scaled class of a stock decoder layer."""

@@ -13,7 +13,6 @@ from transformers import DynamicCache
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, is_out_of_memory
-from hopscotch_common.scales.modeling_hopscotch import scaled_logits, scaled_logits_slope
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
 from hopscotch_common.training.distributed import Reduce
 
@@ -41,10 +40,9 @@ class HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if trains else None
         for rows in _few_rows(hidden):
             states = hidden[rows].detach().requires_grad_(trains)
-            with torch.set_grad_enabled(trains):  # of the product alone, which a quantised head knows best
-                product = head(states)
-            logits = scaled_logits(config, product.detach())
-            ours = log_softmax(logits, dim=-1, dtype=torch.float32)
+            with torch.set_grad_enabled(trains):
+                logits = scaled_logits(config, head(states))
+            ours = log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
             if original is None:
                 total += nll_loss(ours, targets[rows], reduction="sum")
             else:
@@ -56,8 +54,7 @@ class HeadLoss(torch.autograd.Function):
                     difference[torch.arange(len(ours), device=hidden.device), targets[rows]] -= 1
                 else:
                     difference -= theirs.exp_()
-                difference *= scaled_logits_slope(config, logits)
-                (gradient[rows],) = torch.autograd.grad(product, states, difference.to(product.dtype))
+                (gradient[rows],) = torch.autograd.grad(logits, states, difference.to(logits.dtype))
         ctx.save_for_backward(gradient)
         return total
 
@@ -65,6 +62,15 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None, None, None
+
+
+def scaled_logits(config, logits: torch.Tensor) -> torch.Tensor:
+    """What a family makes of the LM head's output: Granite divides it, Gemma 2 caps it softly."""
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    if scaling != 1.0:
+        logits = logits / scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _few_rows(hidden: torch.Tensor) -> list[slice]:
