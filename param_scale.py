@@ -176,7 +176,11 @@ def train(
     if arguments.replacement_rank and not runs:
         trained.fit_maps()
     baselines = runs[-1]["held_out"] if runs else {k: plain(v) for k, v in trained.baselines().items()}
-    trained.start(ScaleState(state.pop("scale_state"), state) if state else None)
+    before = None
+    if state:
+        maps = {key: tensor for key, tensor in state.items() if key != "scale_state"}
+        before = ScaleState(state["scale_state"], maps)
+    trained.start(before)
     trains, all_in = model.num_parameters(only_trainable=True), model.num_parameters()
     counts = (trains, all_in - trains, blocks, processes.count)
     logger.info("%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)", *counts)

@@ -75,7 +75,7 @@ class Processes:
         torch.distributed.all_reduce(tensor, group=self._made[number])
         return tensor
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Let go of torch's groups, whose threads live as long as something holds them."""
         self._made.clear()
 
@@ -115,7 +115,7 @@ def join_processes(device: str) -> Iterator[Processes]:
             f"why ({reason_of(error)})"
         ) from error
     finally:
-        processes.part()
+        processes.leave()
         # A thread of gloo's that meets a closing interpreter aborts the process. NCCL would wait for all
         # processes, and after an error the others may hang in something else.
         if not failed or state.backend == "gloo":

@@ -229,7 +229,7 @@ class Originals:
             for minibatch, states in runner.run(batch.minibatches, self._compute, "the original model"):
                 counts = [sample.num_loss_counted_tokens for sample in minibatch.samples]
                 for sample, rows in zip(minibatch.samples, states.cpu().split(counts), strict=True):
-                    self._kept[id(sample)] = (sample, rows.clone())
+                    self._kept[id(sample)] = (sample, rows.clone())  # held, so that no other gets its id
 
     def __call__(self, minibatch: Minibatch) -> torch.Tensor:
         """The states of a minibatch's samples in its order, [tokens, hidden], on the LM head's device."""

@@ -281,7 +281,11 @@ class Epoch:
 
 
 class EpochTraining:
-    """Trains a model's scales with some blocks skipped, on samples, and measures others held out."""
+    """Trains a model's scales with some blocks skipped, on samples, and measures others held out.
+
+    In this order: `fit_maps` where there are maps, `baselines`, `start`, and `epoch` by epoch; who goes on
+    from an earlier epoch's state leaves out the first two.
+    """
 
     def __init__(
         self,
