@@ -100,7 +100,8 @@ def _with_scales(stock, values: torch.Tensor, skipped: set[int]):
     found = scaled.load_state_dict(stock.state_dict(), strict=False)
     assert not found.unexpected_keys
     assert set(found.missing_keys) == {key for key, _ in scales.named_scales(scaled)}
-    scales.reset(scaled.eval(), skipped)
+    scales.freeze_base(scaled.eval())
+    scales.reset(scaled, skipped)
     scales.restore(scaled, values)
     return scaled
 

@@ -50,7 +50,10 @@ def rank_of(maps: dict[str, torch.Tensor]) -> int:
 
 
 def freeze_base(model) -> None:
-    """Freeze every parameter but the scales; of those, b_scale_attn where attention's place is empty."""
+    """Freeze every parameter but the scales; of those, b_scale_attn where attention's place is empty.
+
+    Norms and gated MLPs change their class, to keep less for the backward pass (`recompute_elementwise`).
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer in model.model.layers:
@@ -83,16 +86,17 @@ def reset(model, skipped=()) -> None:
 
     Skipping is b_attn = 0, fixed, with attention not computed; or where the model has maps, b_attn = 1 of the
     map. s_attn of that layer stays trainable: with s_attn = 0 too, the residual stream would be wiped out.
+    The base is frozen already (`freeze_base`).
     """
     skipped = set(skipped)
     for index, layer in enumerate(model.model.layers):
         layer.skip_attention = index in skipped
         for name in SCALE_NAMES:
             getattr(layer, name).fill_(1.0)
+        layer.b_scale_attn.requires_grad_(not _empty(layer))
         if _empty(layer):
             layer.b_scale_attn.zero_()
     model.model.number_cache_slots()
-    freeze_base(model)
 
 
 @contextlib.contextmanager
