@@ -35,11 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_model_arguments(parser)
     add("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
     what = "blocks selected before: indices, or the path of a selection report"
-    add("--starting_skipped_blocks", nargs="*", default=[], metavar="BLOCK", help=what)
+    add("--starting_skipped_blocks", nargs="*", action="extend", default=[], metavar="BLOCK", help=what)
     what = (
         "losses of layers 0, 1, 2, … that are known already; one in the place of a skipped layer is ignored"
     )
-    add("--prev", nargs="*", type=float, default=[], metavar="LOSS", help=what)
+    add("--prev", nargs="*", action="extend", type=float, default=[], metavar="LOSS", help=what)
     group = parser.add_argument_group("how many blocks")
     number = group.add_mutually_exclusive_group()
     what = "blocks to pick in this run, at most (default: 1; with --max_loss_increase, all that can be)"

@@ -306,7 +306,7 @@ def add_replacement_argument(parser: argparse.ArgumentParser) -> None:
 def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--blocks_to_skip`; `blocks_from` reads it."""
     what = "attention blocks to skip: indices, or the path of a report of block_selection.py"
-    parser.add_argument("--blocks_to_skip", nargs="+", required=True, metavar="BLOCK", help=what)
+    parser.add_argument("--blocks_to_skip", nargs="+", action="extend", required=True, metavar="BLOCK", help=what)
 
 
 def blocks_from(arguments: argparse.Namespace, config, flag: str) -> list[int]:
@@ -375,6 +375,7 @@ def add_export_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
     parser.add_argument(
         "--export",
         nargs="+",
+        action="extend",
         choices=["folded", "nemotron_nas"],
         default=[],
         metavar="FORMAT",

@@ -67,7 +67,7 @@ def export_folder(target: Path, format: str) -> Path:
 def run_exports(formats: Sequence[str], checkpoint: Path, target: Path, device: str = "auto") -> dict:
     """Export a checkpoint to `{target}_{format}` for each format; the exports' reports by format."""
     results = {}
-    for name in formats:
+    for name in dict.fromkeys(formats):  # each once
         folder = export_folder(target, name)
         report = export_checkpoint(checkpoint, name, folder, device=device)
         results[name] = {"folder": str(folder)} | report

@@ -41,12 +41,16 @@ class Case:
         return f"{self.script} {self.about} {self.name}"
 
     def arguments(self) -> list[str]:
-        """The whole command line; of a flag given twice, argparse takes the last."""
+        """The whole command line; of a flag given twice, argparse takes the last, but adds to a list."""
         if self.script == "export" and "gguf" in self.more:
             return [*GGUF, *self.more]
         if self.script == "report" and self.more:
             return list(self.more)
-        return [*GOOD[self.script], *self.more]
+        good = list(GOOD[self.script])
+        if "--blocks_to_skip" in good and "--blocks_to_skip" in self.more:
+            place = good.index("--blocks_to_skip")
+            del good[place : place + 2]
+        return [*good, *self.more]
 
 
 def points_to(*places: str) -> str:

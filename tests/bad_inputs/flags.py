@@ -106,6 +106,7 @@ CASES = [
         ("1", "--search", "cosine", "--prev: the scales behind"),
         ("nan", "--prev: the loss of layer 0 is nan; give a finite number"),
         ("1", "1", "1", "1", "1", "--prev: 5 losses, .* 4 layers"),
+        ("1", "1", "1", "1", "--prev", "1", "--prev: 5 losses, .* 4 layers"),
         ("none", "--prev: "),
     ),
     *values(
@@ -114,6 +115,7 @@ CASES = [
         ("4", "--starting_skipped_blocks: block 4 does not exist"),
         ("-1", "block -1 does not exist"),
         ("1", "1", "block 1 is named twice"),
+        ("1", "--starting_skipped_blocks", "1", "block 1 is named twice"),
         ("1", "x", "give block indices or one .* report"),
         (HUGE, "block 1000+ does not exist"),
     ),
@@ -133,6 +135,7 @@ CASES = [
         SCALE,
         "--blocks_to_skip",
         ("0", "1", "2", "3", "all 4 attention blocks would be skipped"),
+        ("0", "1", "--blocks_to_skip", "2", "3", "all 4 attention blocks would be skipped"),
         ("²", "--blocks_to_skip"),
         ("1.0", r"1\.0: .*--blocks_to_skip"),
     ),

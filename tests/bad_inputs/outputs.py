@@ -159,6 +159,13 @@ CASES = [
             write("new/model_unscaled_folded/mine.txt", FOREIGN),
             write("new/model_scaled_folded/mine.txt", FOREIGN),
         ),
+        (
+            "the first of two to a folder that is not an export's",
+            NOT_AN_EXPORT,
+            "--export folded --export nemotron_nas",
+            write("new/model_unscaled_folded/mine.txt", FOREIGN),
+            write("new/model_scaled_folded/mine.txt", FOREIGN),
+        ),
     ),
     # exports
     *cases(
