@@ -107,8 +107,6 @@ def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int]
     samples = cli.load_samples(arguments, config)
     parts = split_samples(samples, arguments.validation_split, arguments.seed)
     check_exports(arguments.export, config, export_folder(arguments), arguments.replacement_rank)
-    for epoch in range(arguments.num_epochs):
-        checkpoints.check_replaceable(epoch_folder(arguments, epoch))
     return blocks, samples, parts
 
 
@@ -159,7 +157,10 @@ def train(
             folder = epoch_folder(arguments, later[0])
             logger.warning("%s and later epochs there are of an earlier training, and stay", folder)
     runs, state = processes.gather((runs, state))[0]  # only rank 0's disk is sure to hold the epochs
-    if runs and runs[-1]["epoch"] + 1 >= arguments.num_epochs:
+    left = range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs)
+    for number in left:
+        checkpoints.check_replaceable(epoch_folder(arguments, number))
+    if not left:
         rate = runs[-1]["learning_rate"]
         if rate != arguments.learning_rate:
             raise InputError(
@@ -184,7 +185,7 @@ def train(
     trains, all_in = model.num_parameters(only_trainable=True), model.num_parameters()
     counts = (trains, all_in - trains, blocks, processes.count)
     logger.info("%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)", *counts)
-    for number in range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs):
+    for number in left:
         epoch = trained.epoch(number)
         run = {
             "epoch": number,

@@ -306,7 +306,9 @@ def add_replacement_argument(parser: argparse.ArgumentParser) -> None:
 def add_blocks_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--blocks_to_skip`; `blocks_from` reads it."""
     what = "attention blocks to skip: indices, or the path of a report of block_selection.py"
-    parser.add_argument("--blocks_to_skip", nargs="+", action="extend", required=True, metavar="BLOCK", help=what)
+    parser.add_argument(
+        "--blocks_to_skip", nargs="+", action="extend", required=True, metavar="BLOCK", help=what
+    )
 
 
 def blocks_from(arguments: argparse.Namespace, config, flag: str) -> list[int]:

@@ -42,6 +42,7 @@ def test_round_trip(tiny_folder, tmp_path, family):
     values = save(tmp_path / "ckpt", tiny_folder(family))
     model = checkpoints.load_checkpoint(tmp_path / "ckpt")
     assert torch.equal(scales.snapshot(model), values)
+    checkpoints.check_replaceable(tmp_path / "ckpt")
     assert [i for i, layer in enumerate(model.model.layers) if layer.skip_attention] == SKIPPED
     searched = load_model(model_ref(str(tiny_folder(family))), device="cpu")
     scales.reset(searched, SKIPPED)
@@ -65,6 +66,15 @@ def test_weights_are_the_base_weights_without_skipped_attention(tiny_folder, tmp
     assert all(torch.equal(kept[key], base[key]) for key in kept)
     run = checkpoints.read_run(tmp_path / "ckpt")
     assert run["weights"]["parameters_removed"] == sum(base[key].numel() for key in gone)
+
+
+def test_what_the_hubs_tools_leave_in_a_checkpoint_is_replaced_with_it(tiny_folder, tmp_path):
+    save(tmp_path / "ckpt", tiny_folder())
+    (tmp_path / "ckpt/.cache/huggingface").mkdir(parents=True)
+    for name in (".cache/huggingface/.gitignore", ".gitattributes", "LICENSE", "README.md"):
+        (tmp_path / "ckpt" / name).write_text("*")
+    save(tmp_path / "ckpt", tiny_folder())
+    assert not {".cache", ".gitattributes", "LICENSE"} & {path.name for path in (tmp_path / "ckpt").iterdir()}
 
 
 def test_packed_weights_are_counted_as_what_they_stand_for(tiny_folder, tmp_path):
@@ -160,6 +170,7 @@ def test_only_what_a_checkpoint_needs_travels_along(tiny_folder, tmp_path):
     found = {path.name for path in (tmp_path / "ckpt").iterdir()}
     assert found >= needed and not found & {*others, "LICENSES"}
     verify(tmp_path / "ckpt")
+    checkpoints.check_replaceable(tmp_path / "ckpt")
     assert "license_link: LICENSE.txt" in (tmp_path / "ckpt" / "README.md").read_text()
 
 

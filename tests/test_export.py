@@ -304,6 +304,13 @@ def test_quantised_weights_are_refused_before_anything_is_trained(tmp_path):
         formats.check_exports(["folded"], config, tmp_path / "scaled")
 
 
+def test_a_format_named_twice_is_exported_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(formats, "export_checkpoint", lambda _, name, *__, **___: made.append(name) or {})
+    formats.run_exports(["folded", "nemotron_nas", "folded"], tmp_path / "checkpoint", tmp_path / "scaled")
+    assert made == ["folded", "nemotron_nas"]
+
+
 @pytest.mark.parametrize("column, value", [(1, 0.0), (3, 1e-5)])
 def test_scales_that_cannot_be_folded_are_refused(column, value):
     """That an export then leaves nothing, and that none is made of scales that are not finite, is among the

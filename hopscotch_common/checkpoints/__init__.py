@@ -17,6 +17,7 @@ epoch costs little more than a tokenizer, and deleting one, or replacing a file 
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, card.CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
+HARMLESS = (".cache", ".gitattributes", ".DS_Store")  # left by `hf download --local-dir`, the hub, macOS
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
 # Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
 COMPANION_FILES = (
@@ -183,6 +185,29 @@ def check_replaceable(folder: Path) -> None:
     empty = folder.is_dir() and not any(folder.iterdir())
     if (folder.exists() or folder.is_symlink()) and not empty and not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} exists and is not a checkpoint of ours: name another --output_dir")
+    own = ("config.json", modeling_hopscotch.CODE.name, weights.INDEX_FILE, SHARED_FILES, *OWN_FILES)
+    check_only(folder, own, "name another --output_dir")
+
+
+def check_only(folder: Path, own: Iterable[str], remedy: str) -> None:
+    """Raise InputError, naming one, where a folder holds what would be lost if it were written again.
+
+    own: patterns of files that are written there, besides a tokenizer's and the other COMPANION_FILES.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        known = any(path.match(pattern) for pattern in (*own, *COMPANION_FILES)) and path.is_file()
+        if not (known or path.name in HARMLESS or holds_templates(path)):
+            raise InputError(
+                f"{path}: is not of this script, and would be deleted with the folder; move it away, "
+                f"or {remedy}"
+            )
+
+
+def holds_templates(folder: Path) -> bool:
+    """Whether a folder is where transformers keeps a tokenizer's further chat templates, and nothing else."""
+    if folder.name != CHAT_TEMPLATE_DIR or not folder.is_dir():
+        return False
+    return all(path.suffix == ".jinja" and not path.is_symlink() for path in folder.iterdir())
 
 
 def read_run(folder: Path) -> dict:

@@ -5,13 +5,10 @@
 Nothing of the checkpoint runs: its code is compared byte by byte, never imported.
 """
 
-import os
 import sys
 from pathlib import Path
 
-from transformers.utils import CHAT_TEMPLATE_DIR
-
-from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, read_checkpoint, read_run
+from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, holds_templates, read_checkpoint, read_run
 from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
@@ -53,7 +50,7 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
             )
         if path.name in FETCHED and path.is_dir():
             continue
-        if path.suffix in EXECUTABLE and path != code or path.is_dir() and not _holds_templates(path):
+        if path.suffix in EXECUTABLE and path != code or path.is_dir() and not holds_templates(path):
             raise InputError(
                 f"{path}: is no part of a checkpoint, and may run; do not trust it, give another folder"
             )
@@ -71,12 +68,6 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
     for other in sorted(folder.glob("*_config.json")):
         if "auto_map" in read_json(other):
             raise InputError(f"{other}: has an auto_map, so it names code to run; do not trust it")
-
-
-def _holds_templates(folder: Path) -> bool:
-    """Whether a folder is where transformers keeps a tokenizer's further chat templates, and nothing else."""
-    names = [path for path in folder.iterdir() if path.suffix == ".jinja" and not path.is_symlink()]
-    return folder.name == CHAT_TEMPLATE_DIR and len(names) == len(os.listdir(folder))
 
 
 @command

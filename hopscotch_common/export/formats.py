@@ -76,10 +76,15 @@ def run_exports(formats: Sequence[str], checkpoint: Path, target: Path, device: 
 
 def check_export_folder(output: Path) -> None:
     """Raise InputError unless an export may be written there: a new folder, or an earlier export's."""
+    if not output.name:  # "." and "/"
+        raise InputError(f"--output {output}: is a folder without a name of its own; name another")
     files.check_name(output, "--output")
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not empty and not (output / REPORT_FILE).is_file():
         raise InputError(f"{output} exists and is not an earlier export: name another, or move it away")
+    own = ("config.json", "model.safetensors", "model-*-of-*.safetensors", weights.INDEX_FILE)
+    own += (decilm.CODE.name, card.CARD_FILE, REPORT_FILE)
+    checkpoints.check_only(output, own, "name another folder")
 
 
 def export_checkpoint(
@@ -103,6 +108,8 @@ def export_checkpoint(
         raise InputError(f"{checkpoint}: has no maps; leave --without_maps out")
     run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
     check_export_folder(output)
+    if output.absolute().parent.resolve().is_relative_to(checkpoint.resolve()):
+        raise InputError(f"--output {output}: lies in the checkpoint; name a folder elsewhere")
     maps = {} if without_maps else checkpoints.load_maps(checkpoint, config)
     _check_format(format, config, scales.rank_of(maps))
     if config.dtype is None:

@@ -84,7 +84,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
 def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None:
     """Raise InputError unless `output` is a new file, or an earlier GGUF that is no input."""
     check_output(output, "--output", [folded_gguf])
-    if output.absolute().parent.resolve() == checkpoint.resolve():
+    if output.absolute().parent.resolve().is_relative_to(checkpoint.resolve()):
         raise InputError(f"--output {output}: lies in the checkpoint; name a file elsewhere")
     if output.exists() and output.open("rb").read(4) != b"GGUF":
         raise InputError(f"--output {output}: exists and is no GGUF; name another file")

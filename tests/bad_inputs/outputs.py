@@ -8,6 +8,7 @@ FOREIGN = "written by hand"  # and without a line break at its end
 RECORDS = '{"question": "1?"}\n{"question": "2?"}'
 LONG = "a" * 300
 KEPT = "--output_file prompts_final.jsonl, which needs prompts.jsonl: would take the place of an input"
+OTHERS = "is not of this script, and would be deleted with the folder; move it away, or name another"
 NOT_AN_EXPORT = "exists and is not an earlier export: name another"
 
 
@@ -125,6 +126,12 @@ CASES = [
         ),
         ("an epoch that is a file", "new/model_scaled_epoch_0", write("new/model_scaled_epoch_0", FOREIGN)),
         (
+            "a GGUF in an earlier epoch",
+            f"scaled/model_scaled_epoch_1/model-F16.gguf: {OTHERS}",
+            "--output_dir scaled --num_epochs 2",
+            write("scaled/model_scaled_epoch_1/model-F16.gguf", FOREIGN),
+        ),
+        (
             "report.json is the report read",
             "new/report.json",
             "--blocks_to_skip new/report.json",
@@ -148,6 +155,18 @@ CASES = [
         ),
         ("a checkpoint that is a file", "new/model_unscaled", write("new/model_unscaled", FOREIGN)),
         ("a model that is not ours", "new/model_unscaled", copy("model", "new/model_unscaled")),
+        (
+            "results of lm_eval in an earlier checkpoint",
+            f"new/model_unscaled/new__model_unscaled: {OTHERS}",
+            copy(CHECKPOINT, "new/model_unscaled"),
+            write("new/model_unscaled/new__model_unscaled/results_2026.json", "{}"),
+        ),
+        (
+            "a git repository",
+            f"new/model_unscaled/.git: {OTHERS}",
+            copy(CHECKPOINT, "new/model_unscaled"),
+            write("new/model_unscaled/.git/config", ""),
+        ),
     ),
     *cases(
         ("param_scale", "unscaled_ckpt"),
@@ -172,6 +191,18 @@ CASES = [
         "export",
         "--output",
         ("is the checkpoint", NOT_AN_EXPORT, f"--output {CHECKPOINT}"),
+        (
+            "below the checkpoint",
+            "lies in the checkpoint; name a folder",
+            f"--output {CHECKPOINT}/new/folded",
+        ),
+        ("this folder", "--output .: is a folder without a name", "--output ."),
+        (
+            "a GGUF in an earlier export",
+            f"new/folded/model-F16.gguf: {OTHERS}",
+            write("new/folded/hopscotch_export.json", "{}"),
+            write("new/folded/model-F16.gguf", FOREIGN),
+        ),
         ("a folder of the user's", NOT_AN_EXPORT, "--output model"),
         ("a file", f"data.jsonl {NOT_AN_EXPORT}", "--output data.jsonl"),
         ("in a file", "data.jsonl is a file; name another folder", "--output data.jsonl/folded"),
@@ -190,6 +221,11 @@ CASES = [
             "GGUF over the checkpoint's config",
             f"{CHECKPOINT}/config.json",
             f"--output {CHECKPOINT}/config.json",
+        ),
+        (
+            "GGUF below the checkpoint",
+            "lies in the checkpoint; name a file",
+            f"--output {CHECKPOINT}/new/x.gguf",
         ),
         ("GGUF over the data", "data.jsonl", "--output data.jsonl"),
         ("GGUF over neither file nor folder", "socket", "--output socket", special_file("socket")),
