@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
     cli.add_model_arguments(parser)
-    add("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
+    add("--data_path", type=cli.path, required=True, help="processed data of step 2 (JSONL)")
     what = "blocks selected before: indices, or the path of a selection report"
     add("--starting_skipped_blocks", nargs="*", action="extend", default=[], metavar="BLOCK", help=what)
     what = (
@@ -71,9 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_replacement_argument(parser)
     cli.add_training_arguments(parser, learning_rate=1e-2)
     what = "JSON report (default: {model}_block_selection.json); the journal stands beside it"
-    add("--output", type=Path, help=what)
+    add("--output", type=cli.path, help=what)
     what = "also draw every candidate's loss (PNG, PDF or SVG)"
-    add("--plot", type=Path, metavar="FILE", help=what)
+    add("--plot", type=cli.path, metavar="FILE", help=what)
     return parser
 
 

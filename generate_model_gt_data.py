@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--input_file",
-        type=Path,
+        type=cli.path,
         help="prompts: .jsonl, .json, either with .gz, .jsonl.zst, .parquet or .csv; default: for smollm the "
         f"embedded problems, otherwise {LOCAL_PROMPTS} in this folder, otherwise {HUB_PROMPTS} from the hub",
     )
@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output_file",
-        type=Path,
+        type=cli.path,
         help="where the answers go, JSONL (default: {model}_math_final.jsonl)",
     )
     parser.add_argument("--num_samples", type=cli.positive_int, help="answer only the first so many prompts")

@@ -31,7 +31,7 @@ from hopscotch_common.training import MEASURES
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.ArgumentParser(__doc__)
     cli.add_model_arguments(parser)
-    parser.add_argument("--data_path", type=Path, required=True, help="processed data of step 2 (JSONL)")
+    parser.add_argument("--data_path", type=cli.path, required=True, help="processed data of step 2 (JSONL)")
     cli.add_blocks_argument(parser)
     cli.add_replacement_argument(parser)
     parser.add_argument("--num_epochs", type=cli.positive_int, default=10, help="passes over the data")
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add_validation_argument(parser, "loss, KL and agreement")
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the checkpoints (default: scaled_{model}_ckpts)"
+        "--output_dir", type=cli.path, help="folder of the checkpoints (default: scaled_{model}_ckpts)"
     )
     parser.add_argument(
         "--resume",

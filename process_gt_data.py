@@ -98,12 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_model_arguments(parser, load=False)
     parser.add_argument(
         "--input_file",
-        type=Path,
+        type=cli.path,
         help="answers: 'messages' a record, or another form that step 1 reads "
         "(default: {model}_math_final.jsonl)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, help="folder for data.jsonl (default: data/{model}-processed-data)"
+        "--output_dir", type=cli.path, help="folder for data.jsonl (default: data/{model}-processed-data)"
     )
     parser.add_argument(
         "--max_seq_len",

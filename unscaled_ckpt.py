@@ -25,11 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_replacement_argument(parser)
     parser.add_argument(
         "--data_path",
-        type=Path,
+        type=cli.path,
         help="processed data of step 2, which the maps of --replacement_rank are fitted on",
     )
     parser.add_argument(
-        "--output_dir", type=Path, help="folder of the checkpoint (default: unscaled_{model}_ckpts)"
+        "--output_dir", type=cli.path, help="folder of the checkpoint (default: unscaled_{model}_ckpts)"
     )
     cli.add_export_argument(parser, "also export the checkpoint")
     return parser

@@ -34,17 +34,23 @@ from hopscotch_common.training import MEASURES, TrainingOptions
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with the script's docstring as help and one-line errors."""
 
-    def __init__(self, doc: str):
+    def __init__(self, doc: str | None):  # None under python -OO
+        first, *rest = (doc or "").strip().split("\n")
         super().__init__(
             prog=command_name(),
-            description=doc.strip().split("\n")[0],
-            epilog="\n".join(doc.strip().split("\n")[1:]),
+            description=first,
+            epilog="\n".join(rest),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
 
-    def parse_args(self, *arguments):
-        parsed = super().parse_args(*arguments)
+    def parse_args(self, argv: list[str] | None = None):
+        for word in sys.argv[1:] if argv is None else argv:
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                self.error(f"{word}: not UTF-8 text, which no report could hold; rename it")
+        parsed = super().parse_args(argv)
         if getattr(parsed, "dtype", None) == "float32":  # which a GGUF then has to be unpacked to
             parsed.model = dataclasses.replace(parsed.model, float32=True)
         return parsed
@@ -149,6 +155,11 @@ above_0_at_most_1 = number(float, lambda value: 0 < value <= 1, "above 0 and at 
 between_0_and_1 = number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 at_least_0_below_1 = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path; `~` is the home folder, which the shell leaves to us in --flag=~/x."""
+    return Path(os.path.expanduser(text))
 
 
 def model(text: str) -> models.ModelRef:
@@ -338,7 +349,7 @@ def blocks_from(arguments: argparse.Namespace, config, flag: str) -> list[int]:
 
 def reports_among(words: list[str]) -> list[Path]:
     """The words for blocks on a command line that are no numbers, but paths of reports."""
-    return [Path(word) for word in words if not word.lstrip("-").isdecimal()]
+    return [path(word) for word in words if not word.lstrip("-").isdecimal()]
 
 
 def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: str, rank: int) -> list[int]:
@@ -364,9 +375,11 @@ def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: s
     return blocks
 
 
-def _warn_of_another(path: Path, made_with: str | None, ref: models.ModelRef) -> None:
+def _warn_of_another(path: Path, made_with, ref: models.ModelRef) -> None:
     """Say where a file was made with another `--model`, which may be another model."""
-    if made_with is not None and os.path.realpath(made_with) != os.path.realpath(ref.source):
+    is_path = isinstance(made_with, str) and "\0" not in made_with
+    same = is_path and os.path.realpath(made_with) == os.path.realpath(ref.source)
+    if made_with is not None and not same:
         logger.warning(
             "%s: made with %s, and --model is %s: are they one model?", path, made_with, ref.source
         )

@@ -8,7 +8,7 @@ import sys
 import pytest
 from bad_inputs import flags, models, outputs, records, saved
 from bad_inputs.cases import Case, points_to
-from bad_inputs.makers import line, old_bin
+from bad_inputs.makers import line, nothing, old_bin
 from bad_inputs.running import MODULES, Outcome, check_refused, check_untouched, run, script, snapshot
 from bad_inputs.workplace import GGUF, GO_ON, GOOD
 from conftest import ROOT
@@ -99,6 +99,26 @@ def test_odd_but_good_names(command, name, work, capsys):
     made = snapshot(work).keys() - before.keys()
     checkpoint = f"new/{name}_unscaled" if command == "unscaled_ckpt" else f"new/{name}_scaled_epoch_0"
     assert f"{checkpoint}/config.json" in made and all(path.split("/")[0] == "new" for path in made)
+
+
+@pytest.mark.parametrize(
+    "command, arguments, made",
+    [
+        ("process_gt_data", ["--input_file=~/answers.jsonl", "--output_dir=~/home"], "home/data.jsonl"),
+        (
+            "unscaled_ckpt",
+            ["--blocks_to_skip", "~/selection.json", "--output_dir=~/home"],
+            "home/model_unscaled",
+        ),
+        ("export", ["--output=~/home"], "home/config.json"),
+        ("report", ["scaled", "--html=~/home.html"], "home.html"),
+    ],
+)
+def test_a_tilde_is_the_home_folder(command, arguments, made, work, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(work))
+    outcome = run(command, Case(command, "", "", "", tuple(arguments), nothing).arguments(), capsys)
+    assert outcome.code == 0, outcome
+    assert (work / made).exists() and not (work / "~").exists()
 
 
 @pytest.mark.parametrize("command", models.WITH_WEIGHTS)

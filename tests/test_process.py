@@ -124,6 +124,10 @@ def test_data_of_another_tokenizer_is_refused(work, capsys):
     copied = shutil.copytree(work[1], "elsewhere/model")
     cli.check_data(Path("out/data.jsonl"), model_ref(str(copied)))
     assert f"made with {work[1]}, and --model is {copied}: are they one model?" in capsys.readouterr().err
+    for made_with in (7, ["a"], "a\0b"):  # by hand
+        report.write_text(json.dumps(content | {"tokenizer": {"model": made_with, "sha256": sha256}}))
+        cli.check_data(Path("out/data.jsonl"), ours)
+        assert "are they one model" in capsys.readouterr().err
     shutil.copyfile("out/data.jsonl", "out/search.jsonl")  # as `head` makes it: of whom, no report tells
     cli.check_data(Path("out/search.jsonl"), theirs)
     report.unlink()

@@ -495,6 +495,12 @@ def test_a_launcher_with_one_device_for_all_is_refused(work, capsys, monkeypatch
     check_refused(script, arguments, f"--device {device} with a launcher", capsys)
 
 
+def test_a_script_needs_no_docstring():
+    command = [sys.executable, "-OO", "param_scale.py", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "--model" in result.stdout, result.stderr
+
+
 def numbers(text: str) -> dict[str, list[float]]:
     """stdout lines as {words: numbers}, block indices kept in the words."""
     found = {}

@@ -8,8 +8,8 @@ Nothing of the checkpoint runs: its code is compared byte by byte, never importe
 import sys
 from pathlib import Path
 
+from hopscotch_common import cli
 from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, holds_templates, read_checkpoint, read_run
-from hopscotch_common.cli import ArgumentParser, command, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.tokenization import check_tokens
@@ -70,14 +70,15 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
             raise InputError(f"{other}: has an auto_map, so it names code to run; do not trust it")
 
 
-@command
+@cli.command
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser("Verify that a checkpoint is whole, and that the code in it is this project's.")
+    purpose = "Verify that a checkpoint is whole, and that the code in it is this project's."
+    parser = cli.ArgumentParser(purpose)
     parser.add_argument("action", choices=["verify"])
-    parser.add_argument("folder", type=Path, help="of a checkpoint")
+    parser.add_argument("folder", type=cli.path, help="of a checkpoint")
     folder = parser.parse_args(argv).folder
     verify(folder)
-    result(f"{folder}: whole, with this project's code and finite scales")
+    cli.result(f"{folder}: whole, with this project's code and finite scales")
     return 0
 
 

@@ -18,20 +18,19 @@ nothing behind. A GGUF is rewritten tensor by tensor, and refused unless skipped
 import argparse
 import json
 import sys
-from pathlib import Path
 
-from hopscotch_common.cli import ArgumentParser, command, positive_float, result
+from hopscotch_common.cli import ArgumentParser, command, path, positive_float, result
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
     parser.add_argument(
-        "checkpoint", type=Path, help="folder of a checkpoint (scaled, unscaled, or original)"
+        "checkpoint", type=path, help="folder of a checkpoint (scaled, unscaled, or original)"
     )
     parser.add_argument(
         "--format", choices=["folded", "nemotron_nas", "gguf"], required=True, help="see below"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; a file for gguf")
+    parser.add_argument("--output", type=path, required=True, help="folder to write; a file for gguf")
     parser.add_argument(
         "--tolerance",
         type=positive_float,
@@ -45,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folded: leave maps out; --format gguf puts them into what llama.cpp makes of it",
     )
     parser.add_argument(
-        "--from", dest="folded_gguf", type=Path, help="gguf: what llama.cpp made of the folded checkpoint"
+        "--from", dest="folded_gguf", type=path, help="gguf: what llama.cpp made of the folded checkpoint"
     )
     return parser
 

@@ -12,7 +12,7 @@ The page needs neither this project nor a network. Its path is the last line on 
 import sys
 from pathlib import Path
 
-from hopscotch_common.cli import ArgumentParser, command, result
+from hopscotch_common.cli import ArgumentParser, command, path, result
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import check_output, check_writable, write_atomic
 
@@ -22,19 +22,19 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "runs",
         nargs="+",
-        type=Path,
+        type=path,
         metavar="RUN",
         help="a JSON report of one of the scripts, or the output folder of step 2 or 4a",
     )
     parser.add_argument(
         "--html",
-        type=Path,
+        type=path,
         default=Path("report.html"),
         metavar="FILE",
         help="the page; one that is there is replaced",
     )
     parser.add_argument(
-        "--pictures", type=Path, metavar="FOLDER", help="also write each picture as a file of its own into it"
+        "--pictures", type=path, metavar="FOLDER", help="also write each picture as a file of its own into it"
     )
     parser.add_argument("--format", choices=["png", "pdf", "svg"], default="png", help="of those files")
     return parser

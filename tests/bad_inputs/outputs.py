@@ -78,6 +78,7 @@ CASES = [
         ("process_gt_data", "param_scale", "unscaled_ckpt"),
         "--output_dir",
         ("a file", "prompts.jsonl is a file; name another folder", "--output_dir prompts.jsonl"),
+        ("not UTF-8", r"new/caf\\udce9: not UTF-8 text", "--output_dir new/caf\udce9"),
         ("name too long", "aaa", f"--output_dir {LONG}"),
     ),
     # step 3: report, journal, plot
