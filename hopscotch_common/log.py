@@ -9,6 +9,13 @@ from typing import IO
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import check_input, locked, parse_record
 
+# What settings are that nobody typed: fingerprints.
+IN_WORDS = dict.fromkeys(
+    ("data", "held_out_data"), "other answers (--data_path, --max_samples, --validation_split, --seed)"
+) | {
+    "tensors": "other weights or another config of --model",
+    "chat_template": "another chat template of --model",
+}
 _HEADER = b'{"settings": {'
 
 
@@ -16,10 +23,8 @@ def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None
     """Raise InputError, naming the setting, unless what was made earlier was made as it is wanted now."""
     for name, value in wanted.items():
         if written.get(name) != value:
-            raise InputError(
-                f"{where}: was made with {name} = {written.get(name)}, now it is {value}; "
-                f"repeat that setting, or {remedy}"
-            )
+            change = IN_WORDS.get(name) or f"{name} = {written.get(name)}, now it is {value}"
+            raise InputError(f"{where}: was made with {change}; repeat that setting, or {remedy}")
 
 
 class Log(contextlib.ExitStack):

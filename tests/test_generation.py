@@ -395,7 +395,7 @@ def test_answers_under_another_template_or_to_other_stop_tokens_are_refused(work
     assert header["settings"]["chat_template"] == sha256 and header["settings"]["stop_tokens"] == [2, 14, 160]
 
     template.write_text(before.replace("{% for", "Today is {{ strftime_now('%A') }}.{% for", 1))
-    message = f"a.jsonl: was made with chat_template = {sha256}, now it is .*remove it"
+    message = "a.jsonl: was made with another chat template of --model; .*remove it"
     check_refused(generate_model_gt_data, [*few, "2"], message, capsys)
     template.write_text(before)
     stops.write_text('{"eos_token_id": [2, 14]}')

@@ -428,11 +428,14 @@ def test_a_journal_of_other_settings_or_weights_is_refused(work, tmp_path, capsy
     for name, value in others.items():
         message = f"journal.jsonl: was made with {name} = .*, now it is {value}"
         check_refused(block_selection, [*arguments, f"--{name}", str(value)], message, capsys)
+    message = "journal.jsonl: was made with other answers .--data_path, --max_samples, .*; repeat"
+    check_refused(block_selection, [*arguments, "--max_samples", "4"], message, capsys)
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    check_refused(block_selection, arguments, "journal.jsonl: was made with tensors = ", capsys)
+    message = "journal.jsonl: was made with other weights or another config of --model; repeat"
+    check_refused(block_selection, arguments, message, capsys)
 
 
 HALF = ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]

@@ -57,7 +57,11 @@ def _kept(script: str, about: str, file: str, *rows: tuple, **third_lines: dict)
     """Files that a run left for the next one to go on with. third_lines: changes of line 3, by name."""
     rows += (
         ("no settings", file, line(file, 1, "{}")),
-        ("of another model", f"{file}.*made with (model|tensors)", edit_line(file, 1, settings=ANOTHER)),
+        (
+            "of another model",
+            f"{file}.*made with other weights or another config",
+            edit_line(file, 1, settings=ANOTHER),
+        ),
         ("line of text", f"{file}, line 3: not JSON", line(file, 3, "so far so good")),
         ("a folder", file, folder(file)),
         *(
