@@ -106,6 +106,13 @@ def test_answers_are_checked_where_they_are_not_left_out(record, message):
         messages_of(record, "here")
 
 
+def test_step_2_is_told_of_no_flag_of_step_1():
+    with pytest.raises(InputError, match="has 'text', and needs .*; rename the field$"):
+        messages_of({"text": "1 + 1?"}, "here")
+    with pytest.raises(InputError, match="finish step 1, and give its {model}_math_final.jsonl"):
+        messages_of({"settings": {"dtype": "auto"}, "kind": "the answers of an earlier run"}, "here")
+
+
 def test_tools_are_refused_and_answers_left_out():
     function = {"name": "add", "arguments": "1, 1"}
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
@@ -221,13 +228,22 @@ def test_records_beyond_those_taken_are_not_looked_at(tmp_path):
         ("a.csv", b"prompt\na, b\n", "record 1: has more cells than columns"),
         ("a.csv", b"prompt,prompt\na,b\n", "two columns have one name"),
         ("a.csv", b'prompt\n"a" b\n', "cannot be read"),
-        ("a.csv", b"prompt\n\xff\n", "cannot be read"),
+        ("a.csv", b"prompt\n\xff\n", "a.csv: not UTF-8 text .*; save it as UTF-8"),
+        ("a.jsonl", '{"question": "1?"}'.encode("utf-16"), "not UTF-8 text .*; save it as UTF-8"),
+        ("a.json", b'{\n  "question": "1?"\n}\n', "a.json: .* must be an array of records"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(read_records(tmp_path / name))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="a.jsonl.zst: .*pip install zstandard"):
+        list(read_records(tmp_path / "a.jsonl.zst"))
 
 
 def test_the_scripts_take_them(tiny_folder, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,9 +39,14 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
         yield from _rows(_table(path, kind), str(path))
         return
     with open_input(path) as file:
-        if file.peek(1024).removeprefix(BOM).lstrip()[:1] == b"[":
+        head = file.peek(1024).removeprefix(BOM).lstrip()
+        if head[:1] == b"[":
             content = file.read().removeprefix(BOM)
             yield from _rows(parse_json(content, str(path), "mend it, or name another file"), str(path))
+        elif head.partition(b"\n")[0].strip() == b"{":
+            raise InputError(
+                f"{path}: one JSON object over several lines; must be an array of records, or JSONL"
+            )
         else:
             for number, record in lines_of_file(file, path):
                 yield f"{path}, line {number}", record
@@ -51,6 +57,8 @@ def _table(path: Path, kind: str) -> list[dict]:
         if kind == "csv":
             with open(path, newline="", encoding="utf-8-sig") as file:
                 return _cells(csv.DictReader(file, strict=True), path)
+        if kind == "json" and importlib.util.find_spec("zstandard") is None:
+            raise InputError(f"{path}: needs the package zstandard; pip install zstandard")
         from datasets import load_dataset
 
         with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing left behind
@@ -58,6 +66,8 @@ def _table(path: Path, kind: str) -> list[dict]:
             return load_dataset(kind, data_files=name, split="train", cache_dir=cache).to_list()
     except InputError:
         raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except Exception as error:  # whatever the readers of so many formats raise
         raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
 
@@ -122,7 +132,7 @@ def messages_of(record: dict, where: str, field: str | None = None, answers: boo
     for key, why in REFUSED.items():
         if record.get(key):
             raise InputError(f"{where}: has {key!r}, which is not supported ({why}); leave it out")
-    found, used = _conversation(record, where, field)
+    found, used = _conversation(record, where, field, answers)
     if system := record.get("system"):
         found, used = [{"role": "system", "content": system}, *found], {*used, "system"}
     _name_unused(set(record) - used - set(OURS))
@@ -132,7 +142,7 @@ def messages_of(record: dict, where: str, field: str | None = None, answers: boo
     return [message for message in messages if message is not None]
 
 
-def _conversation(record: dict, where: str, field: str | None) -> tuple[list, set[str]]:
+def _conversation(record: dict, where: str, field: str | None, answers: bool) -> tuple[list, set[str]]:
     """(messages, not yet checked; the fields that they are of)."""
     if field is not None:
         if field not in record:
@@ -157,9 +167,12 @@ def _conversation(record: dict, where: str, field: str | None) -> tuple[list, se
         elif isinstance(completion, str):
             messages.append({"role": "assistant", "content": completion})
         return messages, used
-    raise InputError(
-        f"{where}: has {_named(record)}, and needs {UNDERSTOOD}; name the field by --prompt_field"
-    )
+    if record.keys() == {"settings", "kind"}:
+        raise InputError(
+            f"{where}: a log of a run that goes on; finish step 1, and give its {{model}}_math_final.jsonl"
+        )
+    remedy = "rename the field" if answers else "name the field by --prompt_field"
+    raise InputError(f"{where}: has {_named(record)}, and needs {UNDERSTOOD}; {remedy}")
 
 
 def _with_input(instruction, about, where: str):
