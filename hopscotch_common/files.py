@@ -81,7 +81,7 @@ def parse_json(text: bytes | str, where: str, remedy: str):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); {remedy}"
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8, or {remedy}"
         ) from error
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: holds half of a surrogate pair, which is no text; {remedy}") from error
@@ -164,12 +164,18 @@ def check_name(path: Path, flag: str) -> None:
     """Raise InputError unless a file or folder could be made at `path`, and its lock beside it."""
     check_writable(path.parent)
     try:
-        os.stat(path.with_name(f".{path.name}.lock"))  # the longest name that is made of it
+        lock = path.with_name(f".{path.name}.lock")  # the longest name that is made of it
+        os.stat(lock)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{flag} {path}: {reason}; name another") from error
+    else:
+        if not os.access(lock, os.W_OK):  # another user's, whose run was killed or goes on
+            raise InputError(
+                f"{flag} {path}: no permission to take the lock {lock}; remove it, or name another output"
+            )
 
 
 def same_place(one: Path, other: Path) -> bool:

@@ -55,6 +55,15 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
     assert names(tmp_path) == ["out.json"]
 
 
+def test_a_lock_of_another_user_is_refused_before_any_work(tmp_path, monkeypatch):
+    lock, access = tmp_path / ".out.json.lock", os.access
+    lock.touch()
+    files.check_name(tmp_path / "out.json", "--output")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != lock and access(path, mode))  # for root, too
+    with pytest.raises(InputError, match=r"--output .*\.out\.json\.lock; remove it, or name another output"):
+        files.check_name(tmp_path / "out.json", "--output")
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
     files.write_atomic(path, "first")

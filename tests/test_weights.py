@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +100,15 @@ def test_an_adapter_beside_the_weights_is_refused(tiny_folder, tmp_path, capsys)
     arguments += ["--output_dir", str(tmp_path / "out")]
     check_refused(unscaled_ckpt, arguments, "adapter_config.json: an adapter .*merge", capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_file_without_read_permission_is_named(tiny_folder, tmp_path, capsys, monkeypatch, name):
+    access = os.access  # a stand-in: root may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name and access(path, mode))
+    arguments = ["--model", str(tiny_folder()), "--blocks_to_skip", "1"]
+    arguments += ["--output_dir", str(tmp_path / "out")]
+    check_refused(unscaled_ckpt, arguments, f"{name}: no permission to read it; make it readable", capsys)
 
 
 def test_the_weights_of_a_model_without_a_head_are_refused(tiny_folder, tmp_path):

@@ -28,7 +28,15 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 from hopscotch_common import scales
 from hopscotch_common.checkpoints import card
 from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.files import atomic_folder, link_or_copy, locked, read_json, recover_folder
+from hopscotch_common.files import (
+    atomic_folder,
+    check_input,
+    check_name,
+    link_or_copy,
+    locked,
+    read_json,
+    recover_folder,
+)
 from hopscotch_common.loading import loader, weights
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.loading.tokenization import check_copies, copy_tokenizer
@@ -130,6 +138,8 @@ def check_base(base: ModelRef, config) -> None:
             "not from a checkpoint's; give the model that it was made of (--quantization trains over "
             "quantised weights)"
         )
+    for path in _companions(base.folder()):
+        check_input(path, "make it readable, or give another model")
     check_copies(base)
 
 
@@ -174,14 +184,17 @@ def _write_base(
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, generation config and licence from a model folder."""
-    for pattern in COMPANION_FILES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)
+    for path in _companions(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def _companions(folder: Path) -> list[Path]:
+    return [path for pattern in COMPANION_FILES for path in folder.glob(pattern) if path.is_file()]
 
 
 def check_replaceable(folder: Path) -> None:
     """Raise InputError unless a checkpoint may be written there: a new folder, or an earlier one's."""
+    check_name(folder, "--output_dir")
     empty = folder.is_dir() and not any(folder.iterdir())
     if (folder.exists() or folder.is_symlink()) and not empty and not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} exists and is not a checkpoint of ours: name another --output_dir")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common.errors import InputError, as_os_error
-from hopscotch_common.files import read_json
+from hopscotch_common.files import check_input, read_json
 from hopscotch_common.loading.loader import load_whole
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, stock_type
 
@@ -47,8 +47,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """A model folder's weight files, the ones that transformers reads: one file, or what an index names.
 
-    Raises InputError for a folder without weights, an index that is none or names what is not there, and
-    an adapter, which transformers would add to the weights.
+    Raises InputError for a folder without weights, an index that is none or names what is not there, a file
+    without read permission, and an adapter, which transformers would add to the weights.
     """
     if (folder / ADAPTER_FILE).exists():
         raise InputError(
@@ -56,9 +56,11 @@ def weight_files(folder: Path) -> list[Path]:
             "it into them, or give a folder without it"
         )
     found = _weights_or_index(folder)
-    if found.suffix == ".json":
-        return [folder / name for name in sorted(set(weight_map(found).values()))]
-    return [found]
+    is_index = found.suffix == ".json"
+    paths = [folder / name for name in sorted(set(weight_map(found).values()))] if is_index else [found]
+    for path in paths:  # safetensors would say that it is missing
+        check_input(path, "make it readable, or give another folder")
+    return paths
 
 
 def _weights_or_index(folder: Path) -> Path:
