@@ -232,11 +232,16 @@ def work(tiny_folder, tmp_path, monkeypatch):
 
 def test_the_scripts_with_maps(work, tmp_path, tiny_folder):
     rank = ["--replacement_rank", "3"]
-    for search in ("full", "race", "untrained", "cosine"):
-        output = tmp_path / f"{search}.json"
-        more = ["--batch_size", "4", "--search", search, "--num_blocks", "2", "--output", str(output)]
-        assert block_selection.main([*work, *rank, *more]) == 0
-        assert len(json.loads(output.read_text())["skipped_blocks"]) == 2
+    found = {}
+    for which in ("full", "race", "untrained", "cosine", "without"):
+        output = tmp_path / f"{which}.json"
+        search = ["--search", which, *rank] if which != "without" else ["--search", "untrained"]
+        more = ["--batch_size", "4", *search, "--num_blocks", "2", "--output", str(output)]
+        assert block_selection.main([*work, *more]) == 0
+        found[which] = json.loads(output.read_text())
+        assert len(found[which]["skipped_blocks"]) == 2
+    losses, without = (found[which]["iterations"][0]["losses"] for which in ("untrained", "without"))
+    assert all(loss != without[block] for block, loss in losses.items())
     blocks = json.loads((tmp_path / "full.json").read_text())["skipped_blocks"]
     common = [*work, *rank, "--blocks_to_skip", str(tmp_path / "full.json")]
     training = ["--granularity", "channel", "--loss", "kl", "--batch_size", "4", "--validation_split", "0.25"]
@@ -257,6 +262,12 @@ def test_the_scripts_with_maps(work, tmp_path, tiny_folder):
     assert unscaled_ckpt.main([*common, "--output_dir", "unscaled"]) == 0
     unscaled = checkpoints.load_maps(tmp_path / "unscaled" / f"{name}_unscaled")
     assert unscaled.keys() == checkpoints.load_maps(whole).keys()
+    step = ["--num_epochs", "1", "--batch_size", "12", "--output_dir", "step"]
+    assert param_scale.main([*common, *step]) == 0
+    for key, trained in checkpoints.load_maps(tmp_path / "step" / f"{name}_scaled_epoch_0").items():
+        assert unscaled[key].abs().max() > 0.01
+        # a third of --learning_rate's default, which is how far Adam's first step moves
+        assert (trained - unscaled[key]).abs().max().item() == pytest.approx(3e-3 / 3, rel=0.01)
     epochs = json.loads((tmp_path / "whole" / "report.json").read_text())["epochs"]
     assert epochs[1]["loss"] < epochs[0]["loss"]
 
