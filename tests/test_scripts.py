@@ -25,8 +25,10 @@ import unscaled_ckpt
 from hopscotch_common import checkpoints, cli, scales
 from hopscotch_common.checkpoints import __main__ as verify
 from hopscotch_common.errors import InputError
+from hopscotch_common.export import formats
 from hopscotch_common.loading import loader
 from hopscotch_common.loading.models import model_ref
+from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import split_samples
 from hopscotch_common.training.trainer import EpochTraining
 
@@ -176,12 +178,14 @@ def test_a_kv_budget_picks_as_many_as_it_needs(work, tmp_path, budget, picks):
 def test_held_out_figures_of_a_trained_pick_are_those_of_its_scales(work, tmp_path):
     """Also where the journal has all that was trained."""
     arguments = flags(work, "--search", "race", "--validation_split", "0.25", "--num_blocks", "2")
+    arguments += ["--screening", "0.75"]
     assert block_selection.main(arguments) == 0
     path = tmp_path / f"{work.name}_block_selection.json"
     first = json.loads(path.read_text())
     assert block_selection.main(arguments) == 0
     assert json.loads(path.read_text())["iterations"] == first["iterations"]
     picked = first["iterations"][0]
+    assert len(picked["batch_losses"]) == 3  # of four blocks, the screening leaves as many
     skips = flags(work, "--blocks_to_skip", str(picked["block"]), "--num_epochs", "1")
     assert param_scale.main([*skips, "--validation_split", "0.25", "--learning_rate", "1e-2"]) == 0
     epoch = json.loads((tmp_path / f"scaled_{work.name}_ckpts" / "report.json").read_text())["epochs"][0]
@@ -206,6 +210,17 @@ def test_the_best_epoch_is_the_one_of_the_loss_trained_on(work):
             flags(work, "--blocks_to_skip", "1", "--loss", loss)
         )
         assert param_scale.final_report(arguments, runs)["best_epoch"] == best
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_the_best_epoch_is_exported(work, monkeypatch, best):
+    asked = []
+    monkeypatch.setattr(formats, "run_exports", lambda _, checkpoint, *__: asked.append(checkpoint) or {})
+    arguments = param_scale.build_parser().parse_args(
+        flags(work, "--blocks_to_skip", "1", "--output_dir", "out", "--export", "folded")
+    )
+    param_scale.export(arguments, {"best_epoch": best})
+    assert asked == [Path(f"out/{work.name}_scaled_epoch_{best}")]
 
 
 def test_each_epoch_prints_the_held_out_value_of_its_loss(work, tmp_path, capsys):
@@ -513,6 +528,13 @@ def numbers(text: str) -> dict[str, list[float]]:
     return found
 
 
+def test_an_epoch_whose_last_step_diverged_is_not_saved(work, tmp_path, capsys):
+    arguments = flags(work, "--blocks_to_skip", "1", "--num_epochs", "1", "--batch_size", "12")
+    assert param_scale.main([*arguments, "--learning_rate", "1e29", "--output_dir", "out"]) == 1
+    assert "epoch 0, batch 0: the loss is not finite after it" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*epoch*"))
+
+
 def test_a_loss_that_is_not_finite_exits_1_and_picks_nothing(work, capsys):
     assert block_selection.main(flags(work, "--learning_rate", "1e29")) == 1
     captured = capsys.readouterr()
@@ -544,6 +566,16 @@ def test_race_flags_without_a_race_are_named(work, capsys):
     assert block_selection.main(flags(work, "--screening", "0.5")) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
     assert len(warnings) == 1 and "--screening has no effect without --search race" in warnings[0]
+
+
+def test_flags_reach_what_they_are_for(work, monkeypatch):
+    more = ["--seed", "7", "--gradient_checkpointing", "--max_tokens_per_batch", "99", "--loss", "kl"]
+    more += ["--learning_rate", "0.5", "--dtype", "bfloat16", "--max_samples", "5"]
+    arguments = block_selection.build_parser().parse_args(flags(work, *more))
+    assert cli.training_options(arguments) == TrainingOptions(0.5, 4, 99, True, 7, "kl")
+    assert cli.load_samples(arguments, loader.read_config(arguments.model)) == random_samples(12)[:5]
+    monkeypatch.setattr(loader, "load_model", lambda _, **options: options)
+    assert cli.load_model(arguments)["dtype"] == "bfloat16"
 
 
 def test_interrupted_exits_130(work, monkeypatch):
