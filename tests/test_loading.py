@@ -5,9 +5,11 @@ import importlib.util
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import check_refused
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM
 
 import block_selection
@@ -15,7 +17,7 @@ import param_scale
 import unscaled_ckpt
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
-from hopscotch_common.loading import loader
+from hopscotch_common.loading import loader, models
 from hopscotch_common.loading.loader import load_model, quantization_config
 from hopscotch_common.loading.models import QUANTIZATIONS, model_ref
 
@@ -65,6 +67,27 @@ def check_scales(model) -> None:
     """They are float32, and bit for bit those that were saved."""
     assert {scale.dtype for _, scale in scales.named_scales(model)} == {torch.float32}
     assert torch.equal(scales.snapshot(model), VALUES)
+
+
+FETCHED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt"]
+FETCHED += ["chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer.model"]
+FETCHED += ["README.md", "LICENSE", "model.safetensors.index.json"]
+WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+LEFT = ["consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "evil.py"]
+LEFT += ["pytorch_model.bin", "onnx/model.onnx", "model.gguf"]
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_what_is_fetched_of_a_hub_id(monkeypatch, tmp_path, weights):
+    found = set()
+
+    def fetch(_, **patterns):
+        found.update(filter_repo_objects([*FETCHED, *WEIGHTS, *LEFT], **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert models._download.__wrapped__("owner/name", weights) == tmp_path
+    assert found == {*FETCHED, *(WEIGHTS if weights else [])}
 
 
 @needs_torchao

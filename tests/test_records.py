@@ -255,6 +255,7 @@ def test_the_scripts_take_them(tiny_folder, tmp_path, monkeypatch, capsys):
         {"problem": "And 2 + 2, in words?", "solution": "4"},
     ]
     Path("set/train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    Path("set/test.jsonl").write_text(json.dumps({"problem": "Of which split?"}) + "\n")
     common = [*model, "--backend", "transformers", "--device", "cpu", "--max_tokens", "4", "--keep_truncated"]
     from_set = ["--dataset", "set", "--prompt_field", "problem", "--output_file", "b_final.jsonl"]
     assert generate_model_gt_data.main([*common, *from_set]) == 0
@@ -268,6 +269,10 @@ def test_the_scripts_take_them(tiny_folder, tmp_path, monkeypatch, capsys):
             "input_ids"
         ]
         assert sample["input_ids"] == prompt + answer["answer_token_ids"]
+    from_set[-1] = "c_final.jsonl"
+    assert generate_model_gt_data.main([*common, *from_set, "--split", "test"]) == 0
+    (answer,) = Path("c_final.jsonl").read_text().splitlines()
+    assert json.loads(answer)["messages"][0]["content"] == "Of which split?"
     check_refused(
         generate_model_gt_data,
         [*common, "--dataset", "no/such"],
