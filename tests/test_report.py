@@ -542,12 +542,17 @@ DATA = {"samples": 12, "kept": 11, "tokens": 123456, "loss_counted_tokens": 1362
 
 
 @pytest.mark.parametrize(
-    ("what", "content", "row"),
-    [("answers", ANSWERS, ("generated tokens", "1351")), ("data", DATA, ("tokens", "123,456"))],
+    ("what", "content", "row", "named"),
+    [
+        ("answers", ANSWERS, ("generated tokens", "1351"), "a.json"),
+        ("data", DATA, ("tokens", "123,456"), "data_report.json"),
+        ("data", DATA, ("tokens", "123,456"), "."),
+    ],
 )
-def test_reports_of_the_first_two_steps(tmp_path, what, content, row):
-    (tmp_path / "a.json").write_text(json.dumps(content | {"arguments": {"model": "some/<folder>/name"}}))
-    run = read_report(tmp_path / "a.json")
+def test_reports_of_the_first_two_steps(tmp_path, what, content, row, named):
+    content = json.dumps(content | {"arguments": {"model": "some/<folder>/name"}})
+    (tmp_path / ("data_report.json" if named == "." else named)).write_text(content)
+    run = read_report(tmp_path / named)
     assert (run.model, run.what) == ("name", what) and row in summary(run).rows
 
 

@@ -168,10 +168,17 @@ def test_a_search_stops_by_its_training_loss_where_nothing_is_held_out(work, tmp
     assert (tmp_path / "all.journal.jsonl").read_bytes() == journal
 
 
-@pytest.mark.parametrize(("budget", "picks"), [("0.75", 1), ("0.74", 2), ("0.5", 2), ("0.25", 3)])
-def test_a_kv_budget_picks_as_many_as_it_needs(work, tmp_path, budget, picks):
-    assert block_selection.main(flags(work, "--search", "cosine", "--kv_budget", budget)) == 0
-    report = json.loads((tmp_path / f"{work.name}_block_selection.json").read_text())
+@pytest.mark.parametrize(
+    ("family", "budget", "picks"),
+    [
+        *(("llama", *more) for more in (("0.75", 1), ("0.74", 2), ("0.5", 2), ("0.25", 3))),
+        ("granitemoehybrid", "0.67", 1),  # of five layers, three have attention
+    ],
+)
+def test_a_kv_budget_picks_as_many_as_it_needs(work, tiny_folder, tmp_path, family, budget, picks):
+    model = tiny_folder(family)
+    assert block_selection.main(flags(model, "--search", "cosine", "--kv_budget", budget)) == 0
+    report = json.loads((tmp_path / f"{model.name}_block_selection.json").read_text())
     assert len(report["skipped_blocks"]) == picks
 
 
@@ -292,6 +299,8 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
     for name, value in others.items():
         changed = [*common, "--output_dir", "parts", "--resume", f"--{name}", str(value)]
         check_refused(param_scale, changed, f"was made with {name} = .*, now it is {value}", capsys)
+    write_data(tmp_path / "data.jsonl", random_samples(12, seed=1))
+    check_refused(param_scale, again, "was made with data = ", capsys)
 
 
 def test_scales_by_channel_are_saved_verified_and_exported(work, tmp_path):
@@ -458,7 +467,10 @@ SEVERAL = {
     "full": ("block_selection.py", ["--num_blocks", "2"]),
     "race": ("block_selection.py", ["--num_blocks", "1", "--search", "race", "--screening", "0.75"]),
     "param_scale": ("param_scale.py", HALF),
-    "param_scale by channel and KL": ("param_scale.py", [*HALF, "--granularity", "channel", "--loss", "kl"]),
+    "param_scale by channel and KL with maps": (
+        "param_scale.py",
+        [*HALF, "--granularity", "channel", "--loss", "kl", "--replacement_rank", "2"],
+    ),
 }
 
 
