@@ -2,9 +2,10 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
-import sys
+import subprocess
 import unicodedata
 from pathlib import Path
 
@@ -12,8 +13,6 @@ import pytest
 from conftest import ROOT
 
 from hopscotch_common.loading import models
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 TEXTS = {page: page.read_text() for page in PAGES}
@@ -157,7 +156,90 @@ def test_the_settings_of_pipeline_sh_are_those_in_its_table():
     rows = re.findall(r"^\| (`[^|]+`) \|", section, flags=re.M)
     named = [name for row in rows for name in re.findall(r"[A-Z_]+", row)]
     there = set(re.findall(r"\$\{([A-Z_]+):-", (ROOT / "pipeline.sh").read_text())) - {"MINUTES"}
-    assert sorted(named) == sorted(there)
+    assert sorted(named) == sorted(there) == sorted({*DEFAULTS, *SETTINGS, "EXPORT", "LAUNCH"})
+
+
+# Of pipeline.sh, by step and flag: what every run has, and what each variable sets, with its default.
+DATA, PICKED = "data/qwen-processed-data", "./qwen_block_selection.json"
+ALWAYS = {
+    "generate_model_gt_data": {},
+    "process_gt_data": {},
+    "block_selection": {"--data_path": f"{DATA}/data.jsonl"},
+    "param_scale": {"--data_path": f"{DATA}/data.jsonl", "--blocks_to_skip": PICKED}
+    | {"--validation_split": "0.2", "--resume": ""},
+    "unscaled_ckpt": {"--blocks_to_skip": PICKED},
+}
+DEFAULTS = {"MAX_TOKENS": "4096", "BATCH_SIZE": "32", "SEARCH": "race", "NUM_BLOCKS": "4", "NUM_EPOCHS": "10"}
+DEFAULTS |= {"GRANULARITY": "channel", "LOSS": "kl", "REPLACEMENT_RANK": "16"}
+SETTINGS = {
+    "INPUT_FILE": [("generate_model_gt_data", "--input_file")],
+    "NUM_SAMPLES": [("generate_model_gt_data", "--num_samples")],
+    "MAX_TOKENS": [("generate_model_gt_data", "--max_tokens")],
+    "MAX_SAMPLES": [("block_selection", "--max_samples")],
+    "BATCH_SIZE": [("block_selection", "--batch_size"), ("param_scale", "--batch_size")],
+    "SEARCH": [("block_selection", "--search")],
+    "NUM_BLOCKS": [("block_selection", "--num_blocks")],
+    "NUM_EPOCHS": [("param_scale", "--num_epochs")],
+    "LEARNING_RATE": [("param_scale", "--learning_rate")],
+    "GRANULARITY": [("param_scale", "--granularity")],
+    "LOSS": [("param_scale", "--loss")],
+    "REPLACEMENT_RANK": [
+        (step, "--replacement_rank") for step in ("block_selection", "param_scale", "unscaled_ckpt")
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, *({name: "a b"} for name in SETTINGS), {"REPLACEMENT_RANK": "0"}]
+    + [{"EXPORT": "folded nemotron_nas", **more} for more in ({}, {"REPLACEMENT_RANK": "7"})]
+    + [{"LAUNCH": "python -m launcher"}],
+    ids=str,
+)
+def test_the_steps_of_pipeline_sh_get_what_its_variables_say(tmp_path, settings):
+    """With a `python` that writes down what it is given, and names the best epoch."""
+    stub = tmp_path / "python"
+    stub.write_text("""#!/bin/sh
+printf '%s\\037' "$@" >> calls
+echo >> calls
+if [ "$1" = -c ]; then echo 3; fi
+""")
+    stub.chmod(0o755)
+    command = ["bash", str(ROOT / "pipeline.sh"), "qwen"]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | settings
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    *steps, report, _ = [line.split("\037")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
+
+    exports = settings.get("EXPORT", "")
+    values = DEFAULTS | ({"REPLACEMENT_RANK": "0"} if exports else {}) | settings
+    expected = {step: {"--model": "qwen"} | flags for step, flags in ALWAYS.items()}
+    for name in SETTINGS.keys() & values.keys():
+        for step, flag in SETTINGS[name]:
+            expected[step] |= {flag: values[name]}
+    if values["REPLACEMENT_RANK"] == "0":
+        del expected["unscaled_ckpt"]["--replacement_rank"]
+    else:
+        expected["unscaled_ckpt"] |= {"--data_path": f"{DATA}/data.jsonl"}
+    if exports:
+        expected["param_scale"] |= {"--export": exports}
+    found = {}
+    for words in steps:
+        number, script = next((i, Path(word)) for i, word in enumerate(words) if word.endswith(".py"))
+        launcher = ["-m", "launcher"] if script.stem in ("block_selection", "param_scale") else []
+        assert script.parent == ROOT and words[:number] == (launcher if "LAUNCH" in settings else [])
+        flags = found[script.stem] = {}
+        for word in words[number + 1 :]:
+            if word.startswith("--"):
+                flag, _, value = word.partition("=")
+                flags[flag] = value
+            else:
+                flags[flag] = f"{flags[flag]} {word}".strip()
+    assert found == expected and list(found) == list(ALWAYS)
+    runs = ["./qwen_math_final_report.json", DATA, PICKED, "scaled_qwen_ckpts"]
+    assert report == ["-m", "hopscotch_common.report", *runs]
+    uploaded = [shlex.split(line)[3] for line in ran.stdout.splitlines()]
+    folders = [f"./scaled_qwen_ckpts/qwen_scaled_{kind}" for kind in ("epoch_3", *exports.split())]
+    assert uploaded == folders
 
 
 def test_tests_that_a_page_names_are_there():
