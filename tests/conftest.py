@@ -1,15 +1,23 @@
 """Tiny random models of every family, and a tokenizer with a chat template, made once a session."""
 
 import os
-import re
 import sys
+import tempfile
 from pathlib import Path
 
-# The suite runs in several processes at once, and they start others: a thread each.
-os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+# The suite runs in several processes at once, and they start others: a thread each. None asks the hub, and
+# what libraries keep goes with the session. All this before they are imported.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_CACHE": (CACHES := tempfile.TemporaryDirectory(prefix="hopscotch-tests-")).name,
+    "HF_MODULES_CACHE": f"{CACHES.name}/modules",
+}
 
 import pytest
 import torch
+from bad_inputs import running
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -128,23 +136,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_vllm.py")
 
 
-PROGRESS_BAR = re.compile(r"\[\d\d:\d\d.*/ ?\w+\]$")
+def pytest_unconfigure():
+    CACHES.cleanup()
 
 
 def check_refused(script, arguments, message: str, capsys) -> None:
-    """A script's main refuses: exit code 2, nothing on stdout, one line on stderr like `message`.
-
-    Progress bars may come before it, where the input can only be judged after some work.
-    """
+    """A script's main refuses, as `running.check_refused` says."""
     capsys.readouterr()
     try:
         code = script.main(arguments)
     except SystemExit as exit_from_argparse:
         code = exit_from_argparse.code
-    captured = capsys.readouterr()
-    assert code == 2 and captured.out == ""
-    lines = [line for line in captured.err.splitlines() if line.strip() and not PROGRESS_BAR.search(line)]
-    assert len(lines) == 1 and re.search(message, lines[0]), captured.err
+    running.check_refused(running.Outcome(code, *capsys.readouterr()), message)
 
 
 @pytest.fixture(scope="session")
@@ -165,3 +168,11 @@ def tiny_folder(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def commands(tiny_folder, tmp_path_factory):
+    """Every command line of the suite (`driving.Commands`)."""
+    from driving import Commands
+
+    return Commands(tiny_folder(), tmp_path_factory.mktemp("inputs"))

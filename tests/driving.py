@@ -129,7 +129,9 @@ class Running:
 
     def stopped(self) -> bool:
         """Wait until a `Fault` with SIGSTOP stops it; False where it ends before."""
+        deadline = time.monotonic() + TIMEOUT
         while (state := process_state(self.pid)) not in "TZ":
+            assert time.monotonic() < deadline, f"after {TIMEOUT} s it neither stands still nor has ended"
             time.sleep(0.002)
         return state == "T"
 
@@ -313,7 +315,6 @@ class Server:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
-            "HF_HUB_OFFLINE": "1",
             "NUMBA_DISABLE_JIT": "1",  # as the project does, and to be set before numba is loaded
         }
         self.process = subprocess.Popen(

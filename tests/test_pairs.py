@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from driving import (
-    Commands,
+    TIMEOUT,
     Fault,
     Running,
     differences,
@@ -36,11 +36,6 @@ DIFFERENT = {  # the second command on the output of the first
     "unscaled": SCALE,
     "export": ("--format", "folded"),
 }
-
-
-@pytest.fixture(scope="module")
-def commands(tiny_folder, tmp_path_factory) -> Commands:
-    return Commands(tiny_folder(), tmp_path_factory.mktemp("inputs"))
 
 
 def halted(folder: Path, command: tuple) -> Running:
@@ -88,7 +83,9 @@ def test_a_killed_run_holds_nothing(commands, tmp_path, name):
     """Its output is free at once, whatever processes of it (step 2 has some) have outlived it."""
     first = halted(tmp_path, commands[name])
     first.kill(signal.SIGKILL)
+    deadline = time.monotonic() + TIMEOUT
     while not first.poll():
+        assert time.monotonic() < deadline
         time.sleep(0.002)
     succeed(tmp_path, *commands[name])
     assert not differences(state_of(tmp_path), commands.undisturbed(name).state)

@@ -1,10 +1,9 @@
 """The same command and seed give the same bits, and several processes the same picks and losses."""
 
 import json
-from pathlib import Path
 
 import pytest
-from driving import Commands, differences, launch, record, state_of, succeed
+from driving import differences, launch, record, state_of, succeed
 
 NAMES = (
     "generate",
@@ -20,11 +19,6 @@ NAMES = (
 FLOAT32_TOLERANCE = 1e-4  # relative, of losses after a few steps, which sum in another order
 
 
-@pytest.fixture(scope="module")
-def commands(tiny_folder, tmp_path_factory) -> Commands:
-    return Commands(tiny_folder(), tmp_path_factory.mktemp("inputs"))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_command_gives_the_same_bits(commands, tmp_path, name):
     whole = commands.undisturbed(name)
@@ -35,18 +29,25 @@ def test_the_same_command_gives_the_same_bits(commands, tmp_path, name):
 
 @pytest.mark.parametrize(("name", "seed"), [("full", 43), ("resume", 43)])
 def test_another_seed_gives_other_losses(commands, tmp_path, name, seed):
-    """The comparison above can tell results apart."""
+    """The comparison above can tell results apart. The seed itself is in a report's arguments."""
     succeed(tmp_path, *commands[name], "--seed", seed)
-    assert differences(state_of(tmp_path), commands.undisturbed(name).state)
+    file, part = {"full": ("report.json", "iterations"), "resume": ("scaled/report.json", "epochs")}[name]
+    states = (state_of(tmp_path), commands.undisturbed(name).state)
+    found, expected = ([run["loss"] for run in state[file][part]] for state in states)
+    assert all(mine != theirs for mine, theirs in zip(found, expected, strict=True))
 
 
-def check_processes(commands: Commands, name: str, folder: Path, processes: int) -> None:
-    """A command in several processes: what one gives, the losses to FLOAT32_TOLERANCE."""
-    launch(folder, commands[name], processes)
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("name", ["full", "race", "resume"])
+def test_two_and_three_processes_give_the_same(commands, tmp_path, name, processes):
+    """The losses to FLOAT32_TOLERANCE. (What of this is quick, `test_scripts.py` tries.)"""
+    commands.undisturbed(name)
+    launch(tmp_path, commands[name], processes)
     if name in ("full", "race"):
         (alone, together) = (
             json.loads((place / "report.json").read_text())
-            for place in (commands.inputs / f"undisturbed-{name}", folder)
+            for place in (commands.inputs / f"undisturbed-{name}", tmp_path)
         )
         assert together["skipped_blocks"] == alone["skipped_blocks"]
         pairs = zip(together["iterations"], alone["iterations"], strict=True)
@@ -56,7 +57,7 @@ def check_processes(commands: Commands, name: str, folder: Path, processes: int)
     else:
         (alone, together) = (
             json.loads((place / "scaled/report.json").read_text())["epochs"]
-            for place in (commands.inputs / f"undisturbed-{name}", folder)
+            for place in (commands.inputs / f"undisturbed-{name}", tmp_path)
         )
         assert len(together) == len(alone) == 2
         for mine, theirs in zip(together, alone, strict=True):
@@ -64,20 +65,5 @@ def check_processes(commands: Commands, name: str, folder: Path, processes: int)
             assert mine["held_out"].keys() == theirs["held_out"].keys()
             for of, figures in mine["held_out"].items():
                 assert figures == pytest.approx(theirs["held_out"][of], rel=FLOAT32_TOLERANCE)
-    files = {name: None for name in commands.undisturbed(name).state}
-    assert state_of(folder).keys() == files.keys()
+    assert state_of(tmp_path).keys() == commands.undisturbed(name).state.keys()
     record(f"`{name}` in {processes} processes", "the same picks and losses")
-
-
-@pytest.mark.parametrize(("name", "processes"), [("full", 3), ("resume", 2)])
-def test_several_processes_give_the_same(commands, tmp_path, name, processes):
-    commands.undisturbed(name)
-    check_processes(commands, name, tmp_path, processes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("name", ["full", "race", "resume"])
-def test_two_and_three_processes_give_the_same(commands, tmp_path, name, processes):
-    commands.undisturbed(name)
-    check_processes(commands, name, tmp_path, processes)
