@@ -1,12 +1,12 @@
 """benchmarks/alternatives.py: other ways to less KV cache, each against an independent computation."""
 
 import json
-import sys
 from types import SimpleNamespace
 
+import alternatives
 import pytest
 import torch
-from conftest import ROOT
+import ways
 from test_search import write_data
 from test_training import loaded, random_samples
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
@@ -16,10 +16,6 @@ from hopscotch_common.loading.models import model_ref
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.loss import Originals, evaluate
 from hopscotch_common.training.trainer import EpochBatches
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import alternatives  # noqa: E402
-import ways  # noqa: E402
 
 ANSWERS = random_samples(6, seed=3)
 LAYERS = 4

@@ -1,21 +1,17 @@
 """benchmarks/arithmetic.py: FLOPs and bytes are those that PyTorch counts and that lie in memory."""
 
 import json
-import sys
 
+import arithmetic
+import inference
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from hopscotch_common import scales
 from hopscotch_common.loading.loader import load_model, read_config
 from hopscotch_common.loading.models import model_ref
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import arithmetic  # noqa: E402
-import inference  # noqa: E402
 
 ROWS, TOKENS = 2, 24
 

@@ -3,14 +3,10 @@
 import doctest
 import importlib
 import inspect
-import sys
 import textwrap
 
+import functions
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import functions  # noqa: E402
 
 EARLIEST = """\
 def earliest(days: list[str]) -> str:
@@ -98,5 +94,6 @@ def test_what_is_written_here_is_right():
     ],
 )
 def test_what_a_model_wrote_is_judged_by_running_it(answer, right, monkeypatch):
-    monkeypatch.setattr(functions, "SECONDS", 1)
+    if "while True" in answer:  # to the others a busy machine may take longer
+        monkeypatch.setattr(functions, "SECONDS", 1)
     assert is_right(answer) is right

@@ -2,22 +2,17 @@
 
 import json
 import math
-import sys
 
+import gpu
+import measuring
 import pytest
 import torch
-from conftest import ROOT
 from test_training import loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu  # noqa: E402
-import measuring  # noqa: E402
-
-from hopscotch_common.training import TrainingOptions  # noqa: E402
-from hopscotch_common.training.batches import make_batches  # noqa: E402
-from hopscotch_common.training.trainer import ScaleTrainer  # noqa: E402
+from hopscotch_common.training import TrainingOptions
+from hopscotch_common.training.batches import make_batches
+from hopscotch_common.training.trainer import ScaleTrainer
 
 COMMAND = ["--config", "tiny", "--device", "cpu"]
 

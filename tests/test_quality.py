@@ -5,12 +5,16 @@ import json
 import math
 import random
 import re
-import sys
 from decimal import Decimal
 
+import criteria
+import problems
 import pytest
-from conftest import ROOT
+import quality
+import quality_tables
+import training
 from driving import write_lines
+from measuring import Results
 from test_search import write_data
 from test_training import loaded, random_samples
 
@@ -19,14 +23,6 @@ from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import load_samples
 from hopscotch_common.training.loss import evaluate
 from hopscotch_common.training.trainer import EpochBatches, EpochTraining, ScaleTrainer
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import criteria  # noqa: E402
-import problems  # noqa: E402
-import quality  # noqa: E402
-import quality_tables  # noqa: E402
-import training  # noqa: E402
-from measuring import Results  # noqa: E402
 
 
 @pytest.mark.parametrize(

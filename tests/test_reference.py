@@ -2,19 +2,15 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
-from conftest import ROOT
+import race
+import search
 from test_search import Epoch, epoch, iterate, write_data
 from test_training import random_samples
 
 import block_selection
 from hopscotch_common.search.schedule import Schedule
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import race  # noqa: E402
-import search  # noqa: E402
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])
