@@ -417,6 +417,21 @@ def test_answers_under_another_template_or_to_other_stop_tokens_are_refused(work
         assert sample["input_ids"] == prompt + record["answer_token_ids"]
 
 
+def test_a_checkpoint_answers_as_it_does_alone(work, tmp_path):
+    """And where fewer prompts are asked for than were answered, no more than these are written."""
+    values = torch.ones(4, 4)
+    values[1, 0] = 0
+    checkpoints.save_checkpoint(tmp_path / "c", model_ref(work[1]), [1], values, {})
+    few = [*work, "--model", str(tmp_path / "c"), "--keep_truncated", "--num_samples"]
+    assert generate_model_gt_data.main([*few, "2"]) == 0
+    answers, model = read_lines("a_final.jsonl"), checkpoints.load_checkpoint(tmp_path / "c")
+    for answer, expected in zip(answers, expected_records(work[1])[:2], strict=True):
+        tokens = stock_answer(model, expected["prompt_token_ids"], MAX_TOKENS, SCRIPT_STOP)
+        assert answer["answer_token_ids"] == tokens != expected["answer_token_ids"]
+    assert generate_model_gt_data.main([*few, "1"]) == 0
+    assert read_lines("a_final.jsonl") == answers[:1]
+
+
 def test_empty_answers_are_dropped_and_counted():
     def record(content, reason):
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
@@ -450,12 +465,6 @@ def test_bad_input_is_refused_before_a_model_loads(work, monkeypatch, capsys):
 
 
 def test_prompts_that_cannot_be_fetched_name_the_id_and_the_remedy(work, monkeypatch, capsys):
-    """`datasets` is told to stay offline, so the failure is its own."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("no-cache"))
-    monkeypatch.setenv("HF_HUB_CACHE", "no-cache")
     forbid_models(monkeypatch)
     without_input = [word for word in work if word not in ("--input_file", "prompts.jsonl")]
     message = "openai/gsm8k cannot be read.*--input_file"

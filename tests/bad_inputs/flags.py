@@ -151,5 +151,8 @@ CASES = [
     *values("export", "--without_maps", ("--format", "gguf", "--from", "x", "goes with --format folded")),
     *values("export", "--tolerance", ("0", FINITE), ("much", FINITE)),
     *values("export", "--device", ("gpu", "--device gpu: not a device"), ("meta", "--device meta")),
-    *cases("report", "output_dir", ("two of them", "a: no such file; make it again, or give", "a b")),
+    *values("report", "--html", ("page.txt", "scaled", "--html page.txt: .* ends in .html")),
+    *values("report", "--pictures", ("data.jsonl", "scaled", "data.jsonl")),
+    *_unknown("report", "--format", "gif"),
+    *cases("report", "runs", ("two of them", "a: no such file; make it again, or give", "a b")),
 ]

@@ -174,7 +174,7 @@ CASES = [
     # the table of what scaling came to
     *cases(
         "report",
-        "output_dir",
+        "runs",
         ("missing", "none: no such file; make it again, or give", "none"),
         ("a file", "data.jsonl", "data.jsonl"),
         ("report.json is not JSON", TABLE, cut(TABLE, 0.5)),
