@@ -206,7 +206,7 @@ def test_an_old_map_of_special_tokens_beside_it_changes_nothing(tiny_folder, tmp
     assert expected.eos_token == "<|im_start|>"
     checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(base)), [1], torch.ones(4, 4), {})
     verify(tmp_path / "c")
-    found = AutoTokenizer.from_pretrained(tmp_path / "c")
+    found = AutoTokenizer.from_pretrained(tmp_path / "c", trust_remote_code=False)
     messages = [{"role": "user", "content": "hi"}]
     for mine, theirs in ((found, expected), (tokenization.read_tokenizer(tmp_path / "c"), expected)):
         assert (mine.eos_token, mine.bos_token) == (theirs.eos_token, theirs.bos_token)
@@ -231,7 +231,10 @@ def test_further_chat_templates_travel_along(tiny_folder, tmp_path):
     (first / ".ipynb_checkpoints").mkdir()  # what a notebook leaves
     save(second, model_ref(str(base)), share_with=first)
     verify(second)
-    assert AutoTokenizer.from_pretrained(second).chat_template == tokenizer.chat_template
+    assert (
+        AutoTokenizer.from_pretrained(second, trust_remote_code=False).chat_template
+        == tokenizer.chat_template
+    )
     (second / "additional_chat_templates" / "code.py").write_text("")
     with pytest.raises(InputError, match="additional_chat_templates: is no part of a checkpoint"):
         verify(second)

@@ -42,7 +42,6 @@ def checkpoint(request, folders):
 def elsewhere(program: str, folder, *arguments, processes: int = 1) -> list[str]:
     """Run a program where this project is not installed; the lines that it prints."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -188,8 +188,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model sends a function
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CACHE_ROOT": str(root / "cache"),  # of compiled models
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(root / "modules"),
     }
 
 

@@ -35,11 +35,9 @@ def workplace(tiny_folder, tmp_path_factory):
 @pytest.fixture
 def work(workplace, tmp_path, monkeypatch):
     """A workplace of one's own, the working folder, with a cache of its own; removed afterwards."""
-    import huggingface_hub.constants
     import matplotlib.font_manager  # noqa: F401 - else the first picture's list of fonts would lie there
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "work"
     shutil.copytree(workplace, folder)
     monkeypatch.chdir(folder)
