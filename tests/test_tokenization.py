@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import unscaled_ckpt
 from hopscotch_common import checkpoints
+from hopscotch_common.answers.labels import samples_of
+from hopscotch_common.answers.prompts import prompt_ids
 from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.export.formats import export_checkpoint
@@ -25,6 +27,7 @@ from hopscotch_common.loading import tokenization
 from hopscotch_common.loading.models import model_ref
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "<|im_end|>"]
+IN_TURNS = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ '</s>' if m.role != 'user' }}{% endfor %}"
 TEXT = "In 2023, 650,841 apples;  two\ttabs\n\n naïve café 你好 😀 [INST] x<|im_end|></s> y=3.14"
 WORDS = ["2023 2023 650 650 841 841 In the year 2023, 650 apples"] * 4
 # The classes that the hub's models of a family name in tokenizer_config.json.
@@ -111,6 +114,9 @@ def says(folder) -> tuple[list[int], str]:
 def test_a_checkpoint_reads_text_as_its_base(tmp_path, family, name, make):
     base = write_base(tmp_path / "base", family, make(), name, weights=False)
     expected = says(base)
+    if make is digits_apart:  # byte-level: as the file says, whatever class is named
+        ids = [1, *make().encode(TEXT, add_special_tokens=False).ids]
+        expected = ids, make().decode(ids, skip_special_tokens=False)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     shutil.copyfile(base / "config.json", checkpoint / "config.json")
@@ -180,16 +186,47 @@ def test_verify_finds_another_tokenizer(tmp_path):
         verify(tmp_path / "c")
 
 
-def test_a_hub_id_has_its_own_rule(tmp_path):
-    """transformers reads DeepSeek-R1-Distill-Llama's tokenizer.json as it is, and a folder's by its class."""
-    base = write_base(tmp_path / "base", "llama", digits_apart(), "LlamaTokenizerFast")
-    by_folder = tokenization.read_tokenizer(base).encode(TEXT)
-    by_id = tokenization.read_tokenizer(base, "deepseek-ai/DeepSeek-R1-Distill-Llama-8B").encode(TEXT)
-    assert by_id == [1, *digits_apart().encode(TEXT, add_special_tokens=False).ids] != by_folder
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "config.json").write_text('{"model_type": "hopscotch_llama"}')
-    tokenization.copy_tokenizer(base, tmp_path / "checkpoint", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B")
-    assert says(tmp_path / "checkpoint")[0] == by_id
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "LlamaTokenizerFast"), ("qwen3", "LlamaTokenizerFast"), ("exaone4", "GPT2Tokenizer")],
+)
+def test_a_byte_level_file_is_read_as_it_is(tmp_path, family, name, caplog):
+    """DeepSeek-R1-Distill-Llama in a folder, and others whose class is not their file's."""
+    base = write_base(tmp_path / "base", family, digits_apart(), name, chat_template=IN_TURNS)
+    asked, said = "In 2023, 650,841 apples;  two\ttabs\n\n naïve café 你好 😀 y=3.14", "650 apples"
+    question, answer = {"role": "user", "content": asked}, {"role": "assistant", "content": said}
+    in_file = [digits_apart().encode(text, add_special_tokens=False).ids for text in (asked, said + "</s>")]
+    assert AutoTokenizer.from_pretrained(base).encode(asked) != [1, *in_file[0]]  # what would be wrong
+    tokenizer = tokenization.load_tokenizer(model_ref(str(base)))
+    assert prompt_ids(tokenizer, [question], "here") == [1, *in_file[0]]
+    assert "as a " + name.removesuffix("Fast") + " it would split text otherwise" in caplog.text
+    (sample,) = samples_of(("here", {"messages": [question, answer]}), tokenizer, {2})
+    assert sample["input_ids"] == [1, *in_file[0], *in_file[1]]
+    checkpoints.save_checkpoint(tmp_path / "c", model_ref(str(base)), [1], torch.ones(4, 4), {})
+    export_checkpoint(tmp_path / "c", "folded", tmp_path / "folded", device="cpu")
+    for folder in (tmp_path / "c", tmp_path / "folded"):
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        assert (found.encode(asked), found.bos_token) == ([1, *in_file[0]], "<s>")
+    by_id = tokenization.read_tokenizer(base, "deepseek-ai/DeepSeek-R1-Distill-Llama-8B")
+    assert by_id.encode(asked) == [1, *in_file[0]]  # transformers' own rule for these
+
+
+PADDING = dict(strategy={"Fixed": 400}, direction="Right", pad_to_multiple_of=None)
+PADDING |= dict(pad_id=3, pad_type_id=0, pad_token="<pad>")
+TRUNCATION = dict(direction="Right", max_length=9, strategy="LongestFirst", stride=0)
+
+
+def test_a_setting_of_the_class_is_kept(tmp_path):
+    """A space before each text is no part of a byte-level file: tokenizer_config.json may ask for it."""
+    whole = digits_apart()
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    base = write_base(tmp_path / "base", "llama", whole, "GPT2Tokenizer", weights=False)
+    edit(base / "tokenizer_config.json", add_prefix_space=True)
+    edit(base / "tokenizer.json", padding=PADDING, truncation=TRUNCATION)  # as a trainer leaves them
+    assert tokenization.read_tokenizer(base).encode("x") == [
+        1,
+        *whole.encode(" x", add_special_tokens=False).ids,
+    ]
 
 
 def test_an_old_map_of_special_tokens_beside_it_changes_nothing(tiny_folder, tmp_path):

@@ -2,16 +2,19 @@
 
 transformers chooses a tokenizer's class by the config's model type and the hub id where it knows these,
 and by `tokenizer_class` otherwise; some classes then build the tokenizer anew, whatever tokenizer.json says.
-A type of ours would so read the same files as another tokenizer. So a checkpoint gets what the base's
-tokenizer effectively is, in a tokenizer.json, under the one class that takes that file as it is.
+Where that is another one than a byte-level tokenizer.json (`byte_level_file`), the file is read as it is. A
+type of ours would be read by yet another rule. So a checkpoint gets what the base's tokenizer effectively
+is, in a tokenizer.json, under the one class that takes that file as it is.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import tempfile
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -106,7 +109,34 @@ def read_tokenizer(folder: Path, source: str | None = None):
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
         raise OSError("no tokenizer files")
-    return tokenizer
+    return byte_level_file(folder, tokenizer) or tokenizer
+
+
+def byte_level_file(folder: Path, tokenizer):
+    """The tokenizer of a byte-level tokenizer.json as it is, where `tokenizer`, built anew from it, differs.
+
+    As transformers 4 read it. DeepSeek-R1-Distill-Llama names LlamaTokenizerFast, which version 5 builds in
+    sentencepiece's manner, so that each space is lost. None where they agree, and for files that are not
+    byte-level: there the classes know what a file does not say.
+    """
+    file = folder / "tokenizer.json"
+    built_anew = isinstance(tokenizer, TokenizersBackend) and type(tokenizer) is not TokenizersBackend
+    if not built_anew or not file.is_file():
+        return None
+    in_file = Tokenizer.from_file(str(file))
+    in_file.no_padding()  # a trainer's settings may have been saved in it
+    in_file.no_truncation()
+    text = f" {PROBE}"  # with the space that `add_prefix_space`, a setting of the class, may add
+    ids = in_file.encode(text, add_special_tokens=False).ids
+    if "ByteLevel" not in repr(in_file.decoder) or ids == tokenizer.encode(text, add_special_tokens=False):
+        return None
+    _warn_of_class(folder, type(tokenizer).__name__)
+    return TokenizersBackend.from_pretrained(folder)
+
+
+@functools.cache  # once for each folder
+def _warn_of_class(folder: Path, name: str) -> None:
+    logger.warning("%s: tokenizer.json is read as it is; as a %s it would split text otherwise", folder, name)
 
 
 def probe(tokenizer) -> dict:
