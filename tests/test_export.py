@@ -164,6 +164,11 @@ def test_a_folded_config_says_its_rope_scaling_as_older_readers_want_it(tmp_path
 
 PHI3_LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
+YARN = dict(rope_type="yarn", factor=8.0, beta_fast=32.0, original_max_position_embeddings=64)
+OLMO3_ROPE = {"rope_theta": 2e5, "rope_scaling": YARN}
+GEMMA3_ROPE = {"rope_theta": 2e6, "rope_local_base_freq": 3e4}
+GEMMA3_ROPE |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+
 
 @pytest.mark.parametrize(
     ("family", "changes", "old"),
@@ -171,6 +176,9 @@ PHI3_LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         ("qwen3_moe", {}, {"num_experts": 4}),
         ("granitemoehybrid", {}, {"layer_types": ["mamba", "attention", "mamba", "attention", "attention"]}),
         ("phi3", {"rope_scaling": dict(PHI3_LONGROPE), "rope_theta": 5e5}, {"rope_scaling": PHI3_LONGROPE}),
+        ("olmo3", OLMO3_ROPE, OLMO3_ROPE),
+        ("gemma3_text", GEMMA3_ROPE, GEMMA3_ROPE),
+        ("gemma3_text", GEMMA3_ROPE | {"rope_scaling": None}, GEMMA3_ROPE | {"rope_scaling": None}),
     ],
 )
 def test_a_folded_config_says_what_older_readers_of_a_family_want(tmp_path, family, changes, old):

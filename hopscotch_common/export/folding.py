@@ -294,7 +294,10 @@ def old_names(config) -> dict:
     """What readers from before transformers 5 look for in a config.json, and else take a default for."""
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"torch_dtype": str(config.dtype).removeprefix("torch.")}
-    if "rope_theta" in rope:  # else one for each kind of layer
+    if config.model_type == "gemma3_text":
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    rope = rope.get("full_attention", rope)  # some families have one for each kind of layer
+    if "rope_theta" in rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         scaled = scaling.get("rope_type", "default") != "default"
         if config.model_type == "phi3" and scaled:  # these three alone were allowed
