@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.checkpoints.__main__ import verify
+from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.loading.loader import load_model
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.scales.modeling_hopscotch import CODE
@@ -75,6 +76,24 @@ def test_what_the_hubs_tools_leave_in_a_checkpoint_is_replaced_with_it(tiny_fold
         (tmp_path / "ckpt" / name).write_text("*")
     save(tmp_path / "ckpt", tiny_folder())
     assert not {".cache", ".gitattributes", "LICENSE"} & {path.name for path in (tmp_path / "ckpt").iterdir()}
+
+
+def test_what_a_config_says_of_generation_is_kept(tiny_folder, tmp_path):
+    """Of a base without generation_config.json; also what transformers does not save, a temperature alone."""
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    save(tmp_path / "nothing", base)
+    assert not (tmp_path / "nothing" / "generation_config.json").exists()
+    config = json.loads((base / "config.json").read_text())
+    config |= {"max_length": 30, "repetition_penalty": 1.3, "temperature": 0.6, "eos_token_id": [2, 7]}
+    (base / "config.json").write_text(json.dumps(config))
+    save(tmp_path / "e0", base)
+    save(tmp_path / "e1", base, share_with=tmp_path / "e0")
+    export_checkpoint(tmp_path / "e1", "folded", tmp_path / "folded", device="cpu")
+    expected = AutoModelForCausalLM.from_pretrained(base).generation_config.to_dict()
+    for name in ("e0", "e1", "folded"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert loaded.generation_config.to_dict() == expected | {"_from_model_config": None}
 
 
 def test_packed_weights_are_counted_as_what_they_stand_for(tiny_folder, tmp_path):

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.utils import CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME
 
 from hopscotch_common import scales
 from hopscotch_common.checkpoints import card
@@ -59,7 +59,7 @@ HARMLESS = (".cache", ".gitattributes", ".DS_Store")  # left by `hf download --l
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
 # Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
 COMPANION_FILES = (
-    "generation_config.json",
+    GENERATION_CONFIG_NAME,
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -160,6 +160,7 @@ def _write_base(
     config.architectures = [model_class.__name__]
     config.save_pretrained(target)
     copy_companions(source, target)
+    _keep_generation_parameters(source, target)
     tokenizer = copy_tokenizer(source, target, base.source)
 
     files = weights.weight_files(source)
@@ -190,6 +191,17 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _companions(folder: Path) -> list[Path]:
     return [path for pattern in COMPANION_FILES for path in folder.glob(pattern) if path.is_file()]
+
+
+def _keep_generation_parameters(source: Path, target: Path) -> None:
+    """Write what a model's config.json alone says of generation, which is not saved in a config any more."""
+    own, saved = (
+        GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+        for folder in (source, target)
+    )
+    if not (target / GENERATION_CONFIG_NAME).exists() and own != saved:
+        own._from_model_config = None
+        own.to_json_file(target / GENERATION_CONFIG_NAME)  # save_pretrained would refuse what loads
 
 
 def check_replaceable(folder: Path) -> None:
