@@ -12,7 +12,7 @@ import transformers
 from conftest import FAMILY_SIZES, MORE_FAMILIES, byte_tokenizer, check_refused, stock_config
 from gguf_models import random_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from hopscotch_common import checkpoints, scales
 from hopscotch_common.errors import InputError
@@ -163,6 +163,23 @@ def test_a_folded_config_says_its_rope_scaling_as_older_readers_want_it(tmp_path
 
 
 PHI3_LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"stop_strings": ["#"]},
+        {"return_dict_in_generate": True},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"repetition_penalty": 9.0, "max_length": 2},
+    ],
+)
+def test_the_check_asks_greedily_whatever_the_model_would(base, odd):
+    model, prompts = AutoModelForCausalLM.from_pretrained(base("llama")), [([5, 6, 7, 8], 3)]
+    (expected,) = formats.ask(model, prompts).continuations
+    model.generation_config = GenerationConfig(eos_token_id=expected[3], **odd)
+    assert formats.ask(model, prompts).continuations == [expected[: expected.index(expected[3]) + 1]]
+
 
 YARN = dict(rope_type="yarn", factor=8.0, beta_fast=32.0, original_max_position_embeddings=64)
 OLMO3_ROPE = {"rope_theta": 2e5, "rope_scaling": YARN}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files, scales
@@ -249,6 +250,9 @@ def _conversation_ids(tokenizer, question: str, answer: str) -> tuple[list[int],
 def ask(model, prompts: list[tuple[list[int], int]]) -> Answers:
     """Run a model over the prompts: logits of question and answer, greedy continuation of the question."""
     device = model.device
+    # not the model's own, as in `decode`: only what ends a text is of the model
+    ends = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=ends)
     logits = [
         model(torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
         for ids, _ in prompts
@@ -260,8 +264,6 @@ def ask(model, prompts: list[tuple[list[int], int]]) -> Answers:
         torch.tensor([[0] * n + ids for n, ids in zip(padding, questions, strict=True)], device=device),
         attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device),
         max_new_tokens=CONTINUATION_TOKENS,
-        do_sample=False,
-        pad_token_id=0,
     )
     return Answers(logits, generated[:, width:].tolist())
 
