@@ -7,6 +7,7 @@ from conftest import stock_config
 from measuring import saved_bytes
 from torch.testing import assert_close
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from hopscotch_common import scales
@@ -66,6 +67,18 @@ def test_impossible_skips_are_refused(blocks):
     _, model_class = hopscotch_classes("llama")
     with pytest.raises(ValueError, match="does not exist|named twice|keep at least one"):
         model_class(config)
+
+
+def test_a_transformers_that_builds_other_layers_is_refused(monkeypatch):
+    """Early 5.x knows "mamba" and "attention", not the names of today, and builds attention everywhere."""
+    stock = modeling_granitemoehybrid.GraniteMoeHybridDecoderLayer
+    everywhere = stock_config("granitemoehybrid", layer_types=["full_attention"] * 5)
+    monkeypatch.setattr(
+        modeling_granitemoehybrid, stock.__name__, lambda config, layer_idx: stock(everywhere, layer_idx)
+    )
+    _, model_class = hopscotch_classes("granitemoehybrid")
+    with pytest.raises(ValueError, match="layer 0 is 'linear_attention' by config.json, and transformers 5"):
+        model_class(hopscotch_config(stock_config("granitemoehybrid")))
 
 
 def test_random_initialisation_sets_scales_to_one():

@@ -366,7 +366,13 @@ class HopscotchModel(HopscotchPreTrained):
             raise ValueError(f"scale_granularity {config.scale_granularity!r}: one of {GRANULARITIES}")
         skipped = config.skipped_attention_blocks or ()
         check_skipped_blocks(skipped, config)
+        present = attention_blocks(config)
         for index, layer in enumerate(self.layers):
+            if (getattr(layer, self.family.attention, None) is not None) != (index in present):
+                raise ValueError(
+                    f"layer {index} is {attention_types(config)[index]!r} by config.json, and transformers "
+                    f"{transformers.__version__} builds another: install the version that config.json names"
+                )
             layer.__class__ = scaled_layer_class(type(layer), self.family)
             layer.add_scales(config, index)
         self._no_split_modules = {type(layer).__name__ for layer in self.layers}
