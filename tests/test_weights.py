@@ -93,6 +93,30 @@ def test_a_missing_weight_beside_experts_is_found(tiny_folder, tmp_path, family)
         weights.check_weights(folder, read_config(model_ref(str(folder))))
 
 
+def test_an_index_may_name_what_no_model_needs(tiny_folder, tmp_path):
+    """As transformers has it; a weight that is needed is missed, and a checkpoint's index is exact."""
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    write_forms(base, [weights.INDEX_FILE])
+    config = read_config(model_ref(str(base)))
+    index, shard = base / weights.INDEX_FILE, next(base.glob("*.safetensors"))
+    names = dict.fromkeys([*load_file(shard), "model.layers.3.self_attn.rotary_emb.inv_freq"], shard.name)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    weights.check_weights(base, config)
+    save(tmp_path / "ckpt", base)
+    verify(tmp_path / "ckpt")
+    stock = AutoModelForCausalLM.from_pretrained(base).model.norm.weight
+    assert torch.equal(checkpoints.load_checkpoint(tmp_path / "ckpt").model.norm.weight, stock)
+    save_file({k: t for k, t in load_file(shard).items() if k != NORM}, shard, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="norm.weight is missing from its weights"):
+        weights.check_weights(base, config)
+    named = json.loads((tmp_path / "ckpt" / weights.INDEX_FILE).read_text())
+    named["weight_map"]["model.odd"] = "scales.safetensors"
+    (tmp_path / "ckpt" / weights.INDEX_FILE).write_text(json.dumps(named))
+    with pytest.raises(InputError, match="model.odd is not in scales.safetensors"):
+        checkpoints.read_checkpoint(tmp_path / "ckpt")
+    assert not checkpoints.has_weights(tmp_path / "ckpt")
+
+
 def test_an_adapter_beside_the_weights_is_refused(tiny_folder, tmp_path, capsys):
     shutil.copytree(tiny_folder(), tmp_path / "model")
     (tmp_path / "model/adapter_config.json").write_text('{"peft_type": "LORA"}')

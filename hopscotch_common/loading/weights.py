@@ -188,7 +188,7 @@ def check_tensors(folder: Path, model_class, config, **options) -> None:
 
     transformers loads them as it will later, but to no device, so that it reads none.
     """
-    check_names(folder)
+    check_names(folder, more_in_index=True)
     if getattr(config, "transformers_weights", None):
         raise InputError(
             f"{folder / 'config.json'}: transformers_weights names weight files of other names, which "
@@ -204,10 +204,11 @@ def check_tensors(folder: Path, model_class, config, **options) -> None:
             transformers_logging.enable_progress_bar()
 
 
-def check_names(folder: Path) -> None:
+def check_names(folder: Path, more_in_index: bool = False) -> None:
     """Raise InputError unless each of a folder's weights lies in the file that its index, if any, says.
 
     And where they are named as those of a model without a head are, which transformers takes for the same.
+    more_in_index: whether the index may name others, which are in no file: old ones do (rotary_emb.inv_freq).
     """
     index = _weights_or_index(folder)
     is_index = index.suffix == ".json"
@@ -220,5 +221,5 @@ def check_names(folder: Path) -> None:
                 )
             if name.startswith("layers."):
                 raise InputError(f"{path}: {name} is of a model without a head; give a causal language model")
-    if places:
+    if places and not more_in_index:
         raise InputError(f"{index}: {min(places)} is not in {places[min(places)]}; make or fetch it again")
