@@ -153,10 +153,10 @@ def check_refused(script, arguments, message: str, capsys) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """tiny_folder(family, **config changes) -> folder of a tiny random stock model with tokenizer."""
-    made: dict[tuple, Path] = {}
+    made: dict[tuple[str, str], Path] = {}
 
     def make(family: str = "llama", **changes) -> Path:
-        key = (family, *sorted(changes.items()))
+        key = (family, repr(sorted(changes.items())))
         if key not in made:
             from transformers import AutoModelForCausalLM
 

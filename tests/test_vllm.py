@@ -38,6 +38,11 @@ QUESTION = "A farmer has 12 hens. Each lays 5 eggs a week. How many eggs is that
 # vLLM's attention needs a head size of at least 32.
 SIZES = dict(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64)
 LARGER = dict(head_dim=32, query_pre_attn_scalar=48, moe_intermediate_size=64)
+DENSE = {  # without recurrent layers and experts, as Granite 4 micro, 1b and 350m
+    "granitemoehybrid": dict(
+        layer_types=["full_attention"] * 4, num_hidden_layers=4, num_local_experts=0, mamba_n_heads=16
+    ),
+}
 # Family -> (skipped blocks, granularity of the scales, layers if not 4); one of each way through the plugin.
 QUICK = {
     "llama": ([0], "channel", 2),  # compiled, with maps
@@ -67,6 +72,7 @@ SLOW = {
     "seed_oss": ([0, 2], "layer"),
     "starcoder2": ([0, 2], "layer"),
     "gpt_oss": ([0], "layer"),
+    "granitemoehybrid": ([0, 2], "layer"),
 }
 FLOAT16 = {"llama": True, "gemma2": False, "gemma3_text": False, "glm4": False}  # whether vLLM runs it
 REFUSED = {"qwen3_5_text": "recurrent", "phimoe": "router"}
@@ -232,10 +238,11 @@ def greedy(checkpoint: Path, prompts: list[list[int]]) -> tuple[list, list]:
 def make_tiny(
     root: Path, tiny_folder, family: str, skipped: list[int], granularity: str, layers: int = 4
 ) -> Path:
-    own = (FAMILY_SIZES | MORE_FAMILIES)[family]
+    dense = DENSE.get(family, {})
+    own = (FAMILY_SIZES | MORE_FAMILIES)[family] | dense
     larger = {name: size for name, size in LARGER.items() if name in own}
     layers = own.get("num_hidden_layers", layers)
-    folder = tiny_folder(family, **SIZES, **larger, num_hidden_layers=layers)
+    folder = tiny_folder(family, **(SIZES | larger | dense | {"num_hidden_layers": layers}))
     hidden, maps = SIZES["hidden_size"], {}
     values = random_scales(layers, hidden, skipped, granularity)
     if family in WITH_MAPS:
