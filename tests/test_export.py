@@ -84,7 +84,7 @@ def logits(model) -> torch.Tensor:
 
 
 def relative_error(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+    return ((one - other).norm() / other.norm()).item()
 
 
 def load_folded(folder):

@@ -214,7 +214,7 @@ def test_the_best_epoch_is_the_one_of_the_loss_trained_on(work):
     ]
     for loss, best in (("ce", 0), ("kl", 1)):
         arguments = param_scale.build_parser().parse_args(
-            flags(work, "--blocks_to_skip", "1", "--loss", loss)
+            flags(work, "--blocks_to_skip", "1", "--loss", loss, "--output_dir", "none")
         )
         assert param_scale.final_report(arguments, runs)["best_epoch"] == best
 
