@@ -194,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": args.dtype,
         "max_tokens": args.max_tokens,
         "chat_template": tokenization.template_fingerprint(tokenizer),
+        "tokenizer": tokenization.fingerprint(tokenizer),
         "stop_tokens": sorted(stop_ids),
     }
     with Log(partial_file, settings, KIND, REMEDY) as log:

@@ -251,7 +251,8 @@ def checkpoint_figures(folder: Path) -> dict:
     """Where a checkpoint lies, its `weights`, and mean and deviation of its scales by layer."""
     from hopscotch_common import checkpoints, scales
 
-    if not folder.exists():  # removed, to save space, while later epochs trained
+    needed = (folder / checkpoints.SCALES_FILE, folder / checkpoints.RUN_FILE)
+    if not all(path.is_file() for path in needed):  # removed, to save space, while later epochs trained
         return {}
     spreads = {}
     for name, rows in scales.columns(checkpoints.load_scales(folder).double()).items():

@@ -15,6 +15,7 @@ IN_WORDS = dict.fromkeys(
 ) | {
     "tensors": "other weights or another config of --model",
     "chat_template": "another chat template of --model",
+    "tokenizer": "another tokenizer of --model",
 }
 _HEADER = b'{"settings": {'
 

@@ -72,7 +72,8 @@ def test_weights_are_the_base_weights_without_skipped_attention(tiny_folder, tmp
 def test_what_the_hubs_tools_leave_in_a_checkpoint_is_replaced_with_it(tiny_folder, tmp_path):
     save(tmp_path / "ckpt", tiny_folder())
     (tmp_path / "ckpt/.cache/huggingface").mkdir(parents=True)
-    for name in (".cache/huggingface/.gitignore", ".gitattributes", "LICENSE", "README.md"):
+    left = (".gitattributes", "._config.json", ".nfs0001", "Thumbs.db", "LICENSE", "README.md")
+    for name in (".cache/huggingface/.gitignore", *left):
         (tmp_path / "ckpt" / name).write_text("*")
     save(tmp_path / "ckpt", tiny_folder())
     assert not {".cache", ".gitattributes", "LICENSE"} & {path.name for path in (tmp_path / "ckpt").iterdir()}

@@ -403,6 +403,15 @@ def test_answers_under_another_template_or_to_other_stop_tokens_are_refused(work
     check_refused(generate_model_gt_data, [*few, "2"], message, capsys)
 
     stops.write_text(json.dumps(before_stops))
+    file = folder / "tokenizer.json"
+    content = file.read_text()
+    other = json.loads(content)
+    vocabulary = other["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    file.write_text(json.dumps(other))
+    message = "a.jsonl: was made with another tokenizer of --model; .*remove it"
+    check_refused(generate_model_gt_data, [*few, "2"], message, capsys)
+    file.write_text(content)
     assert generate_model_gt_data.main([*few, "2"]) == 0
     earlier, later = read_lines("a_final.jsonl")
     del earlier["prompt_token_ids"]  # as of a prompt that was edited

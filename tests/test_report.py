@@ -525,6 +525,8 @@ def test_of_maps_the_baseline_is_these_as_fitted(scaled, tmp_path):
 def test_an_earlier_report_without_held_out_figures(scaled, tmp_path):
     """It told nothing of its checkpoint, and nor does one whose best epoch was removed by its end."""
     assert param_scale.checkpoint_figures(tmp_path / "removed") == {}
+    (tmp_path / "hopscotch.json").write_text("{}")
+    assert param_scale.checkpoint_figures(tmp_path) == {}  # its tensors are gone
     for key in ("checkpoint", "weights", "scales"):
         del scaled[key]
     for epoch in scaled["epochs"]:

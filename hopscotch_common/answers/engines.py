@@ -13,7 +13,7 @@ from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
 from hopscotch_common.answers.decoding import GROUPED_SDPA, Answer, OnTokens, decode
 from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger, reason_of
-from hopscotch_common.loading.loader import device_map, lacks_bfloat16, load_whole, resolve_device
+from hopscotch_common.loading.loader import device_map, load_whole, resolve_device
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.loading.weights import stored_dtype
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, head_dim_of, stock_type
@@ -190,7 +190,11 @@ class VllmEngine:
         dtype = options.dtype
         if dtype == "auto":  # vLLM's own "auto" would run a float32 checkpoint in bfloat16
             dtype = str(config.dtype or stored_dtype(folder)).removeprefix("torch.")
-        if dtype == "bfloat16" and torch.cuda.is_available() and lacks_bfloat16(torch.device("cuda")):
+        if (
+            dtype == "bfloat16"
+            and current_platform.is_cuda()
+            and not current_platform.has_device_capability(80)
+        ):
             raise InputError(
                 f"--dtype {options.dtype}: vLLM has no bfloat16 on this GPU; give --dtype float16"
             )

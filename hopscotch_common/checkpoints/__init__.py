@@ -55,7 +55,8 @@ STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, card.CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
-HARMLESS = (".cache", ".gitattributes", ".DS_Store")  # left by `hf download --local-dir`, the hub, macOS
+# Left by `hf download --local-dir`, the hub, macOS, notebooks, file servers and Windows.
+HARMLESS = (".cache", ".gitattributes", ".DS_Store", "._*", ".ipynb_checkpoints", ".nfs*", "Thumbs.db")
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
 # Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
 COMPANION_FILES = (
@@ -221,7 +222,7 @@ def check_only(folder: Path, own: Iterable[str], remedy: str) -> None:
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         known = any(path.match(pattern) for pattern in (*own, *COMPANION_FILES)) and path.is_file()
-        if not (known or path.name in HARMLESS or holds_templates(path)):
+        if not (known or any(path.match(pattern) for pattern in HARMLESS) or holds_templates(path)):
             raise InputError(
                 f"{path}: is not of this script, and would be deleted with the folder; move it away, "
                 f"or {remedy}"
@@ -388,6 +389,7 @@ def saved_epochs(output_dir: Path, name: str) -> list[int]:
         if match:
             folder = epoch_folder(output_dir, name, int(match[1]))
             if match[2]:
+                check_name(folder, "--output_dir")
                 with locked(folder):
                     recover_folder(folder)
             if (folder / RUN_FILE).is_file():
