@@ -111,9 +111,9 @@ def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int]
 
 
 def epoch_folder(arguments: argparse.Namespace, epoch: int) -> Path:
-    from hopscotch_common import checkpoints
+    from hopscotch_common.checkpoints import epochs
 
-    return checkpoints.epoch_folder(arguments.output_dir, arguments.model.name, epoch)
+    return epochs.epoch_folder(arguments.output_dir, arguments.model.name, epoch)
 
 
 def export_folder(arguments: argparse.Namespace) -> Path:
@@ -143,23 +143,23 @@ def train(
     arguments: argparse.Namespace, blocks: list[int], parts: tuple[list, list], settings: dict, processes
 ) -> list[dict]:
     """Train epoch after epoch, or go on after the last that is there; what each of them recorded."""
-    from hopscotch_common import checkpoints
+    from hopscotch_common.checkpoints import epochs, folders
     from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
 
     runs, state = [], None
     if arguments.resume and processes.rank == 0:
-        runs = checkpoints.resumable_epochs(arguments.output_dir, arguments.model.name, settings)
+        runs = epochs.resumable_epochs(arguments.output_dir, arguments.model.name, settings)
         if runs:
-            state = checkpoints.load_training_state(epoch_folder(arguments, runs[-1]["epoch"]))
+            state = epochs.load_training_state(epoch_folder(arguments, runs[-1]["epoch"]))
     elif processes.rank == 0:
-        saved = checkpoints.saved_epochs(arguments.output_dir, arguments.model.name)
+        saved = epochs.saved_epochs(arguments.output_dir, arguments.model.name)
         if later := [epoch for epoch in saved if epoch >= arguments.num_epochs]:
             folder = epoch_folder(arguments, later[0])
             logger.warning("%s and later epochs there are of an earlier training, and stay", folder)
     runs, state = processes.gather((runs, state))[0]  # only rank 0's disk is sure to hold the epochs
     left = range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs)
     for number in left:
-        checkpoints.check_replaceable(epoch_folder(arguments, number))
+        folders.check_replaceable(epoch_folder(arguments, number))
     if not left:
         rate = runs[-1]["learning_rate"]
         if rate != arguments.learning_rate:
@@ -250,8 +250,9 @@ def final_report(arguments: argparse.Namespace, runs: list[dict]) -> dict:
 def checkpoint_figures(folder: Path) -> dict:
     """Where a checkpoint lies, its `weights`, and mean and deviation of its scales by layer."""
     from hopscotch_common import checkpoints, scales
+    from hopscotch_common.checkpoints import folders
 
-    needed = (folder / checkpoints.SCALES_FILE, folder / checkpoints.RUN_FILE)
+    needed = (folder / folders.SCALES_FILE, folder / folders.RUN_FILE)
     if not all(path.is_file() for path in needed):  # removed, to save space, while later epochs trained
         return {}
     spreads = {}

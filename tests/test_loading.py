@@ -196,6 +196,14 @@ def test_a_process_that_sees_one_gpu_takes_that(gpus, rank, place, monkeypatch):
     assert loader.resolve_device("auto") == torch.device("cuda", place)
 
 
+@pytest.mark.parametrize(
+    "device, capability, lacks", [("cuda", (7, 5), True), ("cuda", (8, 0), False), ("cpu", (0, 0), False)]
+)
+def test_gpus_from_before_bfloat16_are_known(device, capability, lacks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert loader.lacks_bfloat16(torch.device(device)) == lacks
+
+
 def test_flash_attention_in_float32_is_refused(base, monkeypatch):
     class Model:
         @staticmethod

@@ -17,7 +17,6 @@ epoch costs little more than a tokenizer, and deleting one, or replacing a file 
 import json
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,20 +26,21 @@ from transformers.utils import CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME
 
 from hopscotch_common import scales
 from hopscotch_common.checkpoints import card
-from hopscotch_common.errors import InputError, logger, reason_of
-from hopscotch_common.files import (
-    atomic_folder,
-    check_input,
-    check_name,
-    link_or_copy,
-    locked,
-    read_json,
-    recover_folder,
+from hopscotch_common.checkpoints.folders import (
+    OWN_FILES,
+    RUN_FILE,
+    SCALES_FILE,
+    SHARED_FILES,
+    STATE_FILE,
+    check_replaceable,
+    companions,
+    copy_companions,
 )
+from hopscotch_common.errors import InputError, reason_of
+from hopscotch_common.files import atomic_folder, check_input, link_or_copy, read_json
 from hopscotch_common.loading import loader, weights
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.loading.tokenization import check_copies, copy_tokenizer
-from hopscotch_common.log import check_settings
 from hopscotch_common.scales import modeling_hopscotch
 from hopscotch_common.scales.modeling_hopscotch import (
     FAMILIES,
@@ -50,29 +50,7 @@ from hopscotch_common.scales.modeling_hopscotch import (
     stock_type,
 )
 
-SCALES_FILE = "scales.safetensors"
-STATE_FILE = "training_state.safetensors"
-RUN_FILE = "hopscotch.json"
-OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, card.CARD_FILE)  # of each checkpoint
-SHARED_FILES = "base-*.safetensors"
-# Left by `hf download --local-dir`, the hub, macOS, notebooks, file servers and Windows.
-HARMLESS = (".cache", ".gitattributes", ".DS_Store", "._*", ".ipynb_checkpoints", ".nfs*", "Thumbs.db")
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
-# Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
-COMPANION_FILES = (
-    GENERATION_CONFIG_NAME,
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*.json",
-    "vocab*.txt",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def is_skipped_weight(key: str, config) -> bool:
@@ -132,14 +110,13 @@ def has_weights(folder: Path) -> bool:
 
 def check_base(base: ModelRef, config) -> None:
     """Raise InputError now where a model's checkpoint could not be loaded, or would read text otherwise."""
-    quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") == "torchao":
+    if loader.quantized_by(config) == "torchao":
         raise InputError(
             f"{base.source}: its weights are quantised by torchao, which loads them from whole files only, "
             "not from a checkpoint's; give the model that it was made of (--quantization trains over "
             "quantised weights)"
         )
-    for path in _companions(base.folder()):
+    for path in companions(base.folder()):
         check_input(path, "make it readable, or give another model")
     check_copies(base)
 
@@ -184,16 +161,6 @@ def _write_base(
     return {"weights": counts, "tokenizer": tokenizer}
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence from a model folder."""
-    for path in _companions(source):
-        shutil.copyfile(path, target / path.name)
-
-
-def _companions(folder: Path) -> list[Path]:
-    return [path for pattern in COMPANION_FILES for path in folder.glob(pattern) if path.is_file()]
-
-
 def _keep_generation_parameters(source: Path, target: Path) -> None:
     """Write what a model's config.json alone says of generation, which is not saved in a config any more."""
     own, saved = (
@@ -203,37 +170,6 @@ def _keep_generation_parameters(source: Path, target: Path) -> None:
     if not (target / GENERATION_CONFIG_NAME).exists() and own != saved:
         own._from_model_config = None
         own.to_json_file(target / GENERATION_CONFIG_NAME)  # save_pretrained would refuse what loads
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raise InputError unless a checkpoint may be written there: a new folder, or an earlier one's."""
-    check_name(folder, "--output_dir")
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if (folder.exists() or folder.is_symlink()) and not empty and not (folder / RUN_FILE).is_file():
-        raise InputError(f"{folder} exists and is not a checkpoint of ours: name another --output_dir")
-    own = ("config.json", modeling_hopscotch.CODE.name, weights.INDEX_FILE, SHARED_FILES, *OWN_FILES)
-    check_only(folder, own, "name another --output_dir")
-
-
-def check_only(folder: Path, own: Iterable[str], remedy: str) -> None:
-    """Raise InputError, naming one, where a folder holds what would be lost if it were written again.
-
-    own: patterns of files that are written there, besides a tokenizer's and the other COMPANION_FILES.
-    """
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        known = any(path.match(pattern) for pattern in (*own, *COMPANION_FILES)) and path.is_file()
-        if not (known or any(path.match(pattern) for pattern in HARMLESS) or holds_templates(path)):
-            raise InputError(
-                f"{path}: is not of this script, and would be deleted with the folder; move it away, "
-                f"or {remedy}"
-            )
-
-
-def holds_templates(folder: Path) -> bool:
-    """Whether a folder is where transformers keeps a tokenizer's further chat templates, and nothing else."""
-    if folder.name != CHAT_TEMPLATE_DIR or not folder.is_dir():
-        return False
-    return all(path.suffix == ".jinja" and not path.is_symlink() for path in folder.iterdir())
 
 
 def read_run(folder: Path) -> dict:
@@ -295,23 +231,6 @@ def load_maps(folder: Path, config=None) -> dict[str, torch.Tensor]:
     return maps
 
 
-def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
-    """What training goes on from (`ScaleState`); InputError where it is none.
-
-    "scale_state", [4, layers, width], and the same four of each map that trains, by its key.
-    """
-    remedy = "so training cannot resume from it; train anew into another --output_dir"
-    if not (folder / STATE_FILE).is_file():
-        raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
-    state = weights.read_tensors(folder / STATE_FILE)
-    wanted = {"scale_state": load_scales(folder)} | load_maps(folder)
-    shapes = {key: (4, *tensor.shape) for key, tensor in wanted.items()}
-    finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
-    if {key: tuple(tensor.shape) for key, tensor in state.items()} != shapes or not finite:
-        raise InputError(f"{folder / STATE_FILE}: not finite numbers for each of the scales, {remedy}")
-    return state
-
-
 def checkpoint_config(folder: Path):
     """The Hopscotch config of a checkpoint, or of a folder that the original system wrote.
 
@@ -367,55 +286,3 @@ def load_checkpoint(folder: Path, **options):
     scales.restore(model, values)  # a scale that is missing would have been 1
     scales.freeze_base(model)
     return model
-
-
-# Epochs of one training, beside one another in a folder
-
-
-def epoch_folder(output_dir: Path, name: str, epoch: int) -> Path:
-    """Where the checkpoint of an epoch lies."""
-    return output_dir / f"{name}_scaled_epoch_{epoch}"
-
-
-def saved_epochs(output_dir: Path, name: str) -> list[int]:
-    """Numbers of the epochs that a folder holds, in order.
-
-    What a killed run had moved away is put back, and its locks go. InputError where a run is writing there.
-    """
-    pattern = re.compile(rf"\.?{re.escape(name)}_scaled_epoch_(\d+)(\.old|\.lock)?")
-    found = set()
-    for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else []:
-        match = pattern.fullmatch(path.name)
-        if match:
-            folder = epoch_folder(output_dir, name, int(match[1]))
-            if match[2]:
-                check_name(folder, "--output_dir")
-                with locked(folder):
-                    recover_folder(folder)
-            if (folder / RUN_FILE).is_file():
-                found.add(int(match[1]))
-    return sorted(found)
-
-
-def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
-    """What the epochs there recorded, in order; InputError unless they have this training's settings.
-
-    Each goes on from the one before: epochs that an earlier training left behind these are left out.
-    """
-    runs = []
-    for epoch in saved_epochs(output_dir, name):
-        folder = epoch_folder(output_dir, name, epoch)
-        run = read_run(folder)
-        if (
-            run.get("epoch") != epoch
-            or not isinstance(run.get("settings"), dict)
-            or not {"held_out", "loss", "weights", "learning_rates"} <= run.keys()
-        ):
-            raise InputError(f"--resume: {folder} is not an epoch of this script; name another --output_dir")
-        check_settings(run["settings"], settings, f"--resume: {folder}", "name another --output_dir")
-        before = runs[-1]["learning_rates"] if runs else []
-        if run["learning_rates"][: len(before)] != before:
-            logger.warning("%s and later epochs there are of an earlier training: not gone on with", folder)
-            break
-        runs.append(run)
-    return runs

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from hopscotch_common import cli
-from hopscotch_common.checkpoints import SCALES_FILE, STATE_FILE, holds_templates, read_checkpoint, read_run
+from hopscotch_common.checkpoints import read_checkpoint, read_run
+from hopscotch_common.checkpoints.folders import SCALES_FILE, STATE_FILE, holds_templates
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.tokenization import check_tokens

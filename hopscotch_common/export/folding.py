@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from hopscotch_common import checkpoints
+from hopscotch_common.checkpoints.folders import SCALES_FILE
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import weights
 from hopscotch_common.loading.loader import load_whole
@@ -324,7 +325,7 @@ def shapes_of(model) -> dict[str, torch.Size]:
 
 def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> None:
     """Fold the weights, file by file: one file of the checkpoint is in memory at a time."""
-    sources = [p for p in weights.weight_files(checkpoint) if p.name != checkpoints.SCALES_FILE]
+    sources = [p for p in weights.weight_files(checkpoint) if p.name != SCALES_FILE]
     family = target.folding.family
     beside = f".{family.norm_before_mlp or family.norm_after_mlp}.weight"  # every layer has one
     for number, path in enumerate(sources, 1):

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files, scales
-from hopscotch_common.checkpoints import card
+from hopscotch_common.checkpoints import card, folders
 from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger
 from hopscotch_common.export import decilm, folding
 from hopscotch_common.loading import weights
@@ -85,7 +85,7 @@ def check_export_folder(output: Path) -> None:
         raise InputError(f"{output} exists and is not an earlier export: name another, or move it away")
     own = ("config.json", "model.safetensors", "model-*-of-*.safetensors", weights.INDEX_FILE)
     own += (decilm.CODE.name, card.CARD_FILE, REPORT_FILE)
-    checkpoints.check_only(output, own, "name another folder")
+    folders.check_only(output, own, "name another folder")
 
 
 def export_checkpoint(
@@ -107,10 +107,9 @@ def export_checkpoint(
     config, values = checkpoints.read_checkpoint(checkpoint)
     if without_maps and not config.replacement_rank:
         raise InputError(f"{checkpoint}: has no maps; leave --without_maps out")
-    run = checkpoints.read_run(checkpoint) if (checkpoint / checkpoints.RUN_FILE).is_file() else {}
+    run = checkpoints.read_run(checkpoint) if (checkpoint / folders.RUN_FILE).is_file() else {}
     check_export_folder(output)
-    if output.absolute().parent.resolve().is_relative_to(checkpoint.resolve()):
-        raise InputError(f"--output {output}: lies in the checkpoint; name a folder elsewhere")
+    folders.check_outside(output, checkpoint)
     maps = {} if without_maps else checkpoints.load_maps(checkpoint, config)
     _check_format(format, config, scales.rank_of(maps))
     if config.dtype is None:
@@ -118,7 +117,7 @@ def export_checkpoint(
     if weights.has_own_head(checkpoint):
         config.tie_word_embeddings = False  # else the export would have one matrix for both
     with files.atomic_folder(output) as folder:
-        checkpoints.copy_companions(checkpoint, folder)
+        folders.copy_companions(checkpoint, folder)
         target = FORMATS[format].prepare(folder, config, values, maps)
         folding.write_weights(checkpoint, folder, config, target)
         copy_tokenizer(checkpoint, folder, wanted=run.get("tokenizer"))

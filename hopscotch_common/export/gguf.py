@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFEndian, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from hopscotch_common import checkpoints
+from hopscotch_common.checkpoints.folders import check_outside
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export.folding import (
     Folding,
@@ -84,8 +85,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
 def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None:
     """Raise InputError unless `output` is a new file, or an earlier GGUF that is no input."""
     check_output(output, "--output", [folded_gguf])
-    if output.absolute().parent.resolve().is_relative_to(checkpoint.resolve()):
-        raise InputError(f"--output {output}: lies in the checkpoint; name a file elsewhere")
+    check_outside(output, checkpoint)
     if output.exists() and output.open("rb").read(4) != b"GGUF":
         raise InputError(f"--output {output}: exists and is no GGUF; name another file")
 

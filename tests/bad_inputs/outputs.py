@@ -194,7 +194,7 @@ CASES = [
         ("is the checkpoint", NOT_AN_EXPORT, f"--output {CHECKPOINT}"),
         (
             "below the checkpoint",
-            "lies in the checkpoint; name a folder",
+            "lies in the checkpoint; name a place",
             f"--output {CHECKPOINT}/new/folded",
         ),
         ("this folder", "--output .: is a folder without a name", "--output ."),
@@ -225,7 +225,7 @@ CASES = [
         ),
         (
             "GGUF below the checkpoint",
-            "lies in the checkpoint; name a file",
+            "lies in the checkpoint; name a place",
             f"--output {CHECKPOINT}/new/x.gguf",
         ),
         ("GGUF over the data", "data.jsonl", "--output data.jsonl"),

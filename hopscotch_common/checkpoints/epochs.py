@@ -1,0 +1,79 @@
+"""Epochs of one training, checkpoints beside one another in a folder: found, and gone on with."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from hopscotch_common.checkpoints import load_maps, load_scales, read_run
+from hopscotch_common.checkpoints.folders import RUN_FILE, STATE_FILE
+from hopscotch_common.errors import InputError, logger
+from hopscotch_common.files import check_name, locked, recover_folder
+from hopscotch_common.loading import weights
+from hopscotch_common.log import check_settings
+
+
+def epoch_folder(output_dir: Path, name: str, epoch: int) -> Path:
+    """Where the checkpoint of an epoch lies."""
+    return output_dir / f"{name}_scaled_epoch_{epoch}"
+
+
+def saved_epochs(output_dir: Path, name: str) -> list[int]:
+    """Numbers of the epochs that a folder holds, in order.
+
+    What a killed run had moved away is put back, and its locks go. InputError where a run is writing there.
+    """
+    pattern = re.compile(rf"\.?{re.escape(name)}_scaled_epoch_(\d+)(\.old|\.lock)?")
+    found = set()
+    for path in sorted(output_dir.iterdir()) if output_dir.is_dir() else []:
+        match = pattern.fullmatch(path.name)
+        if match:
+            folder = epoch_folder(output_dir, name, int(match[1]))
+            if match[2]:
+                check_name(folder, "--output_dir")
+                with locked(folder):
+                    recover_folder(folder)
+            if (folder / RUN_FILE).is_file():
+                found.add(int(match[1]))
+    return sorted(found)
+
+
+def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
+    """What the epochs there recorded, in order; InputError unless they have this training's settings.
+
+    Each goes on from the one before: epochs that an earlier training left behind these are left out.
+    """
+    runs = []
+    for epoch in saved_epochs(output_dir, name):
+        folder = epoch_folder(output_dir, name, epoch)
+        run = read_run(folder)
+        if (
+            run.get("epoch") != epoch
+            or not isinstance(run.get("settings"), dict)
+            or not {"held_out", "loss", "weights", "learning_rates"} <= run.keys()
+        ):
+            raise InputError(f"--resume: {folder} is not an epoch of this script; name another --output_dir")
+        check_settings(run["settings"], settings, f"--resume: {folder}", "name another --output_dir")
+        before = runs[-1]["learning_rates"] if runs else []
+        if run["learning_rates"][: len(before)] != before:
+            logger.warning("%s and later epochs there are of an earlier training: not gone on with", folder)
+            break
+        runs.append(run)
+    return runs
+
+
+def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
+    """What training goes on from (`ScaleState`); InputError where it is none.
+
+    "scale_state", [4, layers, width], and the same four of each map that trains, by its key.
+    """
+    remedy = "so training cannot resume from it; train anew into another --output_dir"
+    if not (folder / STATE_FILE).is_file():
+        raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
+    state = weights.read_tensors(folder / STATE_FILE)
+    wanted = {"scale_state": load_scales(folder)} | load_maps(folder)
+    shapes = {key: (4, *tensor.shape) for key, tensor in wanted.items()}
+    finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
+    if {key: tuple(tensor.shape) for key, tensor in state.items()} != shapes or not finite:
+        raise InputError(f"{folder / STATE_FILE}: not finite numbers for each of the scales, {remedy}")
+    return state

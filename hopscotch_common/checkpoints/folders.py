@@ -1,0 +1,84 @@
+"""Which files the folder of a checkpoint or an export holds, and whether it may be written again."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers.utils import CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME
+
+from hopscotch_common.checkpoints.card import CARD_FILE
+from hopscotch_common.errors import InputError
+from hopscotch_common.files import check_name
+from hopscotch_common.loading.weights import INDEX_FILE
+from hopscotch_common.scales.modeling_hopscotch import CODE
+
+SCALES_FILE = "scales.safetensors"
+STATE_FILE = "training_state.safetensors"
+RUN_FILE = "hopscotch.json"
+OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, CARD_FILE)  # of each checkpoint
+SHARED_FILES = "base-*.safetensors"
+# Left by `hf download --local-dir`, the hub, macOS, notebooks, file servers and Windows.
+HARMLESS = (".cache", ".gitattributes", ".DS_Store", "._*", ".ipynb_checkpoints", ".nfs*", "Thumbs.db")
+# Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
+COMPANION_FILES = (
+    GENERATION_CONFIG_NAME,
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licence from a model folder."""
+    for path in companions(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def companions(folder: Path) -> list[Path]:
+    """A model folder's files besides config, code and weights."""
+    return [path for pattern in COMPANION_FILES for path in folder.glob(pattern) if path.is_file()]
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise InputError unless a checkpoint may be written there: a new folder, or an earlier one's."""
+    check_name(folder, "--output_dir")
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if (folder.exists() or folder.is_symlink()) and not empty and not (folder / RUN_FILE).is_file():
+        raise InputError(f"{folder} exists and is not a checkpoint of ours: name another --output_dir")
+    own = ("config.json", CODE.name, INDEX_FILE, SHARED_FILES, *OWN_FILES)
+    check_only(folder, own, "name another --output_dir")
+
+
+def check_only(folder: Path, own: Iterable[str], remedy: str) -> None:
+    """Raise InputError, naming one, where a folder holds what would be lost if it were written again.
+
+    own: patterns of files that are written there, besides a tokenizer's and the other COMPANION_FILES.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        known = any(path.match(pattern) for pattern in (*own, *COMPANION_FILES)) and path.is_file()
+        if not (known or any(path.match(pattern) for pattern in HARMLESS) or holds_templates(path)):
+            raise InputError(
+                f"{path}: is not of this script, and would be deleted with the folder; move it away, "
+                f"or {remedy}"
+            )
+
+
+def holds_templates(folder: Path) -> bool:
+    """Whether a folder is where transformers keeps a tokenizer's further chat templates, and nothing else."""
+    if folder.name != CHAT_TEMPLATE_DIR or not folder.is_dir():
+        return False
+    return all(path.suffix == ".jinja" and not path.is_symlink() for path in folder.iterdir())
+
+
+def check_outside(output: Path, checkpoint: Path) -> None:
+    """Raise InputError for an export's output within the checkpoint's own folder."""
+    if output.absolute().parent.resolve().is_relative_to(checkpoint.resolve()):
+        raise InputError(f"--output {output}: lies in the checkpoint; name a place elsewhere")
