@@ -184,7 +184,7 @@ def train(
     trained.start(before)
     trains, all_in = model.num_parameters(only_trainable=True), model.num_parameters()
     counts = (trains, all_in - trains, blocks, processes.count)
-    logger.info("%d scales train, %d weights are frozen; blocks skipped: %s; %d process(es)", *counts)
+    logger.info("%d parameters train, %d are frozen; blocks skipped: %s; %d process(es)", *counts)
     for number in left:
         epoch = trained.epoch(number)
         run = {
