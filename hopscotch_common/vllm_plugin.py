@@ -60,10 +60,11 @@ def family_obstacle(config) -> str | None:
         )
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4":
         return f"{family}: vLLM's Transformers backend has no MXFP4"
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope in ("longrope", "dynamic"):
         return (
-            f"{family}: longrope turns positions by the longest text of a batch, which vLLM cannot compile, "
-            "and which without compiling changes the texts beside it"
+            f"{family}: its rope ({rope}) turns positions by the longest text of a batch, which vLLM cannot "
+            "compile, and which without compiling changes the texts beside it"
         )
     return None
 
@@ -141,6 +142,11 @@ class AttentionWhereItIs:
         if present != set(self.attention_fusers):
             lost = sorted(present ^ set(self.attention_fusers))
             raise ValueError(f"vLLM finds no attention, or one too many, in layers {lost}")
+        if not present:
+            raise ValueError(
+                "a pipeline stage has no attention block left, which vLLM's cache cannot represent: set "
+                "VLLM_PP_LAYER_PARTITION so that each stage has one, or lower --pipeline-parallel-size"
+            )
         config, types = self.text_config, attention_types(self.text_config)
         for index, (name, fuser) in self.attention_fusers.items():
             module = self.get_submodule(name)

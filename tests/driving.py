@@ -203,6 +203,8 @@ def launch(folder: Path, command: Sequence, processes: int) -> str:
         port = free.getsockname()[1]
     sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     world = sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # as a user's accelerate configuration has it, with which transformers loads weights on one process only
+    world |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     numbers = map(str, range(processes))
     ranks = [start(folder, *command, env=world | {"RANK": n, "LOCAL_RANK": n}) for n in numbers]
     ends = [running.wait() for running in ranks]

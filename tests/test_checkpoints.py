@@ -196,15 +196,29 @@ def test_only_what_a_checkpoint_needs_travels_along(tiny_folder, tmp_path):
     assert "license_link: LICENSE.txt" in (tmp_path / "ckpt" / "README.md").read_text()
 
 
-def test_a_model_saved_again_in_its_place_keeps_its_new_scales(tiny_folder, tmp_path):
+def test_a_model_saved_again_wants_a_new_folder(tiny_folder, tmp_path):
+    """In the old one its index would stay, by which vLLM would go on with the weights of before."""
     save(tmp_path / "c", tiny_folder())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "c", trust_remote_code=True)
+    with pytest.raises(ValueError, match="holds a checkpoint with scales.safetensors; name a new folder"):
+        model.save_pretrained(tmp_path / "c")
+    verify(tmp_path / "c")
     with torch.no_grad():
         model.model.layers[0].s_scale_mlp.fill_(3.0)
-    model.save_pretrained(tmp_path / "c")  # scales.safetensors stays, and is not read any more
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "c", trust_remote_code=True)
-    ours = checkpoints.load_checkpoint(tmp_path / "c")
+    for _ in range(2):  # into a new folder, and into the same again
+        model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    ours = checkpoints.load_checkpoint(tmp_path / "again")
     assert again.model.layers[0].s_scale_mlp == ours.model.layers[0].s_scale_mlp == 3
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+def test_a_cast_model_keeps_its_scales_exact(tiny_folder, tmp_path, cast):
+    values = save(tmp_path / "c", tiny_folder())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "c", trust_remote_code=True)
+    getattr(model, cast)().save_pretrained(tmp_path / "cast")
+    assert model.lm_head.weight.dtype.itemsize == 2
+    assert torch.equal(checkpoints.load_scales(tmp_path / "cast"), values)
 
 
 def test_the_code_is_uploaded_with_a_model(tiny_folder, tmp_path, monkeypatch):

@@ -129,8 +129,9 @@ def test_a_model_is_one_graph(family_folder, family):
     model = skipping_model(family_folder(family), family, skipped)
     compiled = torch.compile(model.model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        found = compiled(IDS, use_cache=False).last_hidden_state
-        assert_close(found, model.model(IDS, use_cache=False).last_hidden_state)
+        for use_cache in (False, True):
+            found = compiled(IDS, use_cache=use_cache).last_hidden_state
+            assert_close(found, model.model(IDS, use_cache=use_cache).last_hidden_state)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -139,6 +140,7 @@ def test_untrained_equals_stock_bit_for_bit(family_folder, family):
     for dtype in ("float32", "bfloat16"):
         stock = stock_model(folder, family, dtype=dtype)
         ours = load_model(model_ref(str(folder)), dtype=dtype, device="cpu")
+        assert ours.config._experts_implementation == stock.config._experts_implementation
         assert all(scale.dtype == torch.float32 for _, scale in scales.named_scales(ours))
         logits = ours(IDS, attention_mask=MASK).logits
         assert torch.equal(logits, stock(IDS, attention_mask=MASK).logits)

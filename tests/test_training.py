@@ -399,7 +399,10 @@ def test_a_single_answer_that_does_not_fit_is_named(tiny_folder):
     "text",
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "CUDA error: out of memory",  # torch's AcceleratorError, of pinned memory for one
+        "CUDA driver error: out of memory",  # with expandable segments
+        "Triton Error [CUDA]: out of memory",
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
     ],
 )

@@ -16,7 +16,13 @@ from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory
 from hopscotch_common.loading.loader import device_map, load_whole, resolve_device
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.loading.weights import stored_dtype
-from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, head_dim_of, stock_type
+from hopscotch_common.scales.modeling_hopscotch import (
+    FAMILIES,
+    PREFIX,
+    attention_types,
+    head_dim_of,
+    stock_type,
+)
 
 PLUGINS = "vllm.general_plugins"  # the entry points that vLLM loads
 
@@ -256,6 +262,8 @@ def _cpu_settings(config, dtype: str, options: EngineOptions, longest: int) -> d
     # a process of its own for the engine would take one of few cores from it
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     tokens = max(options.max_tokens_per_batch, longest + 256)
+    if len(set(attention_types(config))) > 1:
+        tokens += tokens // 4  # vLLM caches each kind in groups of equally many layers, and fills them up
     return {
         # by default nearly all memory of the machine; VLLM_CPU_KVCACHE_SPACE (GiB) overrides it
         "kv_cache_memory_bytes": tokens * kv_bytes_per_token(config, dtype),

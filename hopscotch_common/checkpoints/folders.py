@@ -10,9 +10,8 @@ from hopscotch_common.checkpoints.card import CARD_FILE
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import check_name
 from hopscotch_common.loading.weights import INDEX_FILE
-from hopscotch_common.scales.modeling_hopscotch import CODE
+from hopscotch_common.scales.modeling_hopscotch import CODE, SCALES_FILE
 
-SCALES_FILE = "scales.safetensors"
 STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, CARD_FILE)  # of each checkpoint

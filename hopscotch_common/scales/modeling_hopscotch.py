@@ -36,6 +36,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 CODE = Path(__file__)
+SCALES_FILE = "scales.safetensors"  # beside the weights in a checkpoint of the scripts
 PREFIX = "hopscotch_"  # of the model types
 CLASS_PREFIX = "Hopscotch"
 SCALE_NAMES = ("b_scale_attn", "s_scale_attn", "b_scale_mlp", "s_scale_mlp")
@@ -193,6 +194,17 @@ class ScaledDecoderLayer:
             for name in self.family.skipped_modules(bool(rank)):
                 delattr(self, name)
 
+    def _apply(self, fn, recurse=True):
+        """As the stock layer, but scales and maps stay float32 where `model.to(torch.bfloat16)` casts."""
+        own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
+        exact = {name: tensor.detach() for name, tensor in own.items()}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            now = getattr(self, name)
+            if now.dtype.itemsize < before.dtype.itemsize:
+                now.data = before.to(now.device)
+        return self
+
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """One decoder layer. hidden_states: [batch, sequence, hidden]; kwargs go to attention."""
         stream = self.after_attention(hidden_states, **kwargs)
@@ -268,7 +280,7 @@ class HopscotchConfig:
         """The config or, where caches are made by it (`decoder`), a view of the layers that keep anything."""
         if not decoder or self.in_vllm_plugin or not self._uncached():
             return super().get_text_config(decoder=decoder, **options)
-        view = object.__new__(cached_layers_config(type(self)))
+        view = object.__new__(type(self).cached_layers)
         view.__dict__ = self.__dict__  # what is set in the one is set in the other
         return view
 
@@ -296,7 +308,6 @@ class HopscotchConfig:
         return values
 
 
-@functools.cache
 def cached_layers_config(config_class: type) -> type:
     """A config class whose layers are those of another one's that have a slot in the cache.
 
@@ -325,6 +336,12 @@ class HopscotchPreTrained:
     """What base model and causal LM share: how their scales are kept and read."""
 
     _keep_in_fp32_modules_strict = SCALE_NAMES + REPLACEMENT_NAMES
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the stock class; ValueError for the folder of a checkpoint, whose index and scales would stay."""
+        if (Path(save_directory) / SCALES_FILE).is_file():
+            raise ValueError(f"{save_directory}: holds a checkpoint with {SCALES_FILE}; name a new folder")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module):
         """Raises ValueError for weights without scales, unless `config.new_scales` expects just that."""
@@ -359,8 +376,9 @@ class HopscotchModel(HopscotchPreTrained):
         config = self.config
         if config._attn_implementation == "vllm" and not config.in_vllm_plugin:
             raise ValueError(
-                "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed or not "
-                "loaded (see VLLM_PLUGINS): run `pip install --no-deps .` in the project's folder"
+                "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed, not loaded "
+                "(see VLLM_PLUGINS) or passed over (by --model-impl: leave it out): run `pip install --no-deps "
+                ".` in the project's folder"
             )
         if config.scale_granularity not in GRANULARITIES:
             raise ValueError(f"scale_granularity {config.scale_granularity!r}: one of {GRANULARITIES}")
@@ -486,7 +504,9 @@ def family_config(model_type: str) -> type:
     kinds = {"skipped_attention_blocks": list[int] | None, "scale_granularity": str, "replacement_rank": int}
     defaults = {"skipped_attention_blocks": None, "scale_granularity": "layer", "replacement_rank": 0}
     members = {"__annotations__": kinds, "model_type": PREFIX + model_type, **defaults}
-    return type(f"{CLASS_PREFIX}{stock.__name__}", (HopscotchConfig, stock), members)
+    made = type(f"{CLASS_PREFIX}{stock.__name__}", (HopscotchConfig, stock), members)
+    made.cached_layers = cached_layers_config(made)  # here, as torch.compile traces no making of classes
+    return made
 
 
 @functools.cache
@@ -495,6 +515,8 @@ def family_classes(model_type: str) -> tuple[type, type, type]:
     family, config = FAMILIES[model_type], family_config(model_type)
     stock_base, stock_causal = (getattr(transformers, name) for name in stock_names(model_type)[1:])
     members = {"family": family, "config_class": config}
+    # transformers looks for it in the source of a class's own module; without it experts run one by one
+    members["_can_set_experts_implementation_cached_value"] = stock_causal._can_set_experts_implementation()
     if family.caps_attention:
         members["_supports_sdpa"] = False
     base = type(f"{CLASS_PREFIX}{stock_base.__name__}", (HopscotchModel, stock_base), members)

@@ -14,8 +14,9 @@ from accelerate.utils import gather_object
 from hopscotch_common.errors import HopscotchError, InputError, reason_of
 from hopscotch_common.loading.loader import resolve_device
 
-# All processes of a round have about as much to do, so one that is so late hangs.
-TIMEOUT = timedelta(hours=2)
+# One process may wait for another's whole epoch, as where its own candidate diverged in the first batch. One
+# that ends does not make the others wait: its connections close.
+TIMEOUT = timedelta(days=1)
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes, in place
 
@@ -97,6 +98,8 @@ def join_processes(device: str) -> Iterator[Processes]:
     that talk becomes a HopscotchError: mostly another process ended, and says why itself.
     """
     check_launch(device)
+    for sharding in ("FSDP", "DEEPSPEED"):  # of the user's accelerate configuration, for other trainings:
+        os.environ[f"ACCELERATE_USE_{sharding}"] = "false"  # transformers would give all but rank 0 zeros
     place = resolve_device(device)
     state = PartialState(cpu=place is not None and place.type == "cpu", timeout=TIMEOUT)
     if state.num_processes == 1:
