@@ -35,6 +35,7 @@ THINKING = EACH.format(
     "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n",
     "<|im_start|>assistant\n",
 )
+OPENED = THINKING.removesuffix("{% endif %}") + "<think>\n{% endif %}"  # by the generation prompt
 ENDLESS = EACH.format("{{ m.role }}: {{ m.content }}\n", "assistant: ")
 # template -> (what ends generation, what a turn adds before and behind its content, turn of the prompt)
 SHAPES = {
@@ -108,17 +109,21 @@ def test_earlier_turns_with_reasoning_count_as_they_were_said():
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("template", "message", "said"),
     [
-        ({"content": "\n <think>\nfoo\n</think>\n\nbar"}, "<think>\nfoo\n</think>\n\nbar"),
+        (THINKING, {"content": "\n <think>\nfoo\n</think>\n\nbar"}, "<think>\nfoo\n</think>\n\nbar"),
         (
+            THINKING,
             {"content": "It ends with </think>", "reasoning_content": "foo"},
             "<think>\nfoo\n</think>\n\nIt ends with </think>",
         ),
+        (THINKING, {"content": "The tag </think> ends it."}, "The tag </think> ends it."),
+        (OPENED, {"content": "foo</think>bar"}, "foo\n</think>\n\nbar"),
+        (OPENED, {"content": "A <think> and a </think>."}, "A <think> and a </think>."),
     ],
 )
-def test_reasoning_is_set_apart_once(message, said):
-    tokenizer = tokenizer_of(THINKING, False)
+def test_reasoning_is_set_apart_once_and_only_where_it_is_a_thought(template, message, said):
+    tokenizer = tokenizer_of(template, False)
     record = {"messages": [ASKED, {"role": "assistant", **message}]}
     (sample,) = samples_of(("here", record), tokenizer, set(tokenizer.encode("<|im_end|>")))
     counted = [token for token in sample["labels"] if token != -100]
@@ -207,6 +212,13 @@ def test_a_conversation_that_the_answer_changes_is_refused():
     twice = [ASKED, {"role": "assistant", "content": "Let me see."}, ANSWERED]
     with pytest.raises(InputError, match="^here: .* writes what stands before answer 2 otherwise .*; join"):
         samples_of(("here", {"messages": twice}), tokenizer, set(tokenizer.encode("<|im_end|>")))
+
+
+def test_a_question_may_be_a_part_of_the_generation_prompt():
+    tokenizer = tokenizer_of(OPENED, False)
+    record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}]}
+    (sample,) = samples_of(("here", record), tokenizer, set(tokenizer.encode("<|im_end|>")))
+    assert tokenizer.decode([token for token in sample["labels"] if token != -100]) == "Hello!<|im_end|>"
 
 
 def test_a_plain_conversation_is_rendered_no_more_often_than_it_takes(monkeypatch):

@@ -39,13 +39,18 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
         text = whole if last else render(tokenizer, messages[: index + 1], where)
         before = render(tokenizer, messages[:index], where, add_generation_prompt=True)
         encoded = encode(text)
-        start = len(before) if text.startswith(before) else _first_difference(encode(before), encoded)
-        asked = messages[index - 1]["content"].strip()
-        if start < before.rfind(asked) + len(asked):
-            raise InputError(
-                f"{where}: the model's chat template writes what stands before answer {index + 1} otherwise "
-                "once the answer stands there; join messages that follow one another, or leave it out"
-            )
+        start = len(before)
+        if not text.startswith(before):
+            start = _first_difference(encode(before), encoded)
+            # Without the generation prompt, where a short question may stand as well: "hi" in "<think>".
+            read = os.path.commonprefix([before, render(tokenizer, messages[:index], where)])
+            asked = messages[index - 1]["content"].strip()
+            if start < read.rfind(asked) + len(asked):
+                raise InputError(
+                    f"{where}: the model's chat template writes what stands before answer {index + 1} "
+                    "otherwise once the answer stands there; join messages that follow one another, or "
+                    "leave it out"
+                )
         reasoning = (message.get("reasoning_content") or "").strip()
         place = text.find(reasoning, start)
         behind = start if place < 0 else place + len(reasoning)  # where the answer may stand as well
@@ -152,11 +157,19 @@ def _sample(encoded, spans: list[tuple[int, int]]) -> dict:
 
 
 def split_reasoning(message: dict, tokenizer) -> dict:
-    """An answer's <think> part as `reasoning_content`, for chat templates that tell the two apart."""
+    """An answer's <think> part as `reasoning_content`, for chat templates that tell the two apart.
+
+    One that opens no thought has none, unless the generation prompt opens it.
+    """
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return message
     head, end, answer = message["content"].partition("</think>")
     if not end or "reasoning_content" not in tokenizer.chat_template:
         return message
+    if not head.lstrip().startswith("<think>"):
+        asked = [{"role": "user", "content": "?"}]
+        prompt = render(tokenizer, asked, "a question", add_generation_prompt=True)
+        if "<think>" in head or not prompt.rstrip().endswith("<think>"):
+            return message
     reasoning = head.lstrip().removeprefix("<think>").strip("\n")
     return message | {"content": answer.lstrip("\n"), "reasoning_content": reasoning}
