@@ -39,6 +39,10 @@ RECORDS = [
         [{"role": "user", "content": "Add\n\n1, 1"}, SAID],
     ),
     ({"instruction": "1 + 1?", "input": "", "output": "2"}, BOTH),
+    ({"instruction": "Add", "context": "1, 1"}, [{"role": "user", "content": "Add\n\n1, 1"}]),
+    ({"question": "How many?", "context": "1, 1"}, [{"role": "user", "content": "How many?\n\n1, 1"}]),
+    ({"question": "1 + 1?", "answer": "2", "context": " ", "choices": [], "image": None}, BOTH),
+    ({"system_prompt": "Be brief.", "question": "1 + 1?"}, [SYSTEM, ASKED]),
     ({"instruction": None, "input": "1 + 1?", "output": "2"}, BOTH),
     ({"instruction": " ", "input": "1 + 1?", "output": "2"}, BOTH),
     ({"instruction": [SYSTEM, ASKED], "input": " "}, [SYSTEM, ASKED]),
@@ -54,6 +58,7 @@ def test_forms_of_records(record, messages):
 
 def test_a_field_of_another_name():
     assert messages_of({"problem": "1 + 1?", "answer": "2"}, "here", "problem") == [ASKED]
+    assert messages_of({"history": [ASKED, SAID]}, "here", "history") == BOTH
     with pytest.raises(InputError, match="here: has no 'task', only 'problem'"):
         messages_of({"problem": "1 + 1?"}, "here", "task")
 
@@ -68,6 +73,14 @@ def test_a_field_of_another_name():
         ({"messages": [{**ASKED, "unmask": True}]}, "the user message has 'unmask'"),
         ({"messages": BOTH, "unmask": True}, "has 'unmask'"),
         ({"messages": BOTH, "tools": [{"name": "f"}]}, "has 'tools'"),
+        ({"instruction": "And 2?", "history": [["1 + 1?", "2"]]}, "has 'history'"),
+        ({"question": "Which?", "choices": ["2", "3"], "answer": 0}, "has 'choices'"),
+        ({"messages": BOTH, "images": ["a.png"]}, "has 'images', .*only text is read"),
+        ({"question": "1 + 1?", "context": {"title": ["x"]}}, "'question' and 'context' must both be text"),
+        ({"prompt": '[{"role": "user", "content": "?"}]'}, "'prompt' holds messages written as text; give"),
+        ({"prompt": "[{'content': '?', 'role': 'user'}]"}, "messages written as text"),
+        ({"question": "[ {'from': 'human', 'value': '?'}]"}, "messages written as text"),
+        ({"conversations": [{"from": ["human"], "value": "?"}]}, "each message needs a 'role'"),
         (
             {"prompt": "?", "chat_template_kwargs": {"enable_thinking": False}},
             "template is used with its def",

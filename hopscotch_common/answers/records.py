@@ -4,6 +4,7 @@ import csv
 import glob
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,13 +18,18 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bo
 MESSAGE_KEYS = ("role", "content", "reasoning_content", "name")
 UNDERSTOOD = (
     "'messages', 'conversations' (from, value), 'prompt' (text or messages; the answer in 'completion'), "
-    "'question' ('answer') or 'instruction' with 'input' ('output')"
+    "'question' ('answer') or 'instruction' with 'input' ('output'), both with 'context'"
 )
 # What a record may say besides its messages that would change what is read or trained on.
 REFUSED = {
     "unmask": "what is counted for the loss is always the answers",
     "tools": "no tools are given to the chat template",
     "chat_template_kwargs": "the chat template is used with its defaults",
+    "history": "earlier turns are read from a list of messages only",
+    "choices": "what may be chosen must stand in the question",
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios", "documents"), "only text is read"
+    ),
 }
 OURS = ("prompt_token_ids", "answer_token_ids", "finish_reason", "num_generated_tokens", "index", *REFUSED)
 
@@ -130,11 +136,11 @@ def messages_of(record: dict, where: str, field: str | None = None, answers: boo
     messages out, whatever they hold, unless they call tools. InputError says what was found.
     """
     for key, why in REFUSED.items():
-        if record.get(key):
+        if key != field and record.get(key):
             raise InputError(f"{where}: has {key!r}, which is not supported ({why}); leave it out")
     found, used = _conversation(record, where, field, answers)
-    if system := record.get("system"):
-        found, used = [{"role": "system", "content": system}, *found], {*used, "system"}
+    if system := record.get("system") or record.get("system_prompt"):
+        found, used = [{"role": "system", "content": system}, *found], {*used, "system", "system_prompt"}
     _name_unused(set(record) - used - set(OURS))
     if not found:
         raise InputError(f"{where}: its list of messages is empty; leave it out")
@@ -153,13 +159,17 @@ def _conversation(record: dict, where: str, field: str | None, answers: bool) ->
             if not isinstance(record[name], list):
                 raise InputError(f"{where}: {name!r} must be a list of messages")
             return record[name], {name}
-    for prompt, answer in (("prompt", "completion"), ("question", "answer"), ("instruction", "output")):
+    for prompt, answer, *about in (
+        ("prompt", "completion"),
+        ("question", "answer", "context"),
+        ("instruction", "output", "input", "context"),
+    ):
         alone = prompt == "instruction" and {"input", "output"} <= record.keys()
         if prompt not in record and not alone:
             continue
-        asked, used = record.get(prompt), {prompt, answer}
-        if prompt == "instruction":
-            asked, used = _with_input(asked, record.get("input"), where), {*used, "input"}
+        asked, used = record.get(prompt), {prompt, answer, *about}
+        for name in about:
+            asked = _with_input(asked, record.get(name), (prompt, name), where)
         messages = _as_messages(asked, prompt, where)
         completion = record.get(answer)
         if isinstance(completion, list) and all(isinstance(part, dict) for part in completion):
@@ -175,12 +185,12 @@ def _conversation(record: dict, where: str, field: str | None, answers: bool) ->
     raise InputError(f"{where}: has {_named(record)}, and needs {UNDERSTOOD}; {remedy}")
 
 
-def _with_input(instruction, about, where: str):
-    """An instruction and its 'input', each of which may be missing."""
+def _with_input(instruction, about, names: tuple[str, str], where: str):
+    """An instruction and its 'input', or a question and its 'context', each of which may be missing."""
     if about is None or isinstance(about, str) and not about.strip():
         return instruction
     if not isinstance(about, str) or not isinstance(instruction, str | None):
-        raise InputError(f"{where}: 'instruction' and 'input' must both be text; mend it")
+        raise InputError(f"{where}: {names[0]!r} and {names[1]!r} must both be text; mend it")
     return f"{instruction}\n\n{about}" if instruction and instruction.strip() else about
 
 
@@ -193,13 +203,15 @@ def _as_messages(value, name: str, where: str) -> list:
         return list(value)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: {name!r} must be text, or a list of messages, and not empty")
+    if re.match(r"""\s*\[\s*\{\s*['"](role|from|content)['"]""", value):
+        raise InputError(f"{where}: {name!r} holds messages written as text; give JSONL or Parquet")
     return [{"role": "user", "content": value}]
 
 
 def _message(message, where: str, answers: bool) -> dict | None:
     """A message, checked; None for an answer where these are left out."""
     if isinstance(message, dict) and "from" in message and "value" in message:
-        role, content = SHAREGPT_ROLES.get(message["from"], message["from"]), message["value"]
+        role, content = SHAREGPT_ROLES.get(str(message["from"]), message["from"]), message["value"]
         message = {k: v for k, v in message.items() if k not in ("from", "value")}
         message = {"role": role, "content": content} | message
     role = message.get("role") if isinstance(message, dict) else None
