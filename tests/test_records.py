@@ -190,6 +190,20 @@ def test_files_of_every_kind(tmp_path):
         next(hub_records(str(tmp_path / "set[1]"), None, "train"))
 
 
+def test_null_is_as_if_it_were_not_there(tmp_path):
+    turns = [{"from": "human", "value": "1 + 1?", "role": None}, {"from": "gpt", "value": None}]
+    rows = [
+        {"messages": None, "question": "1 + 1?", "answer_token_ids": None},
+        {"prompt": None, "conversations": turns, "deep": json.loads("[" * 700 + "]" * 700)},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "a.json"):
+        found = list(read_records(tmp_path / name))
+        assert found[0][1] == {"question": "1 + 1?"}
+        assert [prompt_of(record, where).messages for where, record in found] == [[ASKED], [ASKED]]
+
+
 def test_cells_of_a_table_are_the_text_that_stands_there(tmp_path):
     rows = ["instruction,input,output", "Double it,007,14", "12,,N/A", "Is it?,null,", ",1 + 1?,2,", "So"]
     (tmp_path / "a.csv").write_text("\n".join(rows))

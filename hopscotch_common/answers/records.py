@@ -55,7 +55,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
             )
         else:
             for number, record in lines_of_file(file, path):
-                yield f"{path}, line {number}", record
+                yield f"{path}, line {number}", _without_none(record)
 
 
 def _table(path: Path, kind: str) -> list[dict]:
@@ -101,10 +101,11 @@ def _rows(rows: Sequence[dict], where: str) -> Iterator[tuple[str, dict]]:
         yield place, _without_none(as_object(row, place))
 
 
-def _without_none(value):
-    if isinstance(value, dict):
-        return {key: _without_none(part) for key, part in value.items() if part is not None}
-    return [_without_none(part) for part in value] if isinstance(value, list) else value
+def _without_none(value, depth: int = 4):
+    """A record without what is None in it, down to the parts of a message's content."""
+    if depth and isinstance(value, dict):
+        return {key: _without_none(part, depth - 1) for key, part in value.items() if part is not None}
+    return [_without_none(part, depth - 1) for part in value] if depth and isinstance(value, list) else value
 
 
 def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str, dict]]:
@@ -210,8 +211,8 @@ def _as_messages(value, name: str, where: str) -> list:
 
 def _message(message, where: str, answers: bool) -> dict | None:
     """A message, checked; None for an answer where these are left out."""
-    if isinstance(message, dict) and "from" in message and "value" in message:
-        role, content = SHAREGPT_ROLES.get(str(message["from"]), message["from"]), message["value"]
+    if isinstance(message, dict) and "from" in message and ("value" in message or "role" not in message):
+        role, content = SHAREGPT_ROLES.get(str(message["from"]), message["from"]), message.get("value")
         message = {k: v for k, v in message.items() if k not in ("from", "value")}
         message = {"role": role, "content": content} | message
     role = message.get("role") if isinstance(message, dict) else None
