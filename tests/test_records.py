@@ -224,8 +224,21 @@ def test_files_and_folders_without_records_are_refused(tmp_path):
         list(read_records(tmp_path / "a.csv"))
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "a.jsonl").write_text('{"question": "1 + ')
-    with pytest.raises(InputError, match="torn cannot be read .*--input_file"):
+    with pytest.raises(InputError, match="torn cannot be read .*JSON parse error.*--input_file"):
         list(hub_records(str(tmp_path / "torn"), None, "train"))
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    import datasets
+
+    one, other = (datasets.Dataset.from_list([{"question": text}]) for text in ("1?", "2?"))
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=one, test=other).save_to_disk(tmp_path / "both")
+    for name, split, question in (("one", "train", "1?"), ("both", "train", "1?"), ("both", "test", "2?")):
+        ((_, record),) = hub_records(str(tmp_path / name), None, split)
+        assert record == {"question": question}
+    with pytest.raises(InputError, match="both cannot be read .*'dev'.*--split"):
+        next(hub_records(str(tmp_path / "both"), None, "dev"))
 
 
 def test_conversations_that_ask_several_times_are_counted(tmp_path, caplog):

@@ -75,7 +75,12 @@ def _table(path: Path, kind: str) -> list[dict]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except Exception as error:  # whatever the readers of so many formats raise
-        raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
+        raise InputError(f"{path}: cannot be read ({reason_of(_cause(error))}); name another file") from error
+
+
+def _cause(error: Exception) -> Exception:
+    """The error itself, or what is behind the one that datasets raises for whatever is wrong in a file."""
+    return (type(error).__name__ == "DatasetGenerationError" and error.__cause__) or error
 
 
 def _cells(rows: csv.DictReader, path: Path) -> list[dict]:
@@ -109,8 +114,11 @@ def _without_none(value, depth: int = 4):
 
 
 def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a data set on the hub, or in a folder; InputError where it cannot be had."""
-    from datasets import load_dataset
+    """(where, record) of a data set on the hub, or in a folder; InputError where it cannot be had.
+
+    Of a folder of `save_to_disk`, config says nothing, nor split where only one was saved.
+    """
+    from datasets import load_dataset, load_from_disk
     from huggingface_hub.utils.logging import set_verbosity_error
 
     if Path(name).exists() and glob.escape(place := str(Path(name).resolve())) != place:
@@ -119,12 +127,16 @@ def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str
         )
     set_verbosity_error()  # without a network it would warn of each of its retries
     try:
-        rows = load_dataset(name, config, split=split)
+        if any(Path(name, saved).is_file() for saved in ("state.json", "dataset_dict.json")):
+            rows = load_from_disk(name)
+            rows = rows[split] if isinstance(rows, dict) else rows
+        else:
+            rows = load_dataset(name, config, split=split)
     except Exception as error:  # whatever the hub's client and the readers of so many formats raise
         of = "" if Path(name).exists() else " from the Hugging Face hub"
         raise InputError(
-            f"{name} cannot be read{of} ({type(error).__name__}: {reason_of(error)}): give prompts with "
-            "--input_file, or check --dataset, --dataset_config and --split"
+            f"{name} cannot be read{of} ({type(error).__name__}: {reason_of(_cause(error))}): give prompts "
+            "with --input_file, or check --dataset, --dataset_config and --split"
         ) from error
     yield from _rows(rows, name)
 
