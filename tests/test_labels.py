@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from hopscotch_common.answers.labels import samples_of
+from hopscotch_common.answers.prompts import prompt_ids
 from hopscotch_common.errors import InputError
 
 MARKS = ["<s>", "</s>", "<end_of_turn>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]"]
@@ -305,6 +306,43 @@ def test_the_prompt_is_the_one_that_the_model_read():
         samples_of(("here", record), tokenizer, set())
     with pytest.raises(InputError, match="^here: 'prompt_token_ids' is no list"):
         samples_of(("here", record | {"prompt_token_ids": ["1"]}), tokenizer, set())
+
+
+def test_words_that_set_smollm3_s_template_need_not_stand_in_the_prompt():
+    """It takes them out of the system message, and does what they say."""
+    flagged = CHATML.replace("m.content }}", "m.content.replace('/no_think', '').rstrip() }}")
+    tokenizer = tokenizer_of(flagged, False)
+    messages = [{"role": "system", "content": "Be brief. /no_think"}, ASKED, ANSWERED]
+    (sample,) = samples_of(("here", {"messages": messages}), tokenizer, set())
+    assert tokenizer.decode(sample["input_ids"]).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    record = {"messages": messages, "answer_token_ids": tokenizer.encode("It is 51.")}
+    record["prompt_token_ids"] = prompt_ids(tokenizer, messages[:2], "here")
+    assert samples_of(("here", record), tokenizer, set())
+    messages[0]["content"] = "Be verbose. /no_think"
+    with pytest.raises(InputError, match="do not hold the system message"):
+        samples_of(("here", record), tokenizer, set())
+    with pytest.raises(InputError, match="rewrites part of the user message; leave it out, or give another"):
+        samples_of(
+            ("here", {"messages": [{**ASKED, "content": "/no_think 17 * 3?"}, ANSWERED]}), tokenizer, set()
+        )
+
+
+def test_where_the_answer_costs_the_system_message_step_1_may_answer():
+    """As in Mistral's templates, where it stands in the last message alone, if that is the user's."""
+    tokenizer = tokenizer_of(
+        EACH.format(
+            "{% if m.role == 'user' %}[INST]{{ messages[0].content if loop.last }} {{ m.content }}[/INST]"
+            "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}",
+            "",
+        ),
+        False,
+    )
+    messages = [{"role": "system", "content": "Be brief."}, ASKED, ANSWERED]
+    assert "Be brief. 17 * 3?" in tokenizer.decode(prompt_ids(tokenizer, messages[:2], "here"))
+    with pytest.raises(
+        InputError, match="part of the system message; leave it out, let step 1 answer it, or"
+    ):
+        samples_of(("here", {"messages": messages}), tokenizer, set())
 
 
 def test_of_a_prompt_that_the_tokenizer_normalizes_its_tokens_are_taken():

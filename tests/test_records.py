@@ -111,6 +111,8 @@ def test_what_cannot_be_read_is_refused_by_name(record, message):
             "no content",
         ),
         ({"messages": [ASKED, SAID | {"unmask": True}]}, "the assistant message has 'unmask'"),
+        ({"messages": [ASKED | {"weight": 0.0}, SAID]}, "the user message has 'weight'"),
+        ({"messages": [ASKED, SAID | {"weight": 1}]}, "the assistant message has 'weight'"),
     ],
 )
 def test_answers_are_checked_where_they_are_not_left_out(record, message):
@@ -270,6 +272,9 @@ def test_records_beyond_those_taken_are_not_looked_at(tmp_path):
         ("a.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 9, "cannot be read .Error -3"),
         ("a.parquet", b"no parquet", "cannot be read"),
         ("a.csv", b"prompt\na, b\n", "record 1: has more cells than columns"),
+        ("a.csv.gz", gzip.compress(b"prompt\na\n", mtime=0), "a.csv.gz: neither JSONL .*; give .*.csv$"),
+        ("a.tsv", b"prompt\tid\na\t1\n", "a.tsv: neither JSONL nor a JSON array; give"),
+        ("a.txt", b"", "a.txt: holds no records"),
         ("a.csv", b"prompt,prompt\na,b\n", "two columns have one name"),
         ("a.csv", b'prompt\n"a" b\n', "cannot be read"),
         ("a.csv", b"prompt\n\xff\n", "a.csv: not UTF-8 text .*; save it as UTF-8"),

@@ -2,7 +2,7 @@
 
 import os
 
-from hopscotch_common.answers.prompts import ANSWER_IDS, PROMPT_IDS, answer_text, prompt_ids, render
+from hopscotch_common.answers.prompts import ANSWER_IDS, PROMPT_IDS, answer_text, parts_of, prompt_ids, render
 from hopscotch_common.answers.records import messages_of
 from hopscotch_common.errors import InputError
 from hopscotch_common.training import IGNORE_INDEX
@@ -103,15 +103,13 @@ def _check_answer(ids: list[int], reason: str | None, text: str, tokenizer, wher
 def _check_prompt(ids: list[int], messages: list[dict], tokenizer, where: str) -> None:
     """Raise InputError unless each of the messages stands in what the ids read, as `render` saw to it then.
 
-    Of earlier answers a template may leave parts out.
+    Of earlier answers a template may leave parts out, and the tokenizer may normalize what it reads.
     """
     text = tokenizer.decode(ids)
     for message in messages:
-        content = message["content"].strip()
-        if message["role"] == "assistant" or content in text:
-            continue
-        as_read = tokenizer.decode(tokenizer.encode(content, add_special_tokens=False))  # normalized
-        if as_read.strip() not in text:
+        parts = [part for part in parts_of(message) if part not in text]
+        as_read = [tokenizer.decode(tokenizer.encode(part, add_special_tokens=False)) for part in parts]
+        if message["role"] != "assistant" and any(part.strip() not in text for part in as_read):
             raise InputError(
                 f"{where}: {PROMPT_IDS!r} do not hold the {message['role']} message: the prompt was edited; "
                 "make it again with step 1, or leave that field out to put what it is now before the answer"

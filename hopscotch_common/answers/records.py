@@ -53,6 +53,10 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
             raise InputError(
                 f"{path}: one JSON object over several lines; must be an array of records, or JSONL"
             )
+        elif head[:1] not in b"{" and ".json" not in path.name.lower():
+            raise InputError(
+                f"{path}: neither JSONL nor a JSON array; give either (.gz, too), .jsonl.zst, .parquet, .csv"
+            )
         else:
             for number, record in lines_of_file(file, path):
                 yield f"{path}, line {number}", _without_none(record)
@@ -230,7 +234,8 @@ def _message(message, where: str, answers: bool) -> dict | None:
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise InputError(f"{where}: each message needs a 'role' and a 'content'")
-    message = {name: value for name, value in message.items() if value not in (None, [])}
+    left_out = () if answers else ("weight",)  # says what is trained on
+    message = {k: v for k, v in message.items() if v not in (None, []) and k not in left_out}
     if role == "tool" or "tool_calls" in message or "function_call" in message:
         raise InputError(
             f"{where}: calls tools, which is not supported: without their definitions the model would read "
