@@ -156,8 +156,9 @@ def messages_of(record: dict, where: str, field: str | None = None, answers: boo
         if key != field and record.get(key):
             raise InputError(f"{where}: has {key!r}, which is not supported ({why}); leave it out")
     found, used = _conversation(record, where, field, answers)
-    if system := record.get("system") or record.get("system_prompt"):
-        found, used = [{"role": "system", "content": system}, *found], {*used, "system", "system_prompt"}
+    for name in ("system_prompt", "system"):
+        if record.get(name):
+            found, used = [{"role": "system", "content": record[name]}, *found], {*used, name}
     _name_unused(set(record) - used - set(OURS))
     if not found:
         raise InputError(f"{where}: its list of messages is empty; leave it out")
