@@ -50,7 +50,7 @@ def as_os_error(error: Exception, path: os.PathLike) -> OSError | None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an error is torch's way to say so, which differs by device and by what wanted the memory."""
     ways = ("can't allocate memory", "CUDA error: out of memory", "CUDA driver error: out of memory")
-    ways += ("[CUDA]: out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")  # Triton's, cuBLAS's two
+    ways += ("[CUDA]: out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")  # Triton, cuBLAS
     return type(error).__name__ == "OutOfMemoryError" or any(way in str(error) for way in ways)
 
 

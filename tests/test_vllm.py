@@ -25,6 +25,7 @@ from hopscotch_common import checkpoints, scales
 from hopscotch_common.export.formats import FORMATS, export_checkpoint
 from hopscotch_common.loading.models import ModelRef, model_ref
 from hopscotch_common.scales import modeling_hopscotch
+from hopscotch_common.vllm_plugin import family_obstacle
 
 pytestmark = [
     pytest.mark.vllm,
@@ -397,6 +398,13 @@ def test_every_format_is_served():
 @pytest.mark.parametrize("family, skipped", [("smollm", SMOLLM[0]), *((f, c[0]) for f, c in SLOW.items())])
 def test_more_families_as_transformers(slow_runs, family, skipped):
     check_run(slow_runs[family], skipped)
+
+
+@pytest.mark.parametrize("kind, refused", [("default", False), ("longrope", True), ("dynamic", True)])
+def test_rope_that_turns_by_the_longest_of_a_batch_is_refused(kind, refused):
+    config = modeling_hopscotch.family_config("llama")(num_hidden_layers=4)
+    config.rope_parameters = {"rope_type": kind}
+    assert bool(family_obstacle(config)) == refused
 
 
 @pytest.mark.parametrize("family, runs_it", FLOAT16.items())

@@ -338,7 +338,7 @@ class HopscotchPreTrained:
     _keep_in_fp32_modules_strict = SCALE_NAMES + REPLACEMENT_NAMES
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As the stock class; ValueError for the folder of a checkpoint, whose index and scales would stay."""
+        """As the stock class; ValueError for the folder of a checkpoint, whose index would stay."""
         if (Path(save_directory) / SCALES_FILE).is_file():
             raise ValueError(f"{save_directory}: holds a checkpoint with {SCALES_FILE}; name a new folder")
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -376,9 +376,9 @@ class HopscotchModel(HopscotchPreTrained):
         config = self.config
         if config._attn_implementation == "vllm" and not config.in_vllm_plugin:
             raise ValueError(
-                "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed, not loaded "
-                "(see VLLM_PLUGINS) or passed over (by --model-impl: leave it out): run `pip install --no-deps "
-                ".` in the project's folder"
+                "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed, not "
+                "loaded (see VLLM_PLUGINS) or passed over (by --model-impl: leave it out): run "
+                "`pip install --no-deps .` in the project's folder"
             )
         if config.scale_granularity not in GRANULARITIES:
             raise ValueError(f"scale_granularity {config.scale_granularity!r}: one of {GRANULARITIES}")
