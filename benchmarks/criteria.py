@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         for criterion in arguments.criteria:
             for name in RANDOM if criterion == "random" else [criterion]:
                 chosen = results.measure({"choose": name}, choose, arguments, model, samples, name)
+                if (found := len(chosen["blocks"])) < max(arguments.counts):
+                    raise SystemExit(f"{path}: {name} chose {found} blocks; lower --counts, or move it away")
                 for count in arguments.counts:
                     blocks = chosen["blocks"][:count]
                     of = {"judge": name, "count": count}

@@ -180,6 +180,10 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.table:
         if not (arguments.data_path and arguments.blocks):
             parser.error("--data_path and --blocks are needed to measure")
+        if max(arguments.counts or [0]) > len(arguments.blocks):
+            parser.error(f"--counts: at most {len(arguments.blocks)}, as many as --blocks names")
+        if not arguments.counts:
+            arguments.blocks.sort()  # their order tells the results' file nothing then
         names = "model data_path blocks held_out epochs batch_size dtype"
         results = measuring.Results(path, measuring.settings_of(arguments, names))
         # an option that is not given leaves no trace, so that files from before it go on

@@ -283,19 +283,23 @@ def test_criteria(tiny_folder, tmp_path, capsys):
     criteria.main([*words, "--table"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 + 2 * 6 and " to " in lines[8] and "random" in lines[8]
+    with pytest.raises(SystemExit, match="result.json: search chose 2 blocks; lower --counts, or move it"):
+        criteria.main([*words, "--counts", "3"])
 
 
 def test_training(tiny_folder, tmp_path, capsys):
     names = ["layer-ce", "channel-kl", "channel-kl-lr0.01", "channel-kl-decay", "channel-kl-rank4"]
-    options = ["--blocks", 2, "--answers", 8, "--held_out", 4, "--settings", *names]
+    options = ["--blocks", 2, 1, "--answers", 8, "--held_out", 4, "--settings", *names]
     words = words_for(tiny_folder(), tmp_path, 12, *options)
     training.main(words)
     lines = capsys.readouterr().out.splitlines()
+    training.main([*words, "--blocks", "1", "2"])  # the same ones: nothing is measured again
+    assert capsys.readouterr().out.splitlines() == lines
     found = {figure["of"]["setting"]: figure for figure in figures_in(tmp_path)}
     assert list(found) == names
     model = loaded(tiny_folder(), "float32", scale_granularity="channel")
     samples = load_samples(tmp_path / "data.jsonl", model.config.vocab_size)
-    plain = EpochTraining(model, [2], samples[:8], samples[8:], TrainingOptions(3e-3, 4, loss="kl"))
+    plain = EpochTraining(model, [1, 2], samples[:8], samples[8:], TrainingOptions(3e-3, 4, loss="kl"))
     assert found["channel-kl"]["unscaled"]["kl"] == pytest.approx(plain.baselines()["unscaled"].kl, rel=1e-4)
     plain.start()
     for number, epoch in enumerate(found["channel-kl"]["epochs"]):
@@ -313,7 +317,8 @@ def test_training(tiny_folder, tmp_path, capsys):
 
 def test_training_of_the_first_blocks_on_shuffled_answers(tiny_folder, tmp_path, capsys):
     options = ["--blocks", 2, 1, "--counts", 1, 2, "--seeds", 0, "--answers", 4, "--held_out", 4]
-    training.main(words_for(tiny_folder(), tmp_path, 12, *options, "--settings", "channel-kl", "--epochs", 1))
+    words = words_for(tiny_folder(), tmp_path, 12, *options, "--settings", "channel-kl", "--epochs", 1)
+    training.main(words)
     lines = capsys.readouterr().out.splitlines()
     model = loaded(tiny_folder(), "float32", scale_granularity="channel")
     samples = load_samples(tmp_path / "data.jsonl", model.config.vocab_size)
@@ -323,6 +328,12 @@ def test_training_of_the_first_blocks_on_shuffled_answers(tiny_folder, tmp_path,
         plain = EpochTraining(model, blocks, samples[:4], samples[8:], TrainingOptions(3e-3, 4, loss="kl"))
         assert figure["unscaled"]["kl"] == pytest.approx(plain.baselines()["unscaled"].kl, rel=1e-4)
     assert [line.split(" | ")[2:4] for line in lines[2:]] == [["1", "0"]] * 3 + [["2", "0"]] * 3
+    with pytest.raises(SystemExit, match="made with another blocks"):
+        training.main([*words, "--blocks", "1", "2"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        training.main([*words, "--counts", "3"])
+    assert "--counts: at most 2, as many as --blocks names" in capsys.readouterr().err
 
 
 def test_a_decay_falls_in_a_straight_line(tiny, monkeypatch):
