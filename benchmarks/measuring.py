@@ -77,6 +77,8 @@ class Results:
             self.measured.append(f"{processor_name()}, {time.strftime('%Y-%m-%d')}")
             names = ("settings", "figures", "measured")
             save_as(self.path, {name: getattr(self, name) for name in names})
+        else:
+            print(f"{self.path}: holds {of} already; name another --result to measure it", file=sys.stderr)
         return found
 
 

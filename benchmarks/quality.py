@@ -267,6 +267,16 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser, path
             results.measure({"blocks": blocks, "variant": variant}, figures_of, *cell)
 
 
+def paired(path: Path, other: Path) -> list[dict]:
+    """The figures of another result file; SystemExit unless they are of the same problems, asked alike."""
+    ours, theirs = (json.loads(file.read_text())["settings"] for file in (path, other))
+    for name in ("model", "test_file", "problems", "puzzles", "functions", "max_tokens"):
+        values = ours.get(name), theirs.get(name)
+        if None not in values and values[0] != values[1]:
+            raise SystemExit(f"{other}: of another {name} than {path}; name a file of the same in --less_in")
+    return measuring.figures_in(other)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     arguments = parser.parse_args(argv)
@@ -275,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         measure(arguments, parser, path)
     figures = measuring.figures_in(path)
     if arguments.table or not arguments.plot:
-        others = measuring.figures_in(arguments.less_in) if arguments.less_in else ()
+        others = paired(path, arguments.less_in) if arguments.less_in else ()
         print("\n".join(table(figures, arguments.less or "original", others)))
     if arguments.plot:
         arguments.plot.write_bytes(plots.render(draw(figures, name), arguments.plot.suffix))

@@ -115,7 +115,7 @@ def test_scores_and_their_errors():
     assert math.isclose(error, math.sqrt(lost * (1 - lost) / 199))
 
 
-def test_results_survive_an_interruption(tmp_path):
+def test_results_survive_an_interruption(tmp_path, capsys):
     path, calls = tmp_path / "r.json", []
 
     def work():
@@ -125,8 +125,11 @@ def test_results_survive_an_interruption(tmp_path):
     first = Results(path, {"dtype": "float32", "tasks": ("gsm8k",)})
     assert first.measure({"count": 1}, work)["figure"] == 1
     assert first.measure({"count": 2}, work)["figure"] == 2
+    assert "holds" not in capsys.readouterr().err
     again = Results(path, {"dtype": "float32", "tasks": ("gsm8k",)})
     assert again.measure({"count": 1}, work)["figure"] == 1 and len(calls) == 2
+    told = f"{path}: holds {{'count': 1}} already; name another --result to measure it\n"
+    assert capsys.readouterr().err == told
     with pytest.raises(SystemExit, match="another dtype"):
         Results(path, {"dtype": "bfloat16", "tasks": ("gsm8k",)})
 
@@ -367,3 +370,18 @@ def test_differences_are_to_the_variant_that_is_named():
     assert differences("unscaled") == ["-", "-", "+50.0"]
     elsewhere = [figure([3], "unscaled", "0111")]
     assert differences("unscaled", elsewhere) == ["-", "-50.0", "+0.0"]
+
+
+def test_differences_are_to_answers_to_the_same_problems(tmp_path, capsys):
+    files = [tmp_path / name for name in ("ours.json", "theirs.json", "others.json")]
+    of = {"blocks": [], "variant": "original"}
+    figures = [{"of": of, "gsm8k": {"right": right, "truncated": 0}} for right in ("0111", "0011", "0011")]
+    for file, figure, test_file in zip(files, figures, ("a", "a", "b"), strict=True):
+        settings = {"model": "m", "test_file": test_file, "max_tokens": 9}
+        settings |= {"functions": 5} if file == files[0] else {}
+        file.write_text(json.dumps({"settings": settings, "figures": [figure]}))
+    words = ["--model", "m", "--table", "--result", str(files[0]), "--less_in"]
+    quality.main([*words, str(files[1])])
+    assert "+25.0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="others.json: of another test_file than .*ours.json; name a file"):
+        quality.main([*words, str(files[2])])
