@@ -6,10 +6,11 @@
 For 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one, in transformers
 and in vLLM, with one prompt at a time or --rows of them. The numbers of blocks take turns in every
 round, of which another one begins each; figures are medians over rounds. In transformers they are held
-against the stock model, which has no scales to multiply by. What a block's attention costs is measured
-there, by timing the modules (norm and attention), so that it owes nothing to the skipping. `gained` is
-the time that skipping saves over the time that the skipped modules took. Where the machine's speed
-drifts, many rounds of one repeat cancel it best. Results go to benchmarks/results/inference_cpu.json.
+against the stock model, which has no scales to multiply by, and against ours with nothing skipped. What
+a block's attention costs is measured there, by timing the modules (norm and attention), so that it owes
+nothing to the skipping. `gained` is the time that skipping saves, of the first that a round compares
+(stock in transformers), over the time that the skipped modules took. Where the machine's speed drifts,
+many rounds of one repeat cancel it best. Results go to benchmarks/results/inference_cpu.json.
 
     pip install --no-deps .
     python benchmarks/inference.py --engines vllm_forms --rounds 3 --result vllm_forms_cpu.json
@@ -25,6 +26,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import measuring
@@ -129,28 +131,34 @@ def transformers_rounds(arguments: argparse.Namespace, folder: str) -> list[dict
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=arguments.dtype).eval()
     num_layers = len(ours.model.layers)
     prompt = torch.randint(3, ours.config.vocab_size, (arguments.rows, arguments.prompt_tokens))
-    names = ["stock", *map(str, arguments.counts)]
 
-    def run(new_tokens: int):
+    def measured(name: str) -> dict:
         model = stock if name == "stock" else ours
-        cache = DynamicCache()
-        model(prompt, past_key_values=cache, logits_to_keep=1)
-        for _ in range(new_tokens - 1):
-            model(prompt[:, :1], past_key_values=cache)
-        return cache
+        if name != "stock":
+            scales.reset(ours, measuring.spread(int(name), num_layers))
 
-    rounds = []
-    for number in range(arguments.rounds):
+        def run(new_tokens: int):
+            cache = DynamicCache()
+            model(prompt, past_key_values=cache, logits_to_keep=1)
+            for _ in range(new_tokens - 1):
+                model(prompt[:, :1], past_key_values=cache)
+            return cache
+
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in run(2).layers)
+        result = measure(run, arguments, stock.model.layers if name == "stock" else None)
+        return {"kv_bytes_per_token": size / (prompt.numel() + arguments.rows)} | result
+
+    return in_turn(["stock", *map(str, arguments.counts)], arguments.rounds, measured)
+
+
+def in_turn(names: list[str], rounds: int, measured: Callable[[str], dict]) -> list[dict]:
+    """Rounds of {name: measured(name)}; another name begins each, so that the order favours none."""
+    found = []
+    for number in range(rounds):
         first = number % len(names)
-        found = {}
-        for name in names[first:] + names[:first]:
-            if name != "stock":
-                scales.reset(ours, measuring.spread(int(name), num_layers))
-            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in run(2).layers)
-            result = measure(run, arguments, stock.model.layers if name == "stock" else None)
-            found[name] = {"kv_bytes_per_token": size / (prompt.numel() + arguments.rows)} | result
-        rounds.append({name: found[name] for name in names})
-    return rounds
+        figures = {name: measured(name) for name in names[first:] + names[:first]}
+        found.append({name: figures[name] for name in names})
+    return found
 
 
 def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: bool) -> dict:
@@ -192,13 +200,11 @@ def measure_vllm(folder: str, arguments: argparse.Namespace, time_attention: boo
 
 def vllm_rounds(arguments: argparse.Namespace, folders: dict[str, str]) -> list[dict]:
     """An engine for each of what is compared, started anew in every round."""
-    return [
-        {
-            name: measure_vllm(folder, arguments, name == "0" and not arguments.compiled)
-            for name, folder in folders.items()
-        }
-        for _ in range(arguments.rounds)
-    ]
+
+    def measured(name: str) -> dict:
+        return measure_vllm(folders[name], arguments, name == "0" and not arguments.compiled)
+
+    return in_turn(list(folders), arguments.rounds, measured)
 
 
 def benchmark(name: str, arguments: argparse.Namespace, results: measuring.Results) -> None:
@@ -238,13 +244,14 @@ def benchmark(name: str, arguments: argparse.Namespace, results: measuring.Resul
 def table(figures: list[dict], settings: dict) -> list[str]:
     """Markdown, medians over rounds; ratios and gains are taken within a round, so that drift cancels.
 
-    The first of what a round compares is nothing skipped, or the stock model.
+    Gains and KV bytes are against the first of what a round compares: the stock model, or nothing skipped.
     """
 
     def cell(values: list[float]) -> str:
         return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
-    columns = [f"{phase}{what}" for phase in PHASES for what in (", tokens/s", ", times", ", gained")]
+    whats = ("tokens/s", "times stock", "times 0 skipped", "gained")
+    columns = [f"{phase}, {what}" for phase in PHASES for what in whats]
     lines = title("model", "engine", "skipped or form", *columns, "KV bytes", "weights")
     for figure in figures:
         rounds, weights = figure["rounds"], figure["weights"]
@@ -255,7 +262,12 @@ def table(figures: list[dict], settings: dict) -> list[str]:
                 whole, own = ([r[which]["seconds"][phase] for r in rounds] for which in (first, name))
                 tokens = settings["prompt_tokens" if phase == "prefill" else "new_tokens"]
                 tokens *= settings["rows"]
-                times = cell([a / b for a, b in zip(whole, own, strict=True)])
+                times = [
+                    cell([r[base]["seconds"][phase] / r[name]["seconds"][phase] for r in rounds])
+                    if base in rounds[0]
+                    else "-"
+                    for base in ("stock", "0")
+                ]
                 gained = "-"
                 if "attention_block_seconds" in rounds[0][first]:
                     block = [r[first]["attention_block_seconds"][phase] for r in rounds]
@@ -265,7 +277,7 @@ def table(figures: list[dict], settings: dict) -> list[str]:
                     elif name != "0":
                         saved = zip(whole, own, block, strict=True)
                         gained = cell([(a - b) / (int(name) * c) for a, b, c in saved])
-                cells += [f"{tokens / median(own):.1f}", times, gained]
+                cells += [f"{tokens / median(own):.1f}", *times, gained]
             kv, whole_kv = (rounds[0][which]["kv_bytes_per_token"] for which in (name, first))
             known = name in weights and "0" in weights
             size = f"{weights[name] / weights['0']:.2f}" if known else "-"

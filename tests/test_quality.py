@@ -8,6 +8,7 @@ import re
 from decimal import Decimal
 
 import criteria
+import inference
 import problems
 import pytest
 import quality
@@ -132,6 +133,26 @@ def test_results_survive_an_interruption(tmp_path, capsys):
     assert capsys.readouterr().err == told
     with pytest.raises(SystemExit, match="another dtype"):
         Results(path, {"dtype": "bfloat16", "tasks": ("gsm8k",)})
+
+
+def test_of_what_speed_compares_another_begins_each_round():
+    seconds = {"stock": 2.0, "0": 4.0, "8": 1.0}
+    measured = []
+
+    def measure(name: str) -> dict:
+        measured.append(name)
+        return {"seconds": dict.fromkeys(inference.PHASES, seconds[name]), "kv_bytes_per_token": 1}
+
+    rounds = inference.in_turn(list(seconds), 4, measure)
+    assert " ".join(measured[::3]) == "stock 0 8 stock" and all(list(r) == list(seconds) for r in rounds)
+    settings = {"prompt_tokens": 8, "new_tokens": 8, "rows": 1}
+    figure = {"of": {"model": "m", "engine": "e"}, "rounds": rounds, "weights": {}}
+    titles, _, *rows = (line.split(" | ") for line in inference.table([figure], settings))
+    times = [[row[titles.index(f"prefill, times {base}")] for row in rows] for base in ("stock", "0 skipped")]
+    assert [[cell.split()[0] for cell in cells] for cells in times] == [
+        ["1.00", "0.50", "2.00"],
+        ["2.00", "1.00", "4.00"],
+    ]
 
 
 @pytest.fixture(scope="module")
