@@ -2,37 +2,39 @@
 
     python benchmarks/generation.py --model smollm --runs 3
     python benchmarks/generation.py --model smollm --engines transformers continuous --dtype bfloat16 \\
-        --result generation_bfloat16_cpu
+        --result generation_bfloat16_cpu.json
+    python benchmarks/generation.py --model smollm --table
 
 One prompt at a time is stock `model.generate` in transformers. Its tokens/s do not depend on how
 many prompts there are, so it answers every `--plain_every`-th of them. `continuous` is transformers'
 own continuous batching (a paged KV cache), which step 1 would use if it were faster. Each figure comes
 from a process of its own, `--runs` times, every second round in reverse order; loading does not count.
-Medians and the median of the rounds' ratios go to benchmarks/results/.
+The table has medians, and medians of the rounds' ratios. Results go to
+benchmarks/results/generation_cpu.json after each figure.
 """
 
 import argparse
-import dataclasses
+import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import measuring
+import torch
+from measuring import median, row, title
 
 from hopscotch_common.answers import EngineOptions
 from hopscotch_common.answers.decoding import Answer
 from hopscotch_common.answers.engines import ENGINES, vllm_obstacle
+from hopscotch_common.files import read_jsonl
 from hopscotch_common.loading.loader import read_config
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
 
-BARS = {"vllm": 8, "transformers": 4}  # times the rate of one prompt at a time, on 2 cores
-KINDS = [*BARS, "continuous"]
-RATES = ("tokens_per_second", "tokens_per_cpu_second")
+KINDS = ("vllm", "transformers", "continuous")
+RATES = {"tokens_per_second": "tokens/s", "tokens_per_cpu_second": "tokens a CPU second"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,17 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plain_every", type=int, default=8)
     parser.add_argument("--max_tokens", type=int, default=256)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--engines", nargs="+", choices=KINDS, default=list(BARS))
+    parser.add_argument("--engines", nargs="+", choices=KINDS, default=list(KINDS[:2]))
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--result", default="generation_cpu", help="name of the file in benchmarks/results/")
-    parser.add_argument("--worker", choices=["plain", *KINDS], help=argparse.SUPPRESS)
+    measuring.add_result_arguments(parser, "generation_cpu")
     return parser
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[list[int]]:
     """Token ids of the first prompts of the input file."""
-    from hopscotch_common.files import read_jsonl
-
     tokenizer = load_tokenizer(arguments.model)
     questions = [record["question"] for _, record in read_jsonl(arguments.input_file)]
     return [
@@ -66,7 +65,6 @@ def read_prompts(arguments: argparse.Namespace) -> list[list[int]]:
 
 def plain(arguments: argparse.Namespace) -> dict:
     """Stock `model.generate`, one prompt at a time."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model.folder(), dtype=arguments.dtype).eval()
@@ -82,7 +80,7 @@ def plain(arguments: argparse.Namespace) -> dict:
     answer(prompts[0], 4)  # warm up
     start = clocks()
     answers = [answer(prompt, arguments.max_tokens) for prompt in prompts]
-    return rate(answers, start) | {"sample": answers}
+    return rate(answers, start) | {"sample": digests(answers)}
 
 
 class ContinuousBatching:
@@ -121,12 +119,12 @@ class ContinuousBatching:
                 yield Answer(int(output.request_id), output.generated_tokens, "stop" if stopped else "length")
 
 
-def engine(arguments: argparse.Namespace) -> dict:
+def engine(arguments: argparse.Namespace, kind: str) -> dict:
     """An engine of step 1, all prompts at once, with the defaults of the script."""
     prompts = read_prompts(arguments)
     longest = max(map(len, prompts)) + arguments.max_tokens
     config = read_config(arguments.model)
-    make = (ENGINES | {"continuous": ContinuousBatching})[arguments.worker]
+    make = (ENGINES | {"continuous": ContinuousBatching})[kind]
     stop_ids = stop_token_ids(arguments.model.folder(), load_tokenizer(arguments.model))
     loaded = make(arguments.model, config, stop_ids, EngineOptions(dtype=arguments.dtype), longest)
     list(loaded.answers([[7] * 20], [4]))  # warm up, with nothing that a prefix cache could use
@@ -134,7 +132,8 @@ def engine(arguments: argparse.Namespace) -> dict:
     answers = list(loaded.answers(prompts, [arguments.max_tokens] * len(prompts)))
     result = rate([answer.token_ids for answer in answers], start)
     by_index = {answer.index: answer.token_ids for answer in answers}
-    return result | {"sample": [by_index[index] for index in range(0, len(prompts), arguments.plain_every)]}
+    sample = [by_index[index] for index in range(0, len(prompts), arguments.plain_every)]
+    return result | {"sample": digests(sample)}
 
 
 def clocks() -> tuple[float, float]:
@@ -144,8 +143,6 @@ def clocks() -> tuple[float, float]:
 
 def rate(answers: list[list[int]], start: tuple[float, float]) -> dict:
     """Tokens a second since `start`."""
-    import torch
-
     seconds, cpu_seconds = (now - then for now, then in zip(clocks(), start, strict=True))
     tokens = sum(map(len, answers))
     return {
@@ -160,63 +157,55 @@ def rate(answers: list[list[int]], start: tuple[float, float]) -> dict:
     }
 
 
-def count_equal(answers: list[list[int]], others: list[list[int]]) -> str:
-    """How many answers are the same tokens."""
-    equal = sum(answer == other for answer, other in zip(answers, others, strict=True))
-    return f"{equal} of {len(answers)}"
+def digests(answers: list[list[int]]) -> list[str]:
+    """What tells answers apart, shorter than their tokens."""
+    return [hashlib.sha256(json.dumps(answer).encode()).hexdigest()[:12] for answer in answers]
 
 
-def run_worker(kind: str) -> dict:
-    command = [sys.executable, *sys.argv, "--worker", kind]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
-    measured = json.loads(result.stdout.splitlines()[-1])
-    rates = (
-        f"{measured['tokens_per_second']:.1f} tokens/s, {measured['tokens_per_cpu_second']:.1f} a CPU second"
-    )
-    print(f"{kind}: {rates}", file=sys.stderr)
-    return measured
+def measure(arguments: argparse.Namespace, kind: str, expected: list[str] | None) -> dict:
+    """The rates of one kind. expected: the sample of one prompt at a time, where it is known."""
+    if kind == "plain":
+        return measuring.apart(plain, arguments)
+    found = measuring.apart(engine, arguments, kind)
+    pairs = zip(found.pop("sample"), expected or (), strict=bool(expected))
+    equal = [answer == other for answer, other in pairs]
+    return found | {"equal_to_plain": f"{sum(equal)} of {len(equal)}"}
 
 
-def main() -> None:
-    arguments = build_parser().parse_args()
-    if arguments.worker:
-        print(json.dumps(plain(arguments) if arguments.worker == "plain" else engine(arguments)))
-        return
-    if "vllm" in arguments.engines and (obstacle := vllm_obstacle(read_config(arguments.model))):
-        sys.exit(f"{obstacle}; leave it out with --engines transformers")
-    kinds = ["plain", *arguments.engines]
-    runs = {kind: [] for kind in kinds}
-    for number in range(arguments.runs):
-        for kind in kinds if number % 2 == 0 else reversed(kinds):
-            runs[kind].append(run_worker(kind))
+def table(figures: Sequence[dict]) -> list[str]:
+    """Markdown: a row for each kind, medians over rounds; ratios are taken within a round."""
+    runs: dict[str, dict[int, dict]] = {}
+    for figure in figures:
+        runs.setdefault(figure["of"]["kind"], {})[figure["of"]["run"]] = figure
+    bases = [base for base in ("plain", "continuous") if base in runs]
+    whats = ["", *(f", times {base}" for base in bases)]
+    lines = title("engine", *(f"{rate}{what}" for rate in RATES.values() for what in whats), "as plain")
+    for kind, own in runs.items():
+        cells = []
+        for rate in RATES:
+            cells.append(f"{median([run[rate] for run in own.values()]):.1f}")
+            for base in bases:
+                both = own.keys() & runs[base].keys()
+                cells.append(f"{median([own[run][rate] / runs[base][run][rate] for run in both]):.2f}")
+        equal = dict.fromkeys(run.get("equal_to_plain", "-") for run in own.values())
+        lines.append(row(kind, *cells, ", ".join(equal)))
+    return lines
 
-    def ratio(kind: str, other: str, rate: str) -> float:
-        return measuring.median([a[rate] / b[rate] for a, b in zip(runs[kind], runs[other], strict=True)])
 
-    content = {
-        "prompts": arguments.num_samples,
-        "options": dataclasses.asdict(EngineOptions(dtype=arguments.dtype)),
-        "tokens_per_second": {
-            kind: measuring.median([run["tokens_per_second"] for run in runs[kind]]) for kind in kinds
-        },
-        **{
-            f"times_{base}": {
-                rate: {kind: ratio(kind, base, rate) for kind in kinds if kind != base} for rate in RATES
-            }
-            for base in ("plain", "continuous")
-            if base in kinds
-        },
-        "bars": {kind: BARS[kind] for kind in arguments.engines if kind in BARS},
-        "answers_equal_to_plain": {
-            kind: [count_equal(run["sample"], runs["plain"][0]["sample"]) for run in runs[kind]]
-            for kind in arguments.engines
-        },
-        "runs": {
-            kind: [{k: v for k, v in run.items() if k != "sample"} for run in runs[kind]] for kind in kinds
-        },
-    }
-    measuring.save(arguments.result, content)
-    print(json.dumps({k: v for k, v in content.items() if k != "runs"}, indent=2))
+def main(argv: list[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
+    path = arguments.result or measuring.RESULTS / "generation_cpu.json"
+    if not arguments.table:
+        if "vllm" in arguments.engines and (obstacle := vllm_obstacle(read_config(arguments.model))):
+            raise SystemExit(f"{obstacle}; leave it out with --engines transformers")
+        names = "model input_file num_samples plain_every max_tokens dtype"
+        results = measuring.Results(path, measuring.settings_of(arguments, names))
+        kinds, expected = ["plain", *arguments.engines], None
+        for number in range(arguments.runs):
+            for kind in kinds if number % 2 == 0 else reversed(kinds):
+                found = results.measure({"kind": kind, "run": number}, measure, arguments, kind, expected)
+                expected = expected or found.get("sample")
+    print("\n".join(table(measuring.figures_in(path))))
 
 
 if __name__ == "__main__":

@@ -93,12 +93,6 @@ def settings_of(arguments: argparse.Namespace, names: str) -> dict:
     return found
 
 
-def save(name: str, content: dict) -> None:
-    """Write benchmarks/results/{name}.json with the command and the machine."""
-    save_as(RESULTS / f"{name}.json", content)
-    print(f"wrote {RESULTS / name}.json", file=sys.stderr)
-
-
 def save_as(path: Path, content: dict) -> None:
     """Write a result, with the command and the machine, to a file of any name."""
     command = " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])

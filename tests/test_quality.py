@@ -8,7 +8,9 @@ import re
 from decimal import Decimal
 
 import criteria
+import generation
 import inference
+import measuring
 import problems
 import pytest
 import quality
@@ -153,6 +155,30 @@ def test_of_what_speed_compares_another_begins_each_round():
         ["1.00", "0.50", "2.00"],
         ["2.00", "1.00", "4.00"],
     ]
+
+
+def test_generation(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "apart", lambda work, *arguments: work(*arguments))
+    write_lines(tmp_path / "asked.jsonl", [{"question": f"What is {n} + {n}?"} for n in range(5)])
+    words = ["--model", tiny_folder(), "--input_file", tmp_path / "asked.jsonl", "--num_samples", 4]
+    words += ["--plain_every", 2, "--max_tokens", 6, "--dtype", "float32", "--engines", "transformers"]
+    words = [str(word) for word in (*words, "--runs", 2, "--result", tmp_path / "result.json")]
+    generation.main(words)
+    kinds = ("plain", 0), ("transformers", 0), ("transformers", 1), ("plain", 1)
+    found = figures_in(tmp_path)
+    assert [figure["of"] for figure in found] == [{"kind": kind, "run": run} for kind, run in kinds]
+    assert [figure["answers"] for figure in found] == [2, 4, 4, 2]
+    assert all(0 < figure["tokens"] <= 6 * figure["answers"] for figure in found)
+    assert found[0]["sample"] == found[3]["sample"] and len(set(found[0]["sample"])) == 2
+    assert [figure.get("equal_to_plain") for figure in found] == [None, "2 of 2", "2 of 2", None]
+    table = capsys.readouterr().out
+    rates = [
+        [f["tokens"] / f["seconds"] for f in found if f["of"]["kind"] == k] for k in ("transformers", "plain")
+    ]
+    times = sum(a / b for a, b in zip(*rates, strict=True)) / 2  # the median of two
+    assert f" | {times:.2f} | " in table.splitlines()[-1]
+    generation.main(words)  # nothing is measured twice
+    assert capsys.readouterr().out == table and figures_in(tmp_path) == found
 
 
 @pytest.fixture(scope="module")
