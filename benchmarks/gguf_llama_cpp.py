@@ -15,7 +15,7 @@ convert_hf_to_gguf.py, which needs sentencepiece), and its programs llama-simple
 llama.cpp's threads wait for one another busily: on a machine that is busy otherwise, its speeds
 mean nothing.
 
-Writes benchmarks/results/gguf.json; exit code 1 if a text differs. Not part of the tests in CI, which
+Writes benchmarks/results/gguf.json anew; exit code 1 if a text differs. Not part of the tests in CI, which
 have no llama.cpp.
 """
 
@@ -38,12 +38,10 @@ from hopscotch_common.cli import ArgumentParser, command, positive_int
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.export.gguf import rewrite_gguf
-from hopscotch_common.files import write_json
 from hopscotch_common.loading import models
 from hopscotch_common.loading.loader import read_config
 from hopscotch_common.scales.modeling_hopscotch import REPLACEMENT_NAMES
 
-COMMAND = "python benchmarks/gguf_llama_cpp.py --llama_cpp LLAMA_CPP --bin LLAMA_CPP/build/bin"  # no paths
 PROMPTS = (
     "The capital of France is",
     "A train travels 60 miles an hour for 3 hours. How far does it go? Let us think step by step.",
@@ -227,13 +225,11 @@ def main(argv: list[str] | None = None) -> int:
     settings["num_tokens"] = arguments.num_tokens
     if arguments.checkpoint is None:
         settings["model"] = f"{models.ALIASES[models.EMBEDDED]}, random scales, seed {arguments.seed}"
-    busy = {"load_average_5_minutes": round(os.getloadavg()[1], 1)}  # of the measurements just made
-    command = COMMAND
     if arguments.replacement_rank:
-        command += f" --replacement_rank {arguments.replacement_rank}"
         settings["model"] += f", random maps of rank {arguments.replacement_rank}"
-    content = {"command": command, "machine": measuring.machine() | busy, "settings": settings}
-    write_json(path, content | {"figures": figures})
+    busy = {"load_average_5_minutes": round(os.getloadavg()[1], 1)}  # of the measurements just made
+    machine = measuring.machine() | busy
+    measuring.save_as(path, {"machine": machine, "settings": settings, "figures": figures})
     print("\n".join(table(figures)))
     same = all(figure["same_text_as_folded"] or figure["of"]["maps"] for figure in figures)
     same = same and all(f["same_text_as_transformers"] for f in figures if f["of"]["type"] == "f32")
