@@ -18,7 +18,8 @@ transformers loads them. For --counts n:
   with a bias, from the stream to what the block adds (NBL, arXiv 2505.21077).
 - search-nbl: that map in the place of the search's blocks.
 - layers: the n whole layers that turn the stream least (ShortGPT's block influence, arXiv 2403.03853).
-- consecutive: the n layers in a row over which the last token's stream turns least (arXiv 2403.17887).
+- consecutive: the n layers in a row over which the stream of an answer's last token before its end of turn
+  turns least (arXiv 2403.17887).
 - cache-8, cache-4: all attention blocks, with keys and values in so many bits, in groups of 64 channels of a
   token, or fewer where 64 do not divide a head (as transformers' QuantizedCache has them, but for the last
   128 tokens, which that keeps whole).

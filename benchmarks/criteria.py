@@ -1,19 +1,20 @@
 """Which blocks? This project's search against random blocks and cheaper criteria, at equal numbers of blocks.
 
     python benchmarks/criteria.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
-        --selection smollm_block_selection.json
+        --selection smollm_block_selection.json cosine.json untrained.json
     python benchmarks/criteria.py --model smollm --table
 
-Greedy criteria look at the first --look answers of the data, one-shot ones at the first --calibration: keep
-these below --skip, so that they are neither trained on nor held out. Each choice is judged on the last
+--selection names reports of block_selection.py over the first answers of the data. What they and --look see
+should lie below --skip, so that it is neither trained on nor held out. Each choice is judged on the last
 --held_out answers, without scales and after training them on --answers of those in between, as --setting
 says (`training.py`).
 
-- search: the picks of a report of block_selection.py.
+- search: the picks of a report of --search full or race.
+- cosine: of --search cosine, the similarity of the residual stream before and after a block (LLM-Drop).
+- untrained: of --search untrained, greedy by the loss at scales of 1 (SLEB's criterion).
 - random-0 … random-4: drawn from all blocks that can be skipped.
-- cosine: one shot, by the similarity of the residual stream before and after a block (LLM-Drop).
-- untrained: greedy, the block without which the loss at scales of 1 is lowest (SLEB's criterion).
-- output: greedy, the block without which the final distribution changes least, as KL (FinerCut's kind).
+- output: greedy, the block without which the final distribution of --look answers changes least, as KL
+  (FinerCut's kind).
 - weights: one shot, no data: least query-key coupling of the weights, after the idea of Gate-Norm
   (arXiv 2512.20636). Its exact definition was not at hand; see `query_key_coupling` for what is computed.
 
@@ -22,7 +23,6 @@ go to benchmarks/results/criteria_{model}.json after each figure.
 """
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -35,24 +35,24 @@ from measuring import row, title
 from training import Setting, add_study_arguments, setting_name, study
 
 from hopscotch_common import scales
-from hopscotch_common.search.candidates import stream_distances, untrained_losses
+from hopscotch_common.files import read_json
 from hopscotch_common.search.schedule import SCREENING_COST
-from hopscotch_common.training.batches import Batch, MinibatchRunner, Sample
+from hopscotch_common.training.batches import Batch, Sample
 from hopscotch_common.training.loss import Originals, summed_loss
 from hopscotch_common.training.trainer import EpochBatches
 
 RANDOM = [f"random-{seed}" for seed in range(5)]
+REPORTED = {"full": "search", "race": "search", "cosine": "cosine", "untrained": "untrained"}  # by --search
 CRITERIA = ("search", "cosine", "weights", "untrained", "output", "random")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_study_arguments(parser, held_out=24, epochs=1)
-    parser.add_argument("--selection", type=Path, help="report of block_selection.py, on the same answers")
+    parser.add_argument("--selection", type=Path, nargs="+", help="reports of block_selection.py")
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=CRITERIA)
     parser.add_argument("--counts", type=int, nargs="+", default=[4, 8], help="blocks to skip")
-    parser.add_argument("--calibration", type=int, default=32, help="answers that one-shot criteria see")
-    parser.add_argument("--look", type=int, default=8, help="answers that greedy criteria see")
+    parser.add_argument("--look", type=int, default=8, help="answers that the criterion output sees")
     parser.add_argument("--skip", type=int, default=64, help="answers before those to train on")
     parser.add_argument("--answers", type=int, default=64, help="answers to train the scales on")
     parser.add_argument("--setting", type=setting_name, default="layer-ce", help="how to train them")
@@ -95,14 +95,6 @@ def output_changes(
     return {block: change / tokens for block, change in changes.items()}
 
 
-def mean_untrained_losses(
-    model, batches: Sequence[Batch], skipped: Sequence[int], blocks: Sequence[int]
-) -> dict[int, float]:
-    """The mean over batches of the loss with each block skipped besides `skipped`, scales 1."""
-    found = [untrained_losses(model, batch, skipped, blocks, "untrained") for batch in batches]
-    return {block: statistics.fmean(losses[block] for losses in found) for block in blocks}
-
-
 def greedily(model, count: int, score: Callable[[list[int], list[int]], dict[int, float]]) -> dict:
     """Pick `count` blocks, each time the one with the lowest score, and count the candidates.
 
@@ -117,34 +109,34 @@ def greedily(model, count: int, score: Callable[[list[int], list[int]], dict[int
     return {"blocks": blocks, "candidates": candidates}
 
 
-def choose(arguments: argparse.Namespace, model, samples: Sequence[Sample], criterion: str) -> dict:
+def choose(
+    arguments: argparse.Namespace,
+    model,
+    samples: Sequence[Sample],
+    reports: dict[str, dict],
+    criterion: str,
+) -> dict:
     """What a criterion picks, as many blocks as are judged, and what it cost."""
     start, most = time.perf_counter(), max(arguments.counts)
-    possible = scales.skippable_blocks(model, [])
-    report = json.loads(arguments.selection.read_text())
-    if criterion == "search":
+    answers = reports["search"]["data"]["samples"]  # an epoch of a candidate is over these
+    if criterion in reports:
+        report = reports[criterion]
         cost = sum(iteration["candidate_epochs"] for iteration in report["iterations"][:most])
+        cost *= report["data"]["samples"] / answers
         return {"blocks": report["skipped_blocks"][:most], "candidate_epochs": cost}
+    possible = scales.skippable_blocks(model, [])
     if criterion in RANDOM:
         draw = random.Random(RANDOM.index(criterion))
         return {"blocks": draw.sample(possible, most), "candidate_epochs": 0.0}
-    seen = samples[: arguments.calibration if criterion == "cosine" else arguments.look]
-    options = Setting.named(arguments.setting).options(arguments.batch_size)
-    batches, passes = EpochBatches(model, seen, options).in_order(), 0.0
-    if criterion in ("cosine", "weights"):
-        if criterion == "cosine":
-            scores = stream_distances(model, batches, [], possible, MinibatchRunner())
-            passes = 2  # halves of one
-        else:
-            scores = dict(enumerate(query_key_coupling(model)))
-        chosen = {"blocks": sorted(possible, key=scores.get)[:most], "scores": scores}
+    if criterion == "weights":
+        scores = dict(enumerate(query_key_coupling(model)))
+        chosen, cost = {"blocks": sorted(possible, key=scores.get)[:most], "scores": scores}, 0.0
     else:
-        rule = output_changes if criterion == "output" else mean_untrained_losses
-        chosen = greedily(model, most, lambda *blocks: rule(model, batches, *blocks))
-        # untrained shares the layers below a candidate's, half of a pass; output takes whole passes
-        passes = chosen["candidates"] * (2 if criterion == "output" else 1)
-    # an epoch of a candidate is over what the search saw
-    cost = passes * SCREENING_COST * len(seen) / report["data"]["samples"]
+        options = Setting.named(arguments.setting).options(arguments.batch_size)
+        batches = EpochBatches(model, samples[: arguments.look], options).in_order()
+        chosen = greedily(model, most, lambda *blocks: output_changes(model, batches, *blocks))
+        # whole passes; a screening shares the layers below a candidate's, half of a pass
+        cost = chosen["candidates"] * 2 * SCREENING_COST * arguments.look / answers
     return chosen | {"candidate_epochs": cost, "seconds": time.perf_counter() - start}
 
 
@@ -202,14 +194,19 @@ def main(argv: list[str] | None = None) -> None:
             parser.error("--data_path and --selection are needed to measure")
         if Setting.named(arguments.setting).rank:
             parser.error("--setting: blocks are chosen without maps in their place")
-        names = "model data_path selection calibration look skip answers held_out setting epochs batch_size"
+        reports = {}
+        for report in map(read_json, arguments.selection):
+            reports[REPORTED[report["arguments"]["search"]]] = report
+        for name in {"search", *arguments.criteria} & {*REPORTED.values()} - reports.keys():
+            parser.error(f"--selection: no report of the criterion {name}; give one")
+        names = "model data_path selection look skip answers held_out setting epochs batch_size"
         results = measuring.Results(path, measuring.settings_of(arguments, f"{names} dtype"))
         model, samples = Setting.named(arguments.setting).load(arguments)
         if arguments.skip + arguments.answers + arguments.held_out > len(samples):
             raise SystemExit(f"{arguments.data_path}: {len(samples)} answers are too few")
         for criterion in arguments.criteria:
             for name in RANDOM if criterion == "random" else [criterion]:
-                chosen = results.measure({"choose": name}, choose, arguments, model, samples, name)
+                chosen = results.measure({"choose": name}, choose, arguments, model, samples, reports, name)
                 if (found := len(chosen["blocks"])) < max(arguments.counts):
                     raise SystemExit(f"{path}: {name} chose {found} blocks; lower --counts, or move it away")
                 for count in arguments.counts:

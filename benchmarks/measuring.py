@@ -84,13 +84,15 @@ class Results:
 
 def settings_of(arguments: argparse.Namespace, names: str) -> dict:
     """Arguments by name: of a file (data for --data_path) its SHA-256, of a model what it stands for."""
-    found = {}
-    for name in names.split():
-        value = getattr(arguments, name)
+
+    def setting(value: object) -> object:
+        if isinstance(value, list):
+            return [setting(each) for each in value]
         if isinstance(value, Path):
-            value = hashlib.sha256(value.read_bytes()).hexdigest()
-        found[name.removesuffix("_path")] = value.source if isinstance(value, ModelRef) else value
-    return found
+            return hashlib.sha256(value.read_bytes()).hexdigest()
+        return value.source if isinstance(value, ModelRef) else value
+
+    return {name.removesuffix("_path"): setting(getattr(arguments, name)) for name in names.split()}
 
 
 def save_as(path: Path, content: dict) -> None:

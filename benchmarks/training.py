@@ -5,9 +5,9 @@
     python benchmarks/training.py --model smollm --table
 
 A setting is granularity-loss, and what differs from the defaults of `param_scale.py`: -rank16 (maps of that
-rank in the blocks' place), -lr0.01 (Adam's learning rate of the scales), -decay (it falls in a straight line
-to 0 at the last step). Each trains on the first --answers of the data and is measured on the last
---held_out ones, before training and after each epoch: cross entropy, KL to the original model, agreement.
+rank in the blocks' place), -lr0.01 (Adam's learning rate of the scales). Each trains on the first --answers
+of the data and is measured on the last --held_out ones, before training and after each epoch: cross entropy,
+KL to the original model, agreement.
 --counts takes the first so many of --blocks, --seeds shuffles the data before it is split.
 Results go to benchmarks/results/training_{model}.json after each training; the next run adds to it.
 """
@@ -23,7 +23,6 @@ from pathlib import Path
 
 import measuring
 from measuring import row, title
-from torch.optim.lr_scheduler import LinearLR
 
 from hopscotch_common import cli
 from hopscotch_common.loading.loader import load_model
@@ -31,7 +30,7 @@ from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Sample, load_samples
 from hopscotch_common.training.trainer import EpochTraining
 
-SETTING = re.compile(r"(layer|channel)-(ce|kl)(?:-rank(\d+))?(?:-lr([\d.]+))?(-decay)?")
+SETTING = re.compile(r"(layer|channel)-(ce|kl)(?:-rank(\d+))?(?:-lr([\d.]+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +41,15 @@ class Setting:
     loss: str
     rank: int
     learning_rate: float
-    decay: bool
 
     @staticmethod
     def named(name: str) -> "Setting":
-        """For example channel-kl-rank16-lr0.01-decay; ValueError where it is none."""
+        """For example channel-kl-rank16-lr0.01; ValueError where it is none."""
         match = SETTING.fullmatch(name)
         if match is None:
             raise ValueError(f"no setting: {name}")
-        granularity, loss, rank, rate, decay = match.groups()
-        return Setting(granularity, loss, int(rank or 0), float(rate or 3e-3), bool(decay))
+        granularity, loss, rank, rate = match.groups()
+        return Setting(granularity, loss, int(rank or 0), float(rate or 3e-3))
 
     def options(self, batch_size: int) -> TrainingOptions:
         return TrainingOptions(self.learning_rate, batch_size, loss=self.loss)
@@ -116,11 +114,6 @@ def study(
     figures = {which: dataclasses.asdict(found) for which, found in trained.baselines().items()}
     start = time.perf_counter()
     trained.start()
-    if setting.decay:
-        optimizer = trained._trainer.optimizer
-        steps = epochs * len(trained._training.epoch())
-        schedule = LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-        optimizer.register_step_post_hook(lambda *_: schedule.step())
     runs = []
     for number in range(epochs):
         epoch = trained.epoch(number)
@@ -162,12 +155,12 @@ def table(figures: Sequence[dict]) -> list[str]:
         groups.setdefault((of.get("blocks"), of.get("seed")), []).append(figure)
     for group in sorted(groups, key=str):
         for which in ("original", "unscaled"):
-            plain = [f for f in groups[group] if which in f and not Setting.named(f["of"]["setting"]).rank]
+            plain = [f for f in groups[group] if which in f and "-rank" not in f["of"]["setting"]]
             for figure in plain[:1]:
                 add(which, "-", group, figure[which])
         for figure in groups[group]:
             name, answers = figure["of"]["setting"], figure["of"]["answers"]
-            if Setting.named(name).rank:
+            if "-rank" in name:
                 add(f"{name}, as fitted", answers, group, figure["unscaled"])
             add(name, answers, group, figure["epochs"][-1]["held_out"])
     return lines

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cosine_similarity, linear
 
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, head_dim_of
+from hopscotch_common.training import IGNORE_INDEX
 from hopscotch_common.training.batches import Sample
 
 WAYS = {  # in words, for pictures
@@ -50,7 +51,8 @@ class Observed:
     """What the original does with some answers: [layers] figures of how the stream turns, and NBL's moments.
 
     turned_by_attention, turned_by_layer: one less the mean cosine similarity of the stream before and after.
-    last: [answers, layers + 1, hidden], the last token's stream before each layer and behind the last one.
+    last: [answers, layers + 1, hidden], the stream before each layer and behind the last one, of the token
+    before an answer's last counted one, which is the end of turn.
     moments: of each layer (n, sum x, sum y, xx', yx', yy'), x the stream before the attention block and y
     what the block adds, float64.
     """
@@ -64,9 +66,10 @@ class Observed:
         shapes = ((), (size,), (size,), *[(size, size)] * 3)
         self.moments = [[torch.zeros(shape, dtype=torch.float64) for shape in shapes] for _ in layers]
         for number, answer in enumerate(answers):
+            last = max(i for i, label in enumerate(answer.labels) if label != IGNORE_INDEX) - 1
             for index, (before, added, behind) in enumerate(streams(model, answer)):
                 self._add(index, before, added, behind)
-                self.last[number, index], self.last[number, index + 1] = before[-1], behind[-1]
+                self.last[number, index], self.last[number, index + 1] = before[last], behind[last]
         tokens = sum(len(answer.input_ids) for answer in answers)
         self.turned_by_attention /= tokens
         self.turned_by_layer /= tokens

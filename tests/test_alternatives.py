@@ -18,6 +18,9 @@ from hopscotch_common.training.loss import Originals, evaluate
 from hopscotch_common.training.trainer import EpochBatches
 
 ANSWERS = random_samples(6, seed=3)
+for answer in ANSWERS:  # a newline behind the end of turn, which does not count
+    answer.input_ids.append(7)
+    answer.labels.append(-100)
 LAYERS = 4
 
 
@@ -183,12 +186,14 @@ def test_what_is_chosen_is_what_turns_the_stream_least(stock, observed):
     with torch.no_grad():
         states = [stock(each, output_hidden_states=True).hidden_states for each in ids]
     layers = range(LAYERS - 1)  # the last state is behind the final norm
+    for i in layers:  # the token before the end of turn, behind which a newline stands
+        torch.testing.assert_close(observed.last[:, i], torch.stack([s[i][0, -3] for s in states]))
     similarity = torch.nn.functional.cosine_similarity
     turned = [torch.cat([1 - similarity(s[i][0], s[i + 1][0], -1) for s in states]).mean() for i in layers]
     torch.testing.assert_close(observed.turned_by_layer[:-1], torch.stack(turned))
     assert ways.choose("layers", 1, [], observed) == [int(observed.turned_by_layer.argmin())]
     angles = [
-        torch.stack([similarity(s[i][0, -1], s[i + 2][0, -1], -1).arccos() for s in states]).mean()
+        torch.stack([similarity(s[i][0, -3], s[i + 2][0, -3], -1).arccos() for s in states]).mean()
         for i in range(LAYERS - 2)
     ]
     last = (

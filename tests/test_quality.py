@@ -25,7 +25,7 @@ from hopscotch_common import scales
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import load_samples
 from hopscotch_common.training.loss import evaluate
-from hopscotch_common.training.trainer import EpochBatches, EpochTraining, ScaleTrainer
+from hopscotch_common.training.trainer import EpochBatches, EpochTraining
 
 
 @pytest.mark.parametrize(
@@ -236,15 +236,15 @@ def figures_in(folder) -> list[dict]:
     return json.loads((folder / "result.json").read_text())["figures"]
 
 
-def selection(folder, blocks: list[int]) -> str:
+def selection(folder, blocks: list[int], search: str = "race", samples: int = 8) -> str:
     """What the benchmarks read of a selection report."""
     report = {
         "skipped_blocks": blocks,
         "iterations": [{"candidate_epochs": 2.5} for _ in blocks],
-        "data": {"samples": 8},
-        "arguments": {"learning_rate": 0.01, "batch_size": 2},
+        "data": {"samples": samples},
+        "arguments": {"learning_rate": 0.01, "batch_size": 2, "search": search},
     }
-    path = folder / "selection.json"
+    path = folder / f"{search}.json"
     path.write_text(json.dumps(report))
     return str(path)
 
@@ -313,7 +313,9 @@ def test_quality_with_answers(tiny_folder, tmp_path, block):
 
 
 def test_criteria(tiny_folder, tmp_path, capsys):
-    options = ["--selection", selection(tmp_path, [2, 1]), "--counts", 1, 2, "--calibration", 4]
+    reports = selection(tmp_path, [2, 1]), selection(tmp_path, [3, 2], "untrained", 2)
+    reports += (selection(tmp_path, [1, 3, 2], "cosine", 4),)
+    options = ["--counts", 1, 2, "--selection", *reports]
     options += ["--look", 4, "--skip", 4, "--answers", 8, "--held_out", 4]
     words = words_for(tiny_folder(), tmp_path, 24, *options)
     criteria.main(words)
@@ -321,10 +323,11 @@ def test_criteria(tiny_folder, tmp_path, capsys):
     chosen = {f["of"]["choose"]: f for f in figures if "choose" in f["of"]}
     named = {"search", "cosine", "weights", "untrained", "output"}
     assert set(chosen) == named | {f"random-{i}" for i in range(5)}
-    assert chosen["search"]["blocks"] == [2, 1] and chosen["search"]["candidate_epochs"] == 5.0
-    for name in ("cosine", "weights"):
-        ranked = sorted(range(4), key=lambda block, name=name: chosen[name]["scores"][str(block)])
-        assert chosen[name]["blocks"] == ranked[:2]
+    reported = {"search": ([2, 1], 5.0), "untrained": ([3, 2], 1.25), "cosine": ([1, 3], 2.5)}
+    assert {n: (chosen[n]["blocks"], chosen[n]["candidate_epochs"]) for n in reported} == reported
+    ranked = sorted(range(4), key=lambda block: chosen["weights"]["scores"][str(block)])
+    assert chosen["weights"]["blocks"] == ranked[:2]
+    assert chosen["output"]["candidate_epochs"] == pytest.approx((4 + 3) * 2 / 3 * 4 / 8)
     for figure in figures:
         if "judge" in figure["of"] and figure["of"]["count"]:
             assert figure["unscaled"]["kl"] > 0
@@ -335,10 +338,14 @@ def test_criteria(tiny_folder, tmp_path, capsys):
     assert len(lines) == 3 + 2 * 6 and " to " in lines[8] and "random" in lines[8]
     with pytest.raises(SystemExit, match="result.json: search chose 2 blocks; lower --counts, or move it"):
         criteria.main([*words, "--counts", "3"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        criteria.main([*words, "--selection", reports[0], reports[2]])
+    assert "--selection: no report of the criterion untrained; give one" in capsys.readouterr().err
 
 
 def test_training(tiny_folder, tmp_path, capsys):
-    names = ["layer-ce", "channel-kl", "channel-kl-lr0.01", "channel-kl-decay", "channel-kl-rank4"]
+    names = ["layer-ce", "channel-kl", "channel-kl-lr0.01", "channel-kl-rank4"]
     options = ["--blocks", 2, 1, "--answers", 8, "--held_out", 4, "--settings", *names]
     words = words_for(tiny_folder(), tmp_path, 12, *options)
     training.main(words)
@@ -358,11 +365,11 @@ def test_training(tiny_folder, tmp_path, capsys):
     assert len(set(last.values())) == len(names)
     assert found["layer-ce"]["original"]["kl"] == 0
     assert found["channel-kl-rank4"]["unscaled"] != found["channel-kl"]["unscaled"]
-    rows = ["channel-kl", "channel-kl-decay", "channel-kl-lr0.01"]
-    rows = ["original", "unscaled", *rows, "channel-kl-rank4, as fitted", "channel-kl-rank4", "layer-ce"]
+    rows = ["original", "unscaled", "channel-kl", "channel-kl-lr0.01"]
+    rows += ["channel-kl-rank4, as fitted", "channel-kl-rank4", "layer-ce"]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {row}" for row in rows]
     with pytest.raises(SystemExit):
-        training.main([*words, "--settings", "channel-mse"])
+        training.main([*words, "--settings", "channel-kl-decay"])
 
 
 def test_training_of_the_first_blocks_on_shuffled_answers(tiny_folder, tmp_path, capsys):
@@ -384,20 +391,6 @@ def test_training_of_the_first_blocks_on_shuffled_answers(tiny_folder, tmp_path,
     with pytest.raises(SystemExit):
         training.main([*words, "--counts", "3"])
     assert "--counts: at most 2, as many as --blocks names" in capsys.readouterr().err
-
-
-def test_a_decay_falls_in_a_straight_line(tiny, monkeypatch):
-    rates = []
-    step = ScaleTrainer.step
-
-    def noted(trainer, *arguments):
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-        return step(trainer, *arguments)
-
-    monkeypatch.setattr(ScaleTrainer, "step", noted)
-    samples = random_samples(6)
-    training.study(tiny, [2], samples[:4], samples[4:], training.Setting.named("layer-ce-decay"), 2, 2)
-    assert rates == pytest.approx([3e-3 * (1 - n / 4) for n in range(4)])
 
 
 def test_differences_are_to_the_variant_that_is_named():
