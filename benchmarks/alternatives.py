@@ -33,6 +33,7 @@ benchmarks/results/alternatives_{model}.json, written after each figure.
 
 import argparse
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,16 +84,22 @@ class Judge:
         ids = torch.tensor([answer.input_ids])
         return model(input_ids=ids, logits_to_keep=before, use_cache=False).logits[0]
 
-    def __call__(self, model) -> dict[str, float]:
-        divergence, same, tokens = 0.0, 0, 0
+    def __call__(self, model) -> dict[str, float | None]:
+        """kl_error: its standard error over the answers, as `loss.evaluate` has it; None of a single one."""
+        divergence, tokens, same = [], [], 0
         for answer, original in zip(self._answers, self._original, strict=True):
             logits, reference = self._logits(model, answer).float(), original.float()
             p, q = log_softmax(reference, -1), log_softmax(logits, -1)
-            divergence += (p.exp() * (p - q)).sum().item()
+            divergence.append((p.exp() * (p - q)).sum().item())
             labels = torch.tensor(answer.labels)[1:]
             same += (logits.argmax(-1) == labels[labels != -100]).sum().item()
-            tokens += len(p)
-        return {"kl": divergence / tokens, "agreement": same / tokens, "tokens": tokens}
+            tokens.append(len(p))
+        total, count = sum(tokens), len(tokens)
+        kl, error = sum(divergence) / total, None
+        if count > 1:
+            squares = sum((d - kl * n) ** 2 for d, n in zip(divergence, tokens, strict=True))
+            error = math.sqrt(squares * count / (count - 1)) / total
+        return {"kl": kl, "kl_error": error, "agreement": same / total, "tokens": total}
 
 
 def measure_way(
@@ -119,7 +126,8 @@ def table(figures: Sequence[dict]) -> list[str]:
     for figure in sorted(figures, key=lambda f: (-len(f["blocks"]), f["kl"])):
         cells = (figure["of"].get("way") or figure["of"]["checkpoint"], " ".join(map(str, figure["blocks"])))
         shares = (f"{figure['kv_cache']:.2f}", f"{figure['weights']:.2f}")
-        lines.append(row(*cells, *shares, f"{figure['kl']:.4f}", f"{100 * figure['agreement']:.1f} %"))
+        kl = f"{figure['kl']:.4f}" + (f" ± {figure['kl_error']:.4f}" if figure.get("kl_error") else "")
+        lines.append(row(*cells, *shares, kl, f"{100 * figure['agreement']:.1f} %"))
     return lines
 
 

@@ -58,7 +58,9 @@ def test_blocks_with_nothing_in_their_place_diverge_as_this_projects_skips(folde
     batches = EpochBatches(model, ANSWERS, TrainingOptions(1e-3, len(ANSWERS))).in_order()
     expected = evaluate(model, batches, "held out", originals=originals)
     assert found["kl"] == pytest.approx(expected.kl, rel=1e-4)
+    assert found["kl_error"] == pytest.approx(expected.kl_error, rel=1e-3)
     assert found["agreement"] == pytest.approx(expected.agreement)
+    assert alternatives.Judge(stock, ANSWERS[:1])(stock)["kl_error"] is None
     own = sum(p.numel() for b in (1, 2) for p in stock.model.layers[b].self_attn.parameters())
     assert found["weights"] == pytest.approx(1 - own / sum(p.numel() for p in stock.parameters()))
     assert found["kv_cache"] == 0.5
@@ -216,6 +218,7 @@ def test_the_script(folder, tmp_path, capsys):
     drawn = (tmp_path / "picture.svg").read_text()
     assert all((f">{words}<" in drawn) == ("cache" not in way) for way, words in ways.WAYS.items())
     table = capsys.readouterr().out.splitlines()
+    assert any(" ± " in line for line in table)
     assert len(table) == 2 * (2 + 10 + 5 + 2)  # three blocks: only what does not follow the search
     assert table[: len(table) // 2] == table[len(table) // 2 :]
 
