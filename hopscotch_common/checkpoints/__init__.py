@@ -27,7 +27,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME
 from hopscotch_common import scales
 from hopscotch_common.checkpoints import card
 from hopscotch_common.checkpoints.folders import (
-    OWN_FILES,
+    DESCRIPTION_FILES,
     RUN_FILE,
     SCALES_FILE,
     SHARED_FILES,
@@ -85,12 +85,13 @@ def save_checkpoint(
         else:
             shared = read_run(share_with)
             run = run | {key: shared[key] for key in ("weights", "tokenizer") if key in shared}
+            copy_companions(share_with, target)
             for path in share_with.iterdir():
                 if path.match(SHARED_FILES):
                     link_or_copy(path, target / path.name)
                 elif path.name == CHAT_TEMPLATE_DIR:
                     shutil.copytree(path, target / path.name)
-                elif path.is_file() and path.name not in OWN_FILES:
+                elif path.name in DESCRIPTION_FILES:
                     shutil.copyfile(path, target / path.name)
         if training_state is not None:
             weights.save_tensors(training_state, target / STATE_FILE)

@@ -16,6 +16,7 @@ STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
+DESCRIPTION_FILES = ("config.json", CODE.name, INDEX_FILE)  # alike in all checkpoints of a run
 # Left by `hf download --local-dir`, the hub, macOS, notebooks, file servers and Windows.
 HARMLESS = (".cache", ".gitattributes", ".DS_Store", "._*", ".ipynb_checkpoints", ".nfs*", "Thumbs.db")
 # Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
@@ -52,8 +53,7 @@ def check_replaceable(folder: Path) -> None:
     empty = folder.is_dir() and not any(folder.iterdir())
     if (folder.exists() or folder.is_symlink()) and not empty and not (folder / RUN_FILE).is_file():
         raise InputError(f"{folder} exists and is not a checkpoint of ours: name another --output_dir")
-    own = ("config.json", CODE.name, INDEX_FILE, SHARED_FILES, *OWN_FILES)
-    check_only(folder, own, "name another --output_dir")
+    check_only(folder, (*DESCRIPTION_FILES, SHARED_FILES, *OWN_FILES), "name another --output_dir")
 
 
 def check_only(folder: Path, own: Iterable[str], remedy: str) -> None:
