@@ -79,6 +79,6 @@ PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_repor
 say "to publish a folder, with the model card in it"
 epoch=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_epoch"])' "./$scaled/report.json")
 for kind in "epoch_$epoch" $export_formats; do
-    printf 'hf upload OWNER/%q %q . --exclude training_state.safetensors\n' \
+    printf 'hf upload OWNER/%q %q . --exclude "training_state.*"\n' \
         "$name-hopscotch" "./$scaled/${name}_scaled_$kind"
 done

@@ -274,6 +274,11 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
     assert param_scale.main([*common, "--num_epochs", "2", "--output_dir", "parts", "--resume"]) == 0
     gone = tmp_path / "parts" / f"{work.name}_scaled_epoch_0"
     shutil.rmtree(gone)  # it goes on after the last, whichever are left
+    last = tmp_path / "parts" / f"{work.name}_scaled_epoch_1"
+    index = json.loads((last / "model.safetensors.index.json").read_text())
+    assert {path.name for path in last.glob("*.safetensors")} == set(index["weight_map"].values())
+    (last / "training_state.adam").rename(last / "training_state.safetensors")  # as it was named before
+    checkpoints.check_replaceable(last)
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
     for epoch in (1, 2):
         a, b = (tmp_path / part / f"{work.name}_scaled_epoch_{epoch}" for part in ("whole", "parts"))

@@ -374,7 +374,10 @@ def test_verify_refuses(name, work, capsys):
     "spoil",
     [
         nothing,
-        remove(f"{CHECKPOINT}/training_state.safetensors"),
+        remove(f"{CHECKPOINT}/training_state.adam"),
+        lambda work: (work / CHECKPOINT / "training_state.adam").rename(
+            work / CHECKPOINT / "training_state.safetensors"  # as it was named before
+        ),
         write(f"{CHECKPOINT}/.cache/huggingface/download/config.json.metadata", "0123"),  # of `hf download`
     ],
 )

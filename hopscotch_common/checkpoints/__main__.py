@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hopscotch_common import cli
 from hopscotch_common.checkpoints import read_checkpoint, read_run
-from hopscotch_common.checkpoints.folders import SCALES_FILE, STATE_FILE, holds_templates
+from hopscotch_common.checkpoints.folders import OLD_STATE_FILE, SCALES_FILE, holds_templates
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.tokenization import check_tokens
@@ -30,7 +30,7 @@ def verify(folder: Path) -> None:
     if not kind.startswith(PREFIX) or kind.removeprefix(PREFIX) not in FAMILIES:
         raise InputError(f"{folder}: config.json is not a checkpoint's; give the folder of one")
     _check_code(folder, config, auto_map(kind.removeprefix(PREFIX)))
-    named = {*weight_map(folder / INDEX_FILE).values(), STATE_FILE}
+    named = {*weight_map(folder / INDEX_FILE).values(), OLD_STATE_FILE}
     unnamed = {path.name for path in folder.glob("*.safetensors")} - named
     if unnamed or SCALES_FILE not in named:
         name = min(unnamed, default=SCALES_FILE)

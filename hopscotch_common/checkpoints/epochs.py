@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from hopscotch_common.checkpoints import load_maps, load_scales, read_run
-from hopscotch_common.checkpoints.folders import RUN_FILE, STATE_FILE
+from hopscotch_common.checkpoints.folders import OLD_STATE_FILE, RUN_FILE, STATE_FILE
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.files import check_name, locked, recover_folder
 from hopscotch_common.loading import weights
@@ -68,12 +68,13 @@ def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
     "scale_state", [4, layers, width], and the same four of each map that trains, by its key.
     """
     remedy = "so training cannot resume from it; train anew into another --output_dir"
-    if not (folder / STATE_FILE).is_file():
+    path = next(filter(Path.is_file, (folder / STATE_FILE, folder / OLD_STATE_FILE)), None)
+    if path is None:
         raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
-    state = weights.read_tensors(folder / STATE_FILE)
+    state = weights.read_tensors(path)
     wanted = {"scale_state": load_scales(folder)} | load_maps(folder)
     shapes = {key: (4, *tensor.shape) for key, tensor in wanted.items()}
     finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
     if {key: tuple(tensor.shape) for key, tensor in state.items()} != shapes or not finite:
-        raise InputError(f"{folder / STATE_FILE}: not finite numbers for each of the scales, {remedy}")
+        raise InputError(f"{path}: not finite numbers for each of the scales, {remedy}")
     return state

@@ -12,9 +12,10 @@ from hopscotch_common.files import check_name
 from hopscotch_common.loading.weights import INDEX_FILE
 from hopscotch_common.scales.modeling_hopscotch import CODE, SCALES_FILE
 
-STATE_FILE = "training_state.safetensors"
+STATE_FILE = "training_state.adam"  # in the safetensors format; by that suffix, engines would load it, too
+OLD_STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
-OWN_FILES = (SCALES_FILE, STATE_FILE, RUN_FILE, CARD_FILE)  # of each checkpoint
+OWN_FILES = (SCALES_FILE, STATE_FILE, OLD_STATE_FILE, RUN_FILE, CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
 DESCRIPTION_FILES = ("config.json", CODE.name, INDEX_FILE)  # alike in all checkpoints of a run
 # Left by `hf download --local-dir`, the hub, macOS, notebooks, file servers and Windows.

@@ -22,7 +22,7 @@ from .workplace import CHECKPOINT, GO_ON
 REPORT, JOURNAL, PARTIAL = "selection.json", "selection.journal.jsonl", "earlier/answers.jsonl"
 LAST, STATE = (
     "scaled/model_scaled_epoch_1/hopscotch.json",
-    "scaled/model_scaled_epoch_1/training_state.safetensors",
+    "scaled/model_scaled_epoch_1/training_state.adam",
 )
 TABLE = "scaled/report.json"
 CONFIG, INDEX = f"{CHECKPOINT}/config.json", f"{CHECKPOINT}/model.safetensors.index.json"
@@ -157,7 +157,7 @@ CASES = [
         ("settings are text", "model_scaled_epoch_1", edit(LAST, settings="the same")),
         ("epoch is text", "model_scaled_epoch_1", edit(LAST, epoch="last")),
         ("no losses", "model_scaled_epoch_1", edit(LAST, held_out=REMOVED, loss=REMOVED)),
-        ("no training state", "no training_state.safetensors", remove(STATE)),
+        ("no training state", "no training_state.adam", remove(STATE)),
         ("training state cut short", "model_scaled_epoch_1", cut(STATE, 0.5)),
         (
             "training state of another shape",
