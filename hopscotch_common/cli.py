@@ -51,8 +51,9 @@ class ArgumentParser(argparse.ArgumentParser):
             except UnicodeEncodeError:
                 self.error(f"{word}: not UTF-8 text, which no report could hold; rename it")
         parsed = super().parse_args(argv)
-        if getattr(parsed, "dtype", None) == "float32":  # which a GGUF then has to be unpacked to
-            parsed.model = dataclasses.replace(parsed.model, float32=True)
+        if hasattr(parsed, "model"):
+            dtype = getattr(parsed, "dtype", None)
+            parsed.model = dataclasses.replace(parsed.model, float32=dtype and dtype == "float32")
         return parsed
 
     def error(self, message: str):

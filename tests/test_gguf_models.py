@@ -306,6 +306,18 @@ def test_a_file_is_unpacked_once_and_another_is_never_taken_for_it(tmp_path, cac
         assert folder.parent == cache and folder.name.startswith("one-")
 
 
+def test_step_2_takes_what_step_1_unpacked_to(tmp_path, cache):
+    path = write_model(tiny(), tmp_path / "one.gguf")
+    step_2 = process_gt_data.build_parser().parse_args(["--model", str(path)]).model
+    whole = exactly(path).folder()
+    assert step_2.folder(weights=False) == whole and os.listdir(cache) == [whole.name]
+    step_4b = ["--model", str(path), "--blocks_to_skip", "1"]
+    in_16_bits = unscaled_ckpt.build_parser().parse_args(step_4b).model
+    assert in_16_bits.folder(weights=False) == in_16_bits.folder() != whole
+    shutil.rmtree(whole)
+    assert step_2.folder(weights=False) == in_16_bits.folder()
+
+
 def test_a_failure_on_the_way_leaves_nothing_and_the_next_run_starts_over(tmp_path, cache, monkeypatch):
     path = write_model(tiny(), tmp_path / "one.gguf")
 

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -68,8 +68,8 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("hopscotch")
 
 
-def unpacked_folder(gguf: Path, dtype: str = "bfloat16") -> Path:
-    """The folder with the model of a GGUF file, unpacked unless it has been already.
+def unpacked_folder(gguf: Path, dtypes: Sequence[str]) -> Path:
+    """The folder with the model of a GGUF file, in the first of these dtypes that is there, or unpacked.
 
     Its name comes from the file's place, size and time of change and from the dtype, so that no other file
     of the same name is taken for it. Raises InputError where there is no supported instruction-tuned model
@@ -77,10 +77,13 @@ def unpacked_folder(gguf: Path, dtype: str = "bfloat16") -> Path:
     """
     files.check_input(gguf, REMEDY)
     status = gguf.stat()
-    identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT, f"torch.{dtype}"))
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    target = cache_folder() / f"{gguf.stem}-{digest}"
-    unpack_once(gguf, target, dtype)
+    targets = {}
+    for dtype in dtypes:
+        identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT, f"torch.{dtype}"))
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        targets[cache_folder() / f"{gguf.stem}-{digest}"] = dtype
+    target = next(filter(Path.is_dir, targets), next(iter(targets)))
+    unpack_once(gguf, target, targets[target])
     return target
 
 

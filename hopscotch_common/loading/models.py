@@ -27,12 +27,13 @@ QUANTIZATIONS = ("int8", "int4")
 class ModelRef:
     """What `--model` names. `name` goes into file names; `source` is a hub id, a folder or a GGUF file.
 
-    float32: a GGUF is unpacked to float32 weights, not to bfloat16.
+    float32: a GGUF is unpacked to float32 weights, not to bfloat16; None: whichever is there where
+    `folder` is asked for no weights.
     """
 
     name: str
     source: str
-    float32: bool = False
+    float32: bool | None = False
 
     @property
     def embedded(self) -> bool:
@@ -63,7 +64,9 @@ class ModelRef:
         if path.is_file():
             from hopscotch_common.loading import gguf_files
 
-            return gguf_files.unpacked_folder(path, "float32" if self.float32 else "bfloat16")
+            either = self.float32 is None and not weights
+            dtypes = ("bfloat16", "float32") if either else ("float32" if self.float32 else "bfloat16",)
+            return gguf_files.unpacked_folder(path, dtypes)
         return _download(self.source, weights)
 
 
