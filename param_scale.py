@@ -256,7 +256,8 @@ def checkpoint_figures(folder: Path) -> dict:
     if not all(path.is_file() for path in needed):  # removed, to save space, while later epochs trained
         return {}
     spreads = {}
-    for name, rows in scales.columns(checkpoints.load_scales(folder).double()).items():
+    values, _ = checkpoints.load_scales(folder)
+    for name, rows in scales.columns(values.double()).items():
         deviation = rows.std(1, correction=0).tolist() if rows.shape[1] > 1 else []
         spreads[name.replace("_scale", "")] = {"mean": rows.mean(1).tolist(), "deviation": deviation}
     weights = checkpoints.read_run(folder)["weights"]

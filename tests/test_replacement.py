@@ -253,18 +253,18 @@ def test_the_scripts_with_maps(work, tmp_path, tiny_folder):
     assert (whole / "scales.safetensors").read_bytes() == (parts / "scales.safetensors").read_bytes()
     config = json.loads((whole / "config.json").read_text())
     assert config["replacement_rank"] == 3
-    assert set(checkpoints.load_maps(whole)) == {
+    assert set(checkpoints.load_scales(whole)[1]) == {
         f"model.layers.{block}.replacement_{part}" for block in blocks for part in ("down", "up")
     }
     # b_attn and b_mlp of 32 channels, s_attn and s_mlp, in each of 4 layers; two maps
     added = checkpoints.read_run(whole)["weights"]["parameters_added"]
     assert added == 4 * (2 * 32 + 2) + 2 * (3 * 32 + 32 * 3)
     assert unscaled_ckpt.main([*common, "--output_dir", "unscaled"]) == 0
-    unscaled = checkpoints.load_maps(tmp_path / "unscaled" / f"{name}_unscaled")
-    assert unscaled.keys() == checkpoints.load_maps(whole).keys()
+    unscaled = checkpoints.load_scales(tmp_path / "unscaled" / f"{name}_unscaled")[1]
+    assert unscaled.keys() == checkpoints.load_scales(whole)[1].keys()
     step = ["--num_epochs", "1", "--batch_size", "12", "--output_dir", "step"]
     assert param_scale.main([*common, *step]) == 0
-    for key, trained in checkpoints.load_maps(tmp_path / "step" / f"{name}_scaled_epoch_0").items():
+    for key, trained in checkpoints.load_scales(tmp_path / "step" / f"{name}_scaled_epoch_0")[1].items():
         assert unscaled[key].abs().max() > 0.01
         # a third of --learning_rate's default, which is how far Adam's first step moves
         assert (trained - unscaled[key]).abs().max().item() == pytest.approx(3e-3 / 3, rel=0.01)
@@ -296,7 +296,8 @@ def test_maps_are_exported_as_matrices(tiny_folder, tmp_path, family, blocks, gr
     # saved again, the maps are among the weights, as LoRA's merged ones are
     again = checkpoints.load_checkpoint(tmp_path / "c")
     again.save_pretrained(tmp_path / "again")
-    assert checkpoints.load_maps(tmp_path / "again").keys() == checkpoints.load_maps(tmp_path / "c").keys()
+    kept, made = (checkpoints.load_scales(tmp_path / name)[1].keys() for name in ("again", "c"))
+    assert kept == made
     report = export_checkpoint(tmp_path / "again", "nemotron_nas", tmp_path / "nas_again", device="cpu")
     assert report["relative_logit_error"] < 1e-3
     with pytest.raises(InputError, match="folded has no place for maps"):

@@ -214,7 +214,7 @@ def test_the_map_shows_the_scales_of_the_best_epoch(made, scaled):
     shown = axes.collections[0].get_array()
     best = made / "scaled" / f"{scaled['model']}_scaled_epoch_{scaled['best_epoch']}"
     assert scaled["checkpoint"] == str(best)
-    expected = checkpoints.load_scales(best).T.numpy()
+    expected = checkpoints.load_scales(best)[0].T.numpy()
     hatched = np.zeros((4, 4), dtype=bool)
     hatched[0, list(run.skipped_blocks)] = True
     assert np.array_equal(np.ma.getmaskarray(shown), hatched) and len(run.skipped_blocks) == 2

@@ -112,7 +112,7 @@ def test_held_out_figures_are_those_of_the_three_models(work, tmp_path):
     for which, values, skipped in (
         ("original", torch.ones(4, 4), []),
         ("unscaled", torch.ones(4, 4), [1]),
-        ("scaled", checkpoints.load_scales(folder), [1]),
+        ("scaled", checkpoints.load_scales(folder)[0], [1]),
     ):
         for loss, measure in MEASURES.items():
             expected = held_out_loss(work, loss, values, skipped)
@@ -248,7 +248,7 @@ def test_finer_scales_and_divergence_over_quantised_weights(work, tiny_folder, t
     folder = tmp_path / f"scaled_{model.name}_ckpts"
     first, last = (epoch["loss"] for epoch in json.loads((folder / "report.json").read_text())["epochs"])
     assert 0 < last < first
-    assert checkpoints.load_scales(folder / f"{model.name}_scaled_epoch_1").shape == (4, 2 * 32 + 2)
+    assert checkpoints.load_scales(folder / f"{model.name}_scaled_epoch_1")[0].shape == (4, 2 * 32 + 2)
 
 
 def test_a_width_that_int4_does_not_take_gets_one_line(work, capsys):  # 48 columns in the MLP
@@ -282,7 +282,7 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
     assert param_scale.main([*common, "--num_epochs", "3", "--output_dir", "parts", "--resume"]) == 0
     for epoch in (1, 2):
         a, b = (tmp_path / part / f"{work.name}_scaled_epoch_{epoch}" for part in ("whole", "parts"))
-        assert torch.equal(checkpoints.load_scales(a), checkpoints.load_scales(b))
+        assert torch.equal(checkpoints.load_scales(a)[0], checkpoints.load_scales(b)[0])
         assert checkpoints.read_run(a)["loss"] == checkpoints.read_run(b)["loss"]
     report, whole = (
         json.loads((tmp_path / f"{part}/report.json").read_text()) for part in ("parts", "whole")
@@ -314,7 +314,7 @@ def test_scales_by_channel_are_saved_verified_and_exported(work, tmp_path):
     folder = tmp_path / f"scaled_{work.name}_ckpts" / f"{work.name}_scaled_epoch_0"
     assert verify.main(["verify", str(folder)]) == 0
     assert json.loads((folder / "config.json").read_text())["scale_granularity"] == "channel"
-    values = checkpoints.load_scales(folder)
+    values = checkpoints.load_scales(folder)[0]
     assert values.shape == (4, 2 * 32 + 2)
     b_attn = scales.columns(values)["b_scale_attn"]
     assert not b_attn[:2].any() and (b_attn[2:].std(dim=1) > 0).all()

@@ -180,6 +180,6 @@ def test_an_adapter_on_it_is_merged_and_saved(checkpoint, tmp_path):
 
 def test_an_older_checkpoint_has_its_zero_scale_read(checkpoint):
     """Its b_scale_attn of a skipped block is a tensor among the scales, as now."""
-    scale = checkpoints.load_scales(checkpoint)[SKIPPED[0], 0]
+    scale = checkpoints.load_scales(checkpoint)[0][SKIPPED[0], 0]
     model = checkpoints.load_checkpoint(checkpoint)
     assert model.state_dict()[f"model.layers.{SKIPPED[0]}.b_scale_attn"] == scale

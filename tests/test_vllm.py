@@ -275,7 +275,7 @@ def run_engine(
     that vLLM compiles, as it does unless told otherwise. without_plugin: a checkpoint for `failures`.
     """
     expected = {
-        checkpoint: (greedy(checkpoint, prompts), checkpoints.load_scales(checkpoint))
+        checkpoint: (greedy(checkpoint, prompts), checkpoints.load_scales(checkpoint)[0])
         for checkpoint, prompts in {case[0]: case[1] for case in cases.values()}.items()
     }
     jobs, served = {}, {}

@@ -178,18 +178,23 @@ def read_run(folder: Path) -> dict:
     return read_json(folder / RUN_FILE)
 
 
-def load_scales(folder: Path, config=None) -> torch.Tensor:
-    """The scales [layers, width] of a checkpoint, without its weights.
+def load_scales(folder: Path, config=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(scales [layers, width], maps in skipped blocks' place by state-dict key) of a checkpoint.
 
-    They stand in a file of their own or (the original system) among the weights. config: the
-    checkpoint's, where it is at hand. Raises InputError where one is missing, has another size than
-    the config says, or is not finite.
+    They stand in a file of their own or, where a model was saved again, and in a folder of the original
+    system, among the weights. config: the checkpoint's, where it is at hand. Raises InputError where a scale
+    is missing, has another size than the config says, or a number is not finite.
     """
     config = config or checkpoint_config(folder)
     wanted = scales.as_state_dict(scales.ones(config))
     found: dict[str, torch.Tensor] = {}
+    maps: dict[str, torch.Tensor] = {}
     for path in _scale_files(folder):
-        found |= {key: tensor for key, tensor in weights.read_tensors(path).items() if key in wanted}
+        for key, tensor in weights.read_tensors(path).items():
+            if key in wanted:
+                found[key] = tensor
+            elif config.replacement_rank and key.endswith(REPLACEMENT_NAMES):
+                maps[key] = tensor
     missing = sorted(set(wanted) - set(found))
     if not found:
         raise InputError(f"{folder}: has no scales, so it is not a Hopscotch checkpoint; give one")
@@ -203,7 +208,10 @@ def load_scales(folder: Path, config=None) -> torch.Tensor:
             what = "one finite number" if size == 1 else f"{size} finite numbers"
             shown = tensor.tolist() if tensor.numel() == 1 else f"of shape {list(tensor.shape)}"
             raise InputError(f"{folder}: {key} is {shown}, not {what}; train it again")
-    return scales.from_state_dict(found, config.num_hidden_layers)
+    for key, tensor in maps.items():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{folder}: {key} is not finite; train it again")
+    return scales.from_state_dict(found, config.num_hidden_layers), maps
 
 
 def _scale_files(folder: Path) -> list[Path]:
@@ -212,24 +220,6 @@ def _scale_files(folder: Path) -> list[Path]:
     named = index.is_file() and SCALES_FILE in index.read_text(errors="replace")
     as_made = named and own.is_file() and not (folder / "model.safetensors").exists()
     return [own] if as_made else weights.weight_files(folder)
-
-
-def load_maps(folder: Path, config=None) -> dict[str, torch.Tensor]:
-    """The maps in skipped blocks' place, by state-dict key; InputError where a number is not finite.
-
-    They stand beside the scales or, where a model was saved again, among the weights. config: the
-    checkpoint's, where it is at hand.
-    """
-    if not (config or checkpoint_config(folder)).replacement_rank:
-        return {}
-    maps: dict[str, torch.Tensor] = {}
-    for path in _scale_files(folder):
-        found = weights.read_tensors(path)
-        maps |= {key: tensor for key, tensor in found.items() if key.endswith(REPLACEMENT_NAMES)}
-    for key, tensor in maps.items():
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"{folder}: {key} is not finite; train it again")
-    return maps
 
 
 def checkpoint_config(folder: Path):
@@ -255,7 +245,7 @@ def checkpoint_config(folder: Path):
 
 def _skipped_by_original(folder: Path, config) -> list[int]:
     skipped = []
-    for layer, scale in enumerate(load_scales(folder, config)):
+    for layer, scale in enumerate(load_scales(folder, config)[0]):
         b_attn, s_attn = (scale[SCALE_NAMES.index(name)] for name in ("b_scale_attn", "s_scale_attn"))
         if b_attn == 0 == s_attn:
             raise InputError(
@@ -267,21 +257,20 @@ def _skipped_by_original(folder: Path, config) -> list[int]:
     return skipped
 
 
-def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor]:
-    """Config and scales [layers, width] of a checkpoint; InputError unless its weights are what they say."""
+def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor, dict[str, torch.Tensor]]:
+    """Config, scales and maps (`load_scales`) of a checkpoint; InputError unless its weights are sound."""
     config = checkpoint_config(folder)
     _, model_class = loader.hopscotch_classes(config.model_type)
     weights.check_names(folder)
-    values = load_scales(folder, config)
-    load_maps(folder, config)
+    values, maps = load_scales(folder, config)
     if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
         weights.check_tensors(folder, model_class, config)
-    return config, values
+    return config, values, maps
 
 
 def load_checkpoint(folder: Path, **options):
     """A checkpoint as a model in eval mode; options go to `from_pretrained` (dtype, device_map, …)."""
-    config, values = read_checkpoint(folder)
+    config, values, _ = read_checkpoint(folder)
     _, model_class = loader.hopscotch_classes(config.model_type)
     model = loader.load_whole(model_class, folder, config=config, **options)
     scales.restore(model, values)  # a scale that is missing would have been 1

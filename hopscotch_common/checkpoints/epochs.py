@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from hopscotch_common.checkpoints import load_maps, load_scales, read_run
+from hopscotch_common.checkpoints import load_scales, read_run
 from hopscotch_common.checkpoints.folders import OLD_STATE_FILE, RUN_FILE, STATE_FILE
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.files import check_name, locked, recover_folder
@@ -72,7 +72,8 @@ def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
     if path is None:
         raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
     state = weights.read_tensors(path)
-    wanted = {"scale_state": load_scales(folder)} | load_maps(folder)
+    values, maps = load_scales(folder)
+    wanted = {"scale_state": values} | maps
     shapes = {key: (4, *tensor.shape) for key, tensor in wanted.items()}
     finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
     if {key: tuple(tensor.shape) for key, tensor in state.items()} != shapes or not finite:

@@ -104,13 +104,13 @@ def export_checkpoint(
     checkpoint or scales that cannot be exported, and for an export past the tolerance; nothing is left
     behind then.
     """
-    config, values = checkpoints.read_checkpoint(checkpoint)
+    config, values, maps = checkpoints.read_checkpoint(checkpoint)
     if without_maps and not config.replacement_rank:
         raise InputError(f"{checkpoint}: has no maps; leave --without_maps out")
     run = checkpoints.read_run(checkpoint) if (checkpoint / folders.RUN_FILE).is_file() else {}
     check_export_folder(output)
     folders.check_outside(output, checkpoint)
-    maps = {} if without_maps else checkpoints.load_maps(checkpoint, config)
+    maps = {} if without_maps else maps
     _check_format(format, config, scales.rank_of(maps))
     if config.dtype is None:
         config.dtype = weights.stored_dtype(checkpoint)

@@ -95,12 +95,13 @@ def _maps(checkpoint: Path, config, reader, path: Path) -> dict:
 
     In the type that they have or, where it is a quantised one, Q8_0: maps are few.
     """
-    if not (maps := checkpoints.load_maps(checkpoint, config)):
+    values, maps = checkpoints.load_scales(checkpoint, config)
+    if not maps:
         return {}
     if reader.endianess is not GGUFEndian.LITTLE:
         raise InputError(f"{path}: maps go into little-endian files only; convert without --bigendian")
     found, blocks, tensors = {}, skipped_blocks(config), _tensors(reader)
-    factors = fold_factors(checkpoints.load_scales(checkpoint, config), blocks, replaced=blocks)
+    factors = fold_factors(values, blocks, replaced=blocks)
     _check_scales(checkpoint, config, factors, reader)
     for block in blocks:
         tensor = tensors[f"blk.{block}.attn_output.weight"]
