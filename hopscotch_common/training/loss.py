@@ -298,7 +298,8 @@ def evaluate(
     ).tolist()
     means = [value / tokens for value in sums]
     if not all(map(math.isfinite, means)):
-        raise Diverged(f"{where}: loss, KL and agreement are {means}; use --dtype float32")
+        remedy = "lower --learning_rate, or use --dtype float32"
+        raise Diverged(f"{where}: loss, KL and agreement are {means}; {remedy}")
     error = None
     if answers > 1:  # of a ratio of sums, an answer's KL to its tokens
         spread = squares - 2 * means[1] * products + means[1] ** 2 * token_squares

@@ -189,7 +189,8 @@ class ScaleTrainer:
         total = torch.zeros((), device=self.model.device)
 
         def run(minibatch: Minibatch) -> tuple[torch.Tensor, tuple]:
-            loss = self._summed(minibatch, prefix)
+            original = None if self.originals is None else self.originals(minibatch)
+            loss = summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
             return loss.detach(), torch.autograd.grad(loss, inputs, materialize_grads=True)
 
         def add(gradients: Sequence[torch.Tensor]) -> None:
@@ -206,23 +207,6 @@ class ScaleTrainer:
         if self.reduce is not None:  # in one message
             vector_to_parameters(self.reduce(parameters_to_vector([total, *sums])), [total, *sums])
         return total, [gradient / batch.num_loss_counted_tokens for gradient in sums]
-
-    def _summed(self, minibatch: Minibatch, prefix) -> torch.Tensor:
-        """What is trained on, summed over a minibatch that is not moved yet."""
-        original = None if self.originals is None else self.originals(minibatch)
-        return summed_loss(self.model, minibatch.to(self.model.device), prefix, original)
-
-    @torch.no_grad()
-    def loss(self, batch: Batch, where: str) -> float:
-        """A batch's mean loss, over all processes, with nothing trained."""
-        prefix, minibatches = compute_prefix(self.model, batch)
-        total = torch.zeros((), device=self.model.device)
-
-        for _, loss in self.runner.run(minibatches, lambda m: self._summed(m, prefix), where):
-            total += loss.to(total.device)
-        if self.reduce is not None:
-            self.reduce(total)
-        return total.item() / batch.num_loss_counted_tokens
 
     def run(
         self,
@@ -249,16 +233,17 @@ class ScaleTrainer:
         return losses
 
     def check_sound(self, batches: Sequence[Batch], where: str) -> None:
-        """Raise Diverged unless all scales are finite, and so is the loss with them on the last batch.
+        """Raise Diverged unless all scales are finite, and so are loss and KL with them on the last batch.
 
         The losses of `run` are those before each step, so they cannot tell what the last one did.
         """
-        remedy = "lower --learning_rate, or use --dtype float32 (with --resume, earlier epochs stay)"
+        where = f"{where}, after it"
         for name, parameter in self._named.items():
             if not bool(parameter.isfinite().all()):
-                raise Diverged(f"{where}: {name} is not finite after it; {remedy}")
-        if not math.isfinite(self.loss(batches[-1], where)):
-            raise Diverged(f"{where}: the loss is not finite after it; {remedy}")
+                raise Diverged(
+                    f"{where}: {name} is not finite; lower --learning_rate, or use --dtype float32"
+                )
+        evaluate(self.model, batches[-1:], where, self.reduce, self.originals)
 
 
 # The final training, epoch after epoch
