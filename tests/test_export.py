@@ -176,9 +176,10 @@ PHI3_LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
 )
 def test_the_check_asks_greedily_whatever_the_model_would(base, odd):
     model, prompts = AutoModelForCausalLM.from_pretrained(base("llama")), [([5, 6, 7, 8], 3)]
-    (expected,) = formats.ask(model, prompts).continuations
+    ((_, expected),) = formats.ask(model, prompts)
     model.generation_config = GenerationConfig(eos_token_id=expected[3], **odd)
-    assert formats.ask(model, prompts).continuations == [expected[: expected.index(expected[3]) + 1]]
+    ((_, said),) = formats.ask(model, prompts)
+    assert said == expected[: expected.index(expected[3]) + 1]
 
 
 YARN = dict(rope_type="yarn", factor=8.0, beta_fast=32.0, original_max_position_embeddings=64)
@@ -418,15 +419,15 @@ def test_an_empty_folder_is_taken_and_a_gguf_needs_its_source(tmp_path, near_one
 
 
 def test_comparison_figures():
-    source = formats.Answers([torch.tensor([[0.0, 3.0, 0.0], [2.0, 1.0, 0.0]])], [[1, 2, 3, 4]])
-    shifted = formats.Answers([source.logits[0] + 5], [[1, 2, 3, 4]])
+    logits = torch.tensor([[0.0, 3.0, 0.0], [2.0, 1.0, 0.0]])
+    source, shifted = [(logits, [1, 2, 3, 4])], [(logits + 5, [1, 2, 3, 4])]
     assert formats.compare(source, shifted, True).relative_logit_error < 1e-6
     # Position 1 changes its first choice: the difference (-1, 1, 0) has norm^2 2, the source 6 + 2.
-    other = formats.Answers([torch.tensor([[0.0, 3.0, 0.0], [1.0, 2.0, 0.0]])], [[1, 2, 0, 4]])
+    other = [(torch.tensor([[0.0, 3.0, 0.0], [1.0, 2.0, 0.0]]), [1, 2, 0, 4])]
     result = formats.compare(source, other, True)
     assert result.relative_logit_error == pytest.approx(0.5)
     assert result.top1_agreement == 0.5 and result.equal_continuations == 0.5 and result.positions == 2
-    broken = formats.Answers([source.logits[0] * float("nan")], [[1]])
+    broken = [(logits * float("nan"), [1])]
     with pytest.raises(InputError, match="not exact enough"):
         formats.check_tolerance(formats.compare(source, broken, True), 0.1, "it")
 

@@ -3,15 +3,16 @@
 import gc
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files, scales
+from hopscotch_common.answers.decoding import decode
 from hopscotch_common.checkpoints import card, folders
 from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger
 from hopscotch_common.export import decilm, folding
@@ -159,7 +160,7 @@ def _check(
     place = device_map(resolve_device(device))
     prompts, real_text = check_prompts(folder, config.vocab_size)
 
-    def ask_of(load: Callable, where: Path, dtype) -> Answers:
+    def ask_of(load: Callable, where: Path, dtype) -> list[tuple]:
         gc.collect()
         return ask(load(where, dtype=dtype, device_map=place), prompts)
 
@@ -182,14 +183,6 @@ def _check(
 
 
 # Comparing an export with its checkpoint, on real tokens
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model says: per prompt, logits [tokens, vocab] and its greedy continuation."""
-
-    logits: list[torch.Tensor]
-    continuations: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -246,42 +239,32 @@ def _conversation_ids(tokenizer, question: str, answer: str) -> tuple[list[int],
 
 
 @torch.inference_mode()
-def ask(model, prompts: list[tuple[list[int], int]]) -> Answers:
-    """Run a model over the prompts: logits of question and answer, greedy continuation of the question."""
-    device = model.device
-    # not the model's own, as in `decode`: only what ends a text is of the model
+def ask(model, prompts: list[tuple[list[int], int]]) -> list[tuple[torch.Tensor, list[int]]]:
+    """What a model says to each prompt: its logits [tokens, vocab], and a greedy answer to the question."""
     ends = model.generation_config.eos_token_id
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=ends)
+    stop_ids = set(ends) if isinstance(ends, list) else {ends} - {None}
+    questions, limits = [ids[:length] for ids, length in prompts], [CONTINUATION_TOKENS] * len(prompts)
     logits = [
-        model(torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
+        model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float().cpu()
         for ids, _ in prompts
     ]
-    questions = [ids[:length] for ids, length in prompts]
-    width = max(map(len, questions))
-    padding = [width - len(ids) for ids in questions]  # on the left
-    generated = model.generate(
-        torch.tensor([[0] * n + ids for n, ids in zip(padding, questions, strict=True)], device=device),
-        attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device),
-        max_new_tokens=CONTINUATION_TOKENS,
-    )
-    return Answers(logits, generated[:, width:].tolist())
+    answers = decode(model, questions, limits, stop_ids, max_tokens_per_batch=2**15)
+    said = {answer.index: answer.token_ids for answer in answers}
+    return [(rows, said[index]) for index, rows in enumerate(logits)]
 
 
-def compare(source: Answers, exported: Answers, real_text: bool) -> Comparison:
-    """The figures of an export against its source."""
+def compare(source: Sequence[tuple], exported: Sequence[tuple], real_text: bool) -> Comparison:
+    """The figures of an export against its source, of what they say to the same prompts (`ask`)."""
     difference = norm = 0.0
-    same = positions = 0
-    for ours, theirs in zip(exported.logits, source.logits, strict=True):
+    same = positions = equal = total = 0
+    for (theirs, wanted), (ours, said) in zip(source, exported, strict=True):
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         positions += len(theirs)
         ours, theirs = (x.double() - x.double().mean(-1, keepdim=True) for x in (ours, theirs))
         difference += float((ours - theirs).square().sum())
         norm += float(theirs.square().sum())
-    equal = total = 0
-    for ours, theirs in zip(exported.continuations, source.continuations, strict=True):
-        total += len(theirs)
-        pairs = zip(ours, theirs, strict=False)
-        equal += next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+        equal += len(os.path.commonprefix([said, wanted]))
+        total += len(wanted)
     error = math.sqrt(difference / norm) if norm else math.inf
     return Comparison(error, same / positions, equal / total, positions, real_text)
 
