@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from hopscotch_common import cli, files
 from hopscotch_common.errors import InputError, logger
-from hopscotch_common.log import Log
 from hopscotch_common.report import describe_run, find_bend, plain
+from hopscotch_common.resumable import ResumableLog
 
 SCREENING = 0.33
 FEW_BATCHES = 4  # of an epoch: below, its loss is mostly that before training
@@ -146,7 +146,7 @@ def open_journal(path: Path, settings: dict, num_batches: int, processes, resour
 
     records, append = [], lambda record: None
     if processes.rank == 0:
-        log = resources.enter_context(Log(path, settings, journal.KIND, journal.REMEDY))
+        log = resources.enter_context(ResumableLog(path, settings, journal.KIND, journal.REMEDY))
         records, append = [(f"{path}, line {number}", record) for number, record in log.records], log.append
     return journal.Journal(processes.gather(records)[0], append, num_batches)  # only rank 0's disk is sure
 

@@ -38,8 +38,8 @@ from hopscotch_common.answers.prompts import (
 from hopscotch_common.answers.records import TABLES
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.loading.models import ModelRef
-from hopscotch_common.log import Log
 from hopscotch_common.report import describe_run
+from hopscotch_common.resumable import ResumableLog
 
 
 def output_paths(output_file: Path | None, model: ModelRef) -> tuple[Path, Path, Path]:
@@ -62,7 +62,7 @@ def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | N
 
 
 def answer_missing(
-    log: Log,
+    log: ResumableLog,
     records: dict[int, dict],
     missing: Sequence[int],
     prompts: Sequence[Prompt],
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         "tokenizer": tokenization.fingerprint(tokenizer),
         "stop_tokens": sorted(stop_ids),
     }
-    with Log(partial_file, settings, KIND, REMEDY) as log:
+    with ResumableLog(partial_file, settings, KIND, REMEDY) as log:
         records = kept_answers(log, prompts)
         missing = [index for index in range(len(prompts)) if index not in records]
         logger.info(

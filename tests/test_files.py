@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from hopscotch_common import files
 from hopscotch_common.errors import InputError
-from hopscotch_common.log import Log
+from hopscotch_common.resumable import ResumableLog
 
 HOLD = """
 import os, sys, time
@@ -136,8 +136,8 @@ def test_what_is_written_is_on_the_disk_before_it_counts(tmp_path, calls):
         assert calls == ["fsync log.jsonl", "fsync log.jsonl"]  # of the settings, and of the record
 
 
-def log(path, **settings) -> Log:
-    return Log(path, settings, "a test's log", "name another")
+def log(path, **settings) -> ResumableLog:
+    return ResumableLog(path, settings, "a test's log", "name another")
 
 
 def records(path, **settings) -> list[dict]:

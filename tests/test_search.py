@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import block_selection
 from hopscotch_common import scales
 from hopscotch_common.errors import InputError, TrainingError
-from hopscotch_common.log import Log
+from hopscotch_common.resumable import ResumableLog
 from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule
 from hopscotch_common.search.candidates import CandidateTrainer
@@ -44,7 +44,7 @@ def journal_at(path, settings=None):
     if path is None:
         yield Journal()
         return
-    with Log(path, settings or {}, journals.KIND, journals.REMEDY) as log:
+    with ResumableLog(path, settings or {}, journals.KIND, journals.REMEDY) as log:
         yield Journal(((f"line {n}", record) for n, record in log.records), log.append)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.loading.models import ModelRef, context_length
-from hopscotch_common.log import Log
+from hopscotch_common.resumable import ResumableLog
 
 EMBEDDED_PROMPTS = Path(__file__).parents[2] / "examples" / "math_problems.jsonl"
 LOCAL_PROMPTS = Path("gsm8k.jsonl")
@@ -168,7 +168,7 @@ def answer_text(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(text, skip_special_tokens=True) if final else ""
 
 
-def kept_answers(log: Log, prompts: Sequence[Prompt]) -> dict[int, dict]:
+def kept_answers(log: ResumableLog, prompts: Sequence[Prompt]) -> dict[int, dict]:
     """What an interrupted run kept, by prompt: {"index": of the prompt, "messages": prompt and answer, ...}.
 
     log: of KIND. InputError when it had other prompts.

@@ -10,7 +10,7 @@ from hopscotch_common.checkpoints.folders import OLD_STATE_FILE, RUN_FILE, STATE
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.files import check_name, locked, recover_folder
 from hopscotch_common.loading import weights
-from hopscotch_common.log import check_settings
+from hopscotch_common.resumable import check_settings
 
 
 def epoch_folder(output_dir: Path, name: str, epoch: int) -> Path:

@@ -15,7 +15,7 @@ class Journal:
     """The losses of candidates: one record for each batch of a screening and each candidate and look.
 
     It serves any number of iterations, as what it holds is found by the blocks skipped before.
-    records: (place, record) of an earlier run's. append: keeps a record for good (`Log.append`).
+    records: (place, record) of an earlier run's. append: keeps a record for good (`ResumableLog.append`).
     num_batches: of an epoch; no candidate has more losses.
     Raises InputError, with the place, for a record that is none.
     """

@@ -28,7 +28,7 @@ def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None
             raise InputError(f"{where}: was made with {change}; repeat that setting, or {remedy}")
 
 
-class Log(contextlib.ExitStack):
+class ResumableLog(contextlib.ExitStack):
     """A JSONL file that an interrupted run goes on with.
 
     Its first line holds the settings that the records depend on; then comes a record a line, each
