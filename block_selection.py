@@ -161,7 +161,7 @@ def load_trainer(arguments: argparse.Namespace, training: list, held_out: list, 
     prepare_model(model, options)
     trainer = CandidateTrainer(model, training, options, held_out)
     if arguments.replacement_rank:
-        trainer.fit_maps(processes.group(1))
+        trainer.fit_maps(processes.everyone)
     return trainer
 
 

@@ -173,7 +173,7 @@ def train(
     model = cli.load_model(arguments)
     options = cli.training_options(arguments)
     prepare_model(model, options)
-    trained = EpochTraining(model, blocks, *parts, options, processes.group(1))
+    trained = EpochTraining(model, blocks, *parts, options, processes.everyone)
     if arguments.replacement_rank and not runs:
         trained.fit_maps()
     baselines = runs[-1]["held_out"] if runs else {k: plain(v) for k, v in trained.baselines().items()}

@@ -36,7 +36,7 @@ def talk(processes, how):
         processes.group(number)
     assert processes.gather(processes.rank) == [0, 1]
     processes.check_alike({"seed": 1})
-    assert processes.group(1).reduce(torch.ones(2)).tolist() == [2, 2]
+    assert processes.everyone.reduce(torch.ones(2)).tolist() == [2, 2]
     if how == "other":
         processes.check_alike({"seed": processes.rank})
     if how in ("error", "lost") and processes.rank == 1:

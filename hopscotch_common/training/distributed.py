@@ -46,14 +46,19 @@ class Processes:
 
     def check_alike(self, settings: dict) -> None:
         """Raise InputError, in all processes, unless these settings are the same in all."""
-        everyone = self.gather(settings)
-        for rank, others in enumerate(everyone):
-            for name, value in everyone[0].items():
+        first, *_ = all_settings = self.gather(settings)
+        for rank, others in enumerate(all_settings):
+            for name, value in first.items():
                 if others.get(name) != value:
                     raise InputError(
                         f"process {rank} has {name} = {others.get(name)!r}, and process 0 has {value!r}: "
                         "start all with one command, over the same data and model"
                     )
+
+    @property
+    def everyone(self) -> Group:
+        """All processes as one group."""
+        return self.group(1)
 
     def group(self, number: int) -> Group:
         """This process's group where all are spread over so many groups, 1 to `count`.
