@@ -144,7 +144,7 @@ def train(
 ) -> list[dict]:
     """Train epoch after epoch, or go on after the last that is there; what each of them recorded."""
     from hopscotch_common.checkpoints import epochs, folders
-    from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
+    from hopscotch_common.training.trainer import EpochTraining, prepare_model
 
     runs, state = [], None
     if arguments.resume and processes.rank == 0:
@@ -177,11 +177,7 @@ def train(
     if arguments.replacement_rank and not runs:
         trained.fit_maps()
     baselines = runs[-1]["held_out"] if runs else {k: plain(v) for k, v in trained.baselines().items()}
-    before = None
-    if state:
-        maps = {key: tensor for key, tensor in state.items() if key != "scale_state"}
-        before = ScaleState(state["scale_state"], maps)
-    trained.start(before)
+    trained.start(state)
     trains, all_in = model.num_parameters(only_trainable=True), model.num_parameters()
     counts = (trains, all_in - trains, blocks, processes.count)
     logger.info("%d parameters train, %d are frozen; blocks skipped: %s; %d process(es)", *counts)
@@ -219,8 +215,8 @@ def save_epoch(arguments: argparse.Namespace, runs: list[dict], state) -> None:
             "them; train again"
         )
     maps = {key: rows[0] for key, rows in state.maps.items()}
-    moments = {"scale_state": state.tensors} | state.maps
-    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run, moments, share_with, maps)
+    kept = state.as_tensors()
+    checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run, kept, share_with, maps)
     if not earlier:  # that of an earlier training would speak of these epochs
         (arguments.output_dir / "report.json").unlink(missing_ok=True)
     scaled = run["held_out"]["scaled"]

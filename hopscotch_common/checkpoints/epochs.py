@@ -3,14 +3,13 @@
 import re
 from pathlib import Path
 
-import torch
-
 from hopscotch_common.checkpoints import load_scales, read_run
 from hopscotch_common.checkpoints.folders import OLD_STATE_FILE, RUN_FILE, STATE_FILE
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.files import check_name, locked, recover_folder
 from hopscotch_common.loading import weights
 from hopscotch_common.resumable import check_settings
+from hopscotch_common.training.trainer import ScaleState
 
 
 def epoch_folder(output_dir: Path, name: str, epoch: int) -> Path:
@@ -62,20 +61,16 @@ def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
     return runs
 
 
-def load_training_state(folder: Path) -> dict[str, torch.Tensor]:
-    """What training goes on from (`ScaleState`); InputError where it is none.
-
-    "scale_state", [4, layers, width], and the same four of each map that trains, by its key.
-    """
+def load_training_state(folder: Path) -> ScaleState:
+    """What training goes on from; InputError where a checkpoint has none that fits its scales and maps."""
     remedy = "so training cannot resume from it; train anew into another --output_dir"
     path = next(filter(Path.is_file, (folder / STATE_FILE, folder / OLD_STATE_FILE)), None)
     if path is None:
         raise InputError(f"{folder}: no {STATE_FILE}, {remedy}")
     state = weights.read_tensors(path)
-    values, maps = load_scales(folder)
-    wanted = {"scale_state": values} | maps
-    shapes = {key: (4, *tensor.shape) for key, tensor in wanted.items()}
+    trained = ScaleState(*load_scales(folder)).as_tensors()
+    shapes = {key: (4, *tensor.shape) for key, tensor in trained.items()}
     finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
     if {key: tuple(tensor.shape) for key, tensor in state.items()} != shapes or not finite:
         raise InputError(f"{path}: not finite numbers for each of the scales, {remedy}")
-    return state
+    return ScaleState.from_tensors(state)

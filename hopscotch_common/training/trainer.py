@@ -75,6 +75,16 @@ class ScaleState:
     tensors: torch.Tensor
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def as_tensors(self) -> dict[str, torch.Tensor]:
+        """By the names that a checkpoint's training state has."""
+        return {"scale_state": self.tensors} | self.maps
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, torch.Tensor]) -> "ScaleState":
+        """The reverse of `as_tensors`."""
+        maps = {key: tensor for key, tensor in tensors.items() if key != "scale_state"}
+        return ScaleState(tensors["scale_state"], maps)
+
     def encode(self) -> str:
         """As ASCII, exactly: the number of layers, a colon, and the numbers in base64."""
         return f"{self.tensors.shape[1]}:{base64.b64encode(self.tensors.numpy().tobytes()).decode()}"
