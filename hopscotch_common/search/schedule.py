@@ -74,7 +74,7 @@ class Schedule:
     def screened_batches(self, num_candidates: int, num_batches: int) -> int:
         """Batches that the screening sees: none where it could drop nobody."""
         drops = self.most_trained(num_candidates) < num_candidates
-        return min(self.first_look, num_batches) if drops or self.criterion == "untrained" else 0
+        return min(self.first_look, num_batches) if drops else 0
 
     def looks(self, num_batches: int) -> list[int]:
         """Numbers of batches after which to compare: the first look, then every next batch or,
@@ -108,8 +108,10 @@ class Schedule:
         if self.criterion == "cosine":
             return 2 * num_batches * SCREENING_COST  # all blocks' distances, and the loss of one of them
         share = math.ceil(num_candidates / processes)
+        if self.criterion == "untrained":
+            return share * num_batches * SCREENING_COST
         total = share * self.screened_batches(num_candidates, num_batches) * SCREENING_COST
-        done, racing = 0, self.most_trained(num_candidates) if self.criterion == "trained" else 0
+        done, racing = 0, self.most_trained(num_candidates)
         for look in self.looks(num_batches):
             total += sum(time for _, time in rounds(racing, processes)) * (look - done)
             done, racing = look, min(racing, self.most_survivors(num_candidates, look))
