@@ -44,7 +44,7 @@ def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dic
     samples = cli.load_samples(arguments, config)
     model = cli.load_model(arguments)
     EpochTraining(model, blocks, samples, [], TrainingOptions(0.0)).fit_maps()
-    scales.reset(model, blocks)
+    scales.reset(model, blocks)  # `maps_of` gives those of skipped blocks
     return scales.maps_of(model)
 
 
