@@ -277,7 +277,10 @@ class HopscotchConfig:
     uncached_layers = None
 
     def get_text_config(self, decoder=None, **options):
-        """The config or, where caches are made by it (`decoder`), a view of the layers that keep anything."""
+        """The config or, for a cache (`decoder`), a view of the layers that keep anything.
+
+        transformers' caches (cache_utils) call it with `decoder=True`, and have as many layers as it says.
+        """
         if not decoder or self.in_vllm_plugin or not self._uncached():
             return super().get_text_config(decoder=decoder, **options)
         view = object.__new__(type(self).cached_layers)
