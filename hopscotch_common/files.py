@@ -25,17 +25,25 @@ BOM = b"\xef\xbb\xbf"  # a byte order mark
 
 @contextlib.contextmanager
 def open_input(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
-    """A file of bytes, unpacked where its name ends in .gz; InputError where it cannot be read."""
+    """A file of bytes, unpacked where its name ends in .gz or .zst; InputError where it cannot be read."""
     check_input(path)
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        with _unpacked(path) as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({reason_of(error)}); name another file") from error
 
 
+def _unpacked(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    if path.suffix.lower() == ".zst":
+        import pyarrow  # which datasets needs anyway
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """`lines_of_file` of a file, which may end in .gz; InputError, too, where it cannot be read."""
+    """`lines_of_file` of a file, which may end in .gz or .zst; InputError, too, where it cannot be read."""
     with open_input(path) as file:
         yield from lines_of_file(file, path)
 

@@ -5,6 +5,7 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 from conftest import byte_tokenizer, check_refused
 
@@ -29,8 +30,6 @@ RECORDS = [
     ),
     ({"messages": [SYSTEM | {"content": ""}, *BOTH]}, [SYSTEM | {"content": ""}, *BOTH]),
     ({"question": "1 + 1?", "answer": "2", "id": 7}, BOTH),
-    ({"question": "1 + 1?", "answer": 2}, [ASKED]),
-    ({"question": "1 + 1?", "answer": ["2", "two"]}, [ASKED]),
     ({"prompt": "1 + 1?", "completion": "2", "chat_template_kwargs": {}, "tools": None}, BOTH),
     ({"prompt": [ASKED], "completion": [SAID]}, BOTH),
     ({"prompt": [SYSTEM, ASKED]}, [SYSTEM, ASKED]),
@@ -54,6 +53,14 @@ RECORDS = [
 @pytest.mark.parametrize(("record", "messages"), RECORDS)
 def test_forms_of_records(record, messages):
     assert messages_of(record, "here") == messages
+
+
+@pytest.mark.parametrize("answer", [["2", "two"], 2, {"text": "2"}])
+def test_answers_of_other_forms_are_no_answers(answer):
+    record = {"question": "1 + 1?", "answer": answer}
+    assert messages_of(record, "here", answers=False) == [ASKED]
+    with pytest.raises(InputError, match="here: 'answer' must be text, or a list of messages"):
+        messages_of(record, "here")
 
 
 def test_a_field_of_another_name():
@@ -168,13 +175,7 @@ def write_all(folder: Path, records: list[dict]) -> list[Path]:
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
         writer.writerows(records)
-    paths = [folder / name for name in (*made, "a.parquet", "a.csv")]
-    try:
-        import zstandard
-    except ImportError:
-        return paths
-    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
-    return [*paths, folder / "a.jsonl.zst"]
+    return [folder / name for name in (*made, "a.parquet", "a.csv")]
 
 
 def test_files_of_every_kind(tmp_path):
@@ -251,6 +252,16 @@ def test_conversations_that_ask_several_times_are_counted(tmp_path, caplog):
     assert "2 of 3 records ask several times" in caplog.text
 
 
+def test_zstd_lines_are_read_as_they_stand(tmp_path):
+    records = [{"prompt": "2024-01-01"}, {"prompt": "2024-01-02", "id": None}]  # no dates
+    frames = [pyarrow.compress(json.dumps(r).encode() + b"\n", "zstd", asbytes=True) for r in records]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    assert [record for _, record in read_records(tmp_path / "a.jsonl.zst")] == [
+        {"prompt": "2024-01-01"},
+        {"prompt": "2024-01-02"},
+    ]
+
+
 def test_records_beyond_those_taken_are_not_looked_at(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "1?"}\n{"question": "2?"}\n{"question":')
     prompts = find_prompts(model_ref("smollm"), tmp_path / "a.jsonl", num_samples=2)
@@ -270,6 +281,8 @@ def test_records_beyond_those_taken_are_not_looked_at(tmp_path):
             "cannot be read .Compressed file ended",
         ),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + b"\xff" * 9, "cannot be read .Error -3"),
+        ("a.jsonl.zst", b"no zstd", "cannot be read"),
+        ("a.jsonl.zst", pyarrow.compress(b'{"a": 1}\n' * 9, "zstd", asbytes=True)[:-9], "a.jsonl.zst"),
         ("a.parquet", b"no parquet", "cannot be read"),
         ("a.csv", b"prompt\na, b\n", "record 1: has more cells than columns"),
         ("a.csv.gz", gzip.compress(b"prompt\na\n", mtime=0), "a.csv.gz: neither JSONL .*; give .*.csv$"),
@@ -286,13 +299,6 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(read_records(tmp_path / name))
-
-
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="a.jsonl.zst: .*pip install zstandard"):
-        list(read_records(tmp_path / "a.jsonl.zst"))
 
 
 def test_the_scripts_take_them(tiny_folder, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import importlib.util
 import json
 import re
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.files import BOM, as_object, check_input, lines_of_file, open_input, parse_json
 
-TABLES = {".parquet": "parquet", ".csv": "csv", ".zst": "json"}
+TABLES = (".parquet", ".csv")
 ROLES = ("system", "developer", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 MESSAGE_KEYS = ("role", "content", "reasoning_content", "name")
@@ -35,14 +34,13 @@ OURS = ("prompt_token_ids", "answer_token_ids", "finish_reason", "num_generated_
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of each record of a file: JSONL, a JSON array, either with .gz, .zst, .parquet, .csv.
+    """(where, record) of each record of a file: JSONL, a JSON array (or either as .gz, .zst), .parquet, .csv.
 
     where: the file, and the line or the number of the record from 1. InputError names them.
     """
-    kind = TABLES.get(path.suffix.lower())
-    if kind is not None:
+    if path.suffix.lower() in TABLES:
         check_input(path)
-        yield from _rows(_table(path, kind), str(path))
+        yield from _rows(_table(path), str(path))
         return
     with open_input(path) as file:
         head = file.peek(1024).removeprefix(BOM).lstrip()
@@ -55,25 +53,23 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
             )
         elif head[:1] not in b"{" and ".json" not in path.name.lower():
             raise InputError(
-                f"{path}: neither JSONL nor a JSON array; give either (.gz, too), .jsonl.zst, .parquet, .csv"
+                f"{path}: neither JSONL nor a JSON array; give either (.gz and .zst, too), .parquet or .csv"
             )
         else:
             for number, record in lines_of_file(file, path):
                 yield f"{path}, line {number}", _without_none(record)
 
 
-def _table(path: Path, kind: str) -> list[dict]:
+def _table(path: Path) -> list[dict]:
     try:
-        if kind == "csv":
+        if path.suffix.lower() == ".csv":
             with open(path, newline="", encoding="utf-8-sig") as file:
                 return _cells(csv.DictReader(file, strict=True), path)
-        if kind == "json" and importlib.util.find_spec("zstandard") is None:
-            raise InputError(f"{path}: needs the package zstandard; pip install zstandard")
         from datasets import load_dataset
 
         with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing left behind
             name = glob.escape(str(path))  # it takes patterns
-            return load_dataset(kind, data_files=name, split="train", cache_dir=cache).to_list()
+            return load_dataset("parquet", data_files=name, split="train", cache_dir=cache).to_list()
     except InputError:
         raise
     except UnicodeDecodeError as error:
@@ -194,6 +190,8 @@ def _conversation(record: dict, where: str, field: str | None, answers: bool) ->
             messages += completion
         elif isinstance(completion, str):
             messages.append({"role": "assistant", "content": completion})
+        elif answers and completion is not None:
+            raise InputError(f"{where}: {answer!r} must be text, or a list of messages; mend it")
         return messages, used
     if record.keys() == {"settings", "kind"}:
         raise InputError(
