@@ -95,9 +95,9 @@ def _maps(checkpoint: Path, config, reader, path: Path) -> dict:
 
     In the type that they have or, where it is a quantised one, Q8_0: maps are few.
     """
-    values, maps = checkpoints.load_scales(checkpoint, config)
-    if not maps:
+    if not config.replacement_rank:
         return {}
+    values, maps = checkpoints.load_scales(checkpoint, config)
     if reader.endianess is not GGUFEndian.LITTLE:
         raise InputError(f"{path}: maps go into little-endian files only; convert without --bigendian")
     found, blocks, tensors = {}, skipped_blocks(config), _tensors(reader)
