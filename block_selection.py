@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from hopscotch_common import cli, files
+from hopscotch_common import cli, files, inputs
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.report import describe_run, find_bend, plain
 from hopscotch_common.resumable import ResumableLog
@@ -118,13 +118,13 @@ def journal_path(output: Path) -> Path:
 
 def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
     """InputError for outputs that could not be written, or would take the place of something else."""
-    inputs = [arguments.data_path, *cli.reports_among(arguments.starting_skipped_blocks)]
-    files.check_output(output, "--output", inputs)
-    files.check_output(journal_path(output), "--output", inputs)
+    sources = [arguments.data_path, *inputs.reports_among(arguments.starting_skipped_blocks)]
+    files.check_output(output, "--output", sources)
+    files.check_output(journal_path(output), "--output", sources)
     if output.exists() and "iterations" not in files.read_json(output, "name another --output"):
         raise InputError(f"--output {output}: exists and is not a report of this script; name another file")
     if arguments.plot:
-        files.check_output(arguments.plot, "--plot", [*inputs, output, journal_path(output)])
+        files.check_output(arguments.plot, "--plot", [*sources, output, journal_path(output)])
         if arguments.plot.suffix.lower() not in PLOT_FORMATS:
             endings = ", ".join(PLOT_FORMATS)
             raise InputError(f"--plot {arguments.plot}: give a file name that ends in {endings}")
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.training.distributed import join_processes
 
     config = read_config(arguments.model)
-    skipped = cli.blocks_from(arguments, config, "--starting_skipped_blocks")
+    skipped = inputs.blocks_from(arguments, config, "--starting_skipped_blocks")
     num_blocks = most_blocks(arguments, config, skipped)
     if arguments.search != "race" and arguments.screening != SCREENING:
         logger.warning("--screening has no effect without --search race")
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     check_outputs(arguments, output)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     checkpoints.check_base(arguments.model, config)
-    samples = cli.load_samples(arguments, config)
+    samples = inputs.load_samples(arguments, config)
     training, held_out = batches.split_samples(samples, arguments.validation_split, arguments.seed)
     data = batches.describe(training, arguments.data_path)
     settings = journal_settings(arguments, weights.fingerprint(arguments.model.folder()), data["sha256"])

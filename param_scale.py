@@ -21,7 +21,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from hopscotch_common import cli, files
+from hopscotch_common import cli, files, inputs
 from hopscotch_common.errors import InputError, TrainingError, logger
 from hopscotch_common.loading.models import QUANTIZATIONS
 from hopscotch_common.report import describe_run, plain, with_error
@@ -96,15 +96,15 @@ def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int]
     from hopscotch_common.training.batches import split_samples
 
     config = read_config(arguments.model)
-    blocks = cli.blocks_from(arguments, config, "--blocks_to_skip")
+    blocks = inputs.blocks_from(arguments, config, "--blocks_to_skip")
     files.check_writable(arguments.output_dir)
-    inputs = [arguments.data_path, *cli.reports_among(arguments.blocks_to_skip)]
-    files.check_output(report_path, "--output_dir", inputs)
+    sources = [arguments.data_path, *inputs.reports_among(arguments.blocks_to_skip)]
+    files.check_output(report_path, "--output_dir", sources)
     if report_path.exists() and "best_epoch" not in files.read_json(report_path, "name another --output_dir"):
         raise InputError(f"{report_path}: is not a report of this script; name another --output_dir")
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     checkpoints.check_base(arguments.model, config)
-    samples = cli.load_samples(arguments, config)
+    samples = inputs.load_samples(arguments, config)
     parts = split_samples(samples, arguments.validation_split, arguments.seed)
     check_exports(arguments.export, config, export_folder(arguments), arguments.replacement_rank)
     return blocks, samples, parts

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hopscotch_common import cli, files
+from hopscotch_common import cli, files, inputs
 from hopscotch_common.errors import InputError, logger
 from hopscotch_common.report import describe_run
 
@@ -41,7 +41,7 @@ def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dic
     from hopscotch_common.training import TrainingOptions
     from hopscotch_common.training.trainer import EpochTraining
 
-    samples = cli.load_samples(arguments, config)
+    samples = inputs.load_samples(arguments, config)
     model = cli.load_model(arguments)
     EpochTraining(model, blocks, samples, [], TrainingOptions(0.0)).fit_maps()
     scales.reset(model, blocks)  # `maps_of` gives those of skipped blocks
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common.scales.modeling_hopscotch import SCALE_NAMES
 
     config = read_config(arguments.model)
-    blocks = cli.blocks_from(arguments, config, "--blocks_to_skip")
+    blocks = inputs.blocks_from(arguments, config, "--blocks_to_skip")
     if arguments.replacement_rank and not arguments.data_path:
         raise InputError("--replacement_rank: its maps are fitted on data; give --data_path, too")
     if arguments.data_path and not arguments.replacement_rank:

@@ -133,10 +133,6 @@ class AttentionWhereItIs:
 
     def _create_attention_instances(self, prefix: str = "") -> None:
         """Give each attention block of this rank its vLLM attention, and with it its KV cache."""
-        from vllm.model_executor.layers.attention import Attention
-        from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
-        from vllm.model_executor.models.utils import maybe_prefix
-
         layers = enumerate(self.model.layers)
         present = {i for i, x in layers if isinstance(x, ScaledDecoderLayer) and not x.skip_attention}
         if present != set(self.attention_fusers):
@@ -147,6 +143,10 @@ class AttentionWhereItIs:
                 "a pipeline stage has no attention block left, which vLLM's cache cannot represent: set "
                 "VLLM_PP_LAYER_PARTITION so that each stage has one, or lower --pipeline-parallel-size"
             )
+        from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR
+        from vllm.model_executor.models.utils import maybe_prefix
+
         config, types = self.text_config, attention_types(self.text_config)
         for index, (name, fuser) in self.attention_fusers.items():
             module = self.get_submodule(name)

@@ -15,7 +15,7 @@ import block_selection
 import param_scale
 import process_gt_data
 import unscaled_ckpt
-from hopscotch_common import cli
+from hopscotch_common import inputs
 from hopscotch_common.answers import labels
 from hopscotch_common.loading import tokenization
 from hopscotch_common.loading.models import model_ref
@@ -117,21 +117,22 @@ def test_data_of_another_tokenizer_is_refused(work, capsys):
     check_refused(param_scale, [*data, "--blocks_to_skip", "1"], message, capsys)
     check_refused(unscaled_ckpt, [*data, "--blocks_to_skip", "1", "--replacement_rank", "2"], message, capsys)
     theirs, ours = model_ref(str(another)), model_ref(work[1])
-    with pytest.raises(process_gt_data.InputError, match="made with another tokenizer"):
-        cli.check_data(Path("out/data.jsonl.gz"), theirs)
-    cli.check_data(Path("out/data.jsonl"), ours)
+    for packed in (".gz", ".zst"):
+        with pytest.raises(process_gt_data.InputError, match="made with another tokenizer"):
+            inputs.check_data(Path(f"out/data.jsonl{packed}"), theirs)
+    inputs.check_data(Path("out/data.jsonl"), ours)
     assert "are they one model" not in capsys.readouterr().err
     copied = shutil.copytree(work[1], "elsewhere/model")
-    cli.check_data(Path("out/data.jsonl"), model_ref(str(copied)))
+    inputs.check_data(Path("out/data.jsonl"), model_ref(str(copied)))
     assert f"made with {work[1]}, and --model is {copied}: are they one model?" in capsys.readouterr().err
     for made_with in (7, ["a"], "a\0b"):  # by hand
         report.write_text(json.dumps(content | {"tokenizer": {"model": made_with, "sha256": sha256}}))
-        cli.check_data(Path("out/data.jsonl"), ours)
+        inputs.check_data(Path("out/data.jsonl"), ours)
         assert "are they one model" in capsys.readouterr().err
     shutil.copyfile("out/data.jsonl", "out/search.jsonl")  # as `head` makes it: of whom, no report tells
-    cli.check_data(Path("out/search.jsonl"), theirs)
+    inputs.check_data(Path("out/search.jsonl"), theirs)
     report.unlink()
-    cli.check_data(Path("out/data.jsonl"), theirs)
+    inputs.check_data(Path("out/data.jsonl"), theirs)
 
 
 def test_long_and_short_samples_are_dropped_and_counted(work, capsys, monkeypatch):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import block_selection
 import param_scale
 import unscaled_ckpt
-from hopscotch_common import checkpoints, cli, scales
+from hopscotch_common import checkpoints, cli, inputs, scales
 from hopscotch_common.checkpoints import __main__ as verify
 from hopscotch_common.errors import InputError
 from hopscotch_common.export import formats
@@ -590,7 +590,7 @@ def test_flags_reach_what_they_are_for(work, monkeypatch):
     more += ["--learning_rate", "0.5", "--dtype", "bfloat16", "--max_samples", "5"]
     arguments = block_selection.build_parser().parse_args(flags(work, *more))
     assert cli.training_options(arguments) == TrainingOptions(0.5, 4, 99, True, 7, "kl")
-    assert cli.load_samples(arguments, loader.read_config(arguments.model)) == random_samples(12)[:5]
+    assert inputs.load_samples(arguments, loader.read_config(arguments.model)) == random_samples(12)[:5]
     monkeypatch.setattr(loader, "load_model", lambda _, **options: options)
     assert cli.load_model(arguments)["dtype"] == "bfloat16"
 

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from hopscotch_common import checkpoints, scales
 from hopscotch_common.export.formats import FORMATS, export_checkpoint
 from hopscotch_common.loading.models import ModelRef, model_ref
 from hopscotch_common.scales import modeling_hopscotch
-from hopscotch_common.vllm_plugin import family_obstacle
+from hopscotch_common.vllm_plugin import AttentionWhereItIs, family_obstacle
 
 pytestmark = [
     pytest.mark.vllm,
@@ -398,6 +399,13 @@ def test_every_format_is_served():
 @pytest.mark.parametrize("family, skipped", [("smollm", SMOLLM[0]), *((f, c[0]) for f, c in SLOW.items())])
 def test_more_families_as_transformers(slow_runs, family, skipped):
     check_run(slow_runs[family], skipped)
+
+
+def test_a_pipeline_stage_without_attention_is_refused():
+    layers = torch.nn.ModuleList([torch.nn.Identity()])  # that of another stage
+    stage = SimpleNamespace(model=SimpleNamespace(layers=layers), attention_fusers={})
+    with pytest.raises(ValueError, match="set VLLM_PP_LAYER_PARTITION"):
+        AttentionWhereItIs._create_attention_instances(stage)
 
 
 @pytest.mark.parametrize("kind, refused", [("default", False), ("longrope", True), ("dynamic", True)])

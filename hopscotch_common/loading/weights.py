@@ -133,7 +133,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     A .bin file is read as weights only, so nothing in it runs. Raises InputError for a broken file.
     """
     try:
-        is_bin = path.suffix not in (".safetensors", ".adam")
+        is_bin = path.suffix == ".bin"
         found = torch.load(path, weights_only=True, mmap=True) if is_bin else load_file(path)
         return {_plain_name(key): tensor for key, tensor in found.items()}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
