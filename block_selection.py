@@ -34,25 +34,23 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     cli.add_model_arguments(parser)
     add("--data_path", type=cli.path, required=True, help="processed data of step 2 (JSONL)")
-    what = "blocks selected before: indices, or the path of a selection report"
+    what = "blocks that are skipped already: indices, or the path of a selection report"
     add("--starting_skipped_blocks", nargs="*", action="extend", default=[], metavar="BLOCK", help=what)
-    what = (
-        "losses of layers 0, 1, 2, … that are known already; one in the place of a skipped layer is ignored"
-    )
+    what = "known losses of layers 0, 1, 2, …; a skipped layer's is ignored"
     add("--prev", nargs="*", action="extend", type=float, default=[], metavar="LOSS", help=what)
     group = parser.add_argument_group("how many blocks")
     number = group.add_mutually_exclusive_group()
-    what = "blocks to pick in this run, at most (default: 1; with --max_loss_increase, all that can be)"
+    what = "most blocks to pick in this run (default: 1; with --max_loss_increase, no limit)"
     number.add_argument("--num_blocks", type=cli.positive_int, help=what)
-    what = "pick as many as leave the KV cache at most this share of the whole model's, at most; layers "
-    what += "count alike, those with a sliding window too"
+    what = "pick blocks until the KV cache is at most this share of the whole model's; all layers count "
+    what += "alike, even those with a sliding window"
     number.add_argument("--kv_budget", type=cli.between_0_and_1, metavar="SHARE", help=what)
     group.add_argument(
         "--max_loss_increase",
         type=cli.positive_float,
         metavar="SHARE",
-        help="stop before the pick that would bring the loss (of held-out answers, if there are any) this "
-        "share above the original model's (0.02: 2 %%); of --loss kl, the KL itself in nats a token",
+        help="stop before the pick that would raise the loss (on held-out answers, if there are any) this "
+        "share above the original model's (0.02: 2 %%); with --loss kl, the KL itself in nats per token",
     )
     cli.add_validation_argument(group, "each pick's loss, KL and agreement")
     group = parser.add_argument_group("search")
@@ -60,17 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--search",
         choices=["full", "race", "untrained", "cosine"],
         default="full",
-        help="full: an epoch for each candidate; race: the worse ones drop out early. Without training: "
-        "untrained, by the loss that a skip costs with scales of 1, a third of an epoch for each candidate; "
-        "cosine, in a pass over the answers, by how little a block turns the residual stream",
+        help="full: train each candidate for an epoch; race: drop the worse ones early. Without training: "
+        "untrained, by the loss with scales of 1, a third of an epoch for each candidate; "
+        "cosine, by how little a block turns the residual stream, one pass over the answers",
     )
-    what = (
-        "race: share of the candidates that is trained, at least 2, by their losses before training; 1: all"
-    )
+    what = "race: share of the candidates to train, at least 2: the best by loss before training (1: all)"
     group.add_argument("--screening", type=cli.above_0_at_most_1, default=SCREENING, help=what)
     cli.add_replacement_argument(parser)
     cli.add_training_arguments(parser, learning_rate=1e-2)
-    what = "JSON report (default: {model}_block_selection.json); the journal stands beside it"
+    what = "JSON report (default: {model}_block_selection.json); the journal is written beside it"
     add("--output", type=cli.path, help=what)
     what = "also draw every candidate's loss (PNG, PDF or SVG)"
     add("--plot", type=cli.path, metavar="FILE", help=what)

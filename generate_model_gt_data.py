@@ -120,22 +120,24 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--input_file",
         type=cli.path,
-        help="prompts: .jsonl, .json, either with .gz, .jsonl.zst, .parquet or .csv; default: for smollm the "
+        help="prompts: .jsonl or .json (also .gz), .jsonl.zst, .parquet or .csv; default: for smollm the "
         f"embedded problems, otherwise {LOCAL_PROMPTS} in this folder, otherwise {HUB_PROMPTS} from the hub",
     )
-    source.add_argument("--dataset", metavar="OWNER/NAME", help="prompts: a data set of the hub, or a folder")
-    parser.add_argument("--dataset_config", metavar="NAME", help="its configuration")
-    parser.add_argument("--split", help="its split (default: train)")
+    source.add_argument("--dataset", metavar="OWNER/NAME", help="prompts: a data set on the hub, or a folder")
+    parser.add_argument("--dataset_config", metavar="NAME", help="configuration of --dataset")
+    parser.add_argument("--split", help="split of --dataset (default: train)")
     parser.add_argument(
-        "--prompt_field", metavar="NAME", help="the field that holds text or messages, if it has another name"
+        "--prompt_field",
+        metavar="NAME",
+        help="field that holds the text or messages, if none of the usual names",
     )
     parser.add_argument(
         "--output_file",
         type=cli.path,
-        help="where the answers go, JSONL (default: {model}_math_final.jsonl)",
+        help="JSONL file for the answers (default: {model}_math_final.jsonl)",
     )
-    parser.add_argument("--num_samples", type=cli.positive_int, help="answer only the first so many prompts")
-    parser.add_argument("--max_tokens", type=cli.positive_int, default=4096, help="tokens an answer may have")
+    parser.add_argument("--num_samples", type=cli.positive_int, help="answer only the first N prompts")
+    parser.add_argument("--max_tokens", type=cli.positive_int, default=4096, help="most tokens of an answer")
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -145,13 +147,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tensor_parallel_size",
         type=cli.positive_int,
-        help="vllm: GPUs that share the model (default: as many as its heads and MLP can be split over)",
+        help="vllm: GPUs to split the model over (default: as many as its heads and MLP allow)",
     )
     parser.add_argument(
         "--max_tokens_per_batch",
         type=cli.positive_int,
         default=EngineOptions.max_tokens_per_batch,
-        help="tokens of KV cache, padding included, that all answers in progress may take "
+        help="most tokens of KV cache, padding included, for all answers in progress "
         "(transformers, and vllm on a CPU); lower it when memory runs out",
     )
     parser.add_argument(

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--granularity",
         choices=["layer", "channel"],
         default="layer",
-        help="what b_attn and b_mlp are: one number a layer, or one for each channel of the hidden state",
+        help="b_attn and b_mlp: one number per layer, or one per channel of the hidden state",
     )
     parser.add_argument(
         "--quantization",
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on after the last epoch that --output_dir holds, if it holds any",
+        help="continue after the last epoch in --output_dir, if there is one",
     )
     cli.add_export_argument(
         parser,

@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input_file",
         type=cli.path,
-        help="answers: 'messages' a record, or another form that step 1 reads "
+        help="answers: records with 'messages', or another form that step 1 reads "
         "(default: {model}_math_final.jsonl)",
     )
     parser.add_argument(
@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_cpu_procs",
         type=cli.positive_int,
         default=8,
-        help=f"processes at once; never more than cores, nor than one for {RECORDS_A_PROCESS} answers",
+        help=f"processes at once; at most one per core and per {RECORDS_A_PROCESS} answers",
     )
     return parser
 

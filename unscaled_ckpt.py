@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data_path",
         type=cli.path,
-        help="processed data of step 2, which the maps of --replacement_rank are fitted on",
+        help="processed data of step 2, to fit the maps of --replacement_rank on",
     )
     parser.add_argument(
         "--output_dir", type=cli.path, help="folder of the checkpoint (default: unscaled_{model}_ckpts)"

@@ -181,12 +181,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> N
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
         help="dtype of the frozen weights and activations; auto: the checkpoint's own. "
-        "Scales are float32 always",
+        "Scales are always float32",
     )
     add(
         "--device",
         default="auto",
-        help="cpu, cuda, cuda:1, …; auto: a GPU if there is one; split: over all GPUs",
+        help="cpu, cuda, cuda:1, …; auto: a GPU if there is one; split: layers spread over all GPUs",
     )
     kernels = ["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
     add("--attn_implementation", choices=kernels, default="auto", help="auto: transformers' choice")
@@ -194,7 +194,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> N
         "--seed",
         type=seed,
         default=TrainingOptions.seed,
-        help="of the order and the split of the data in steps 3 and 4a",
+        help="seed of the data's order and split in steps 3 and 4a",
     )
 
 
@@ -205,8 +205,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
         "--loss",
         choices=list(MEASURES),
         default=TrainingOptions.loss,
-        help="what to train on: ce, cross entropy on the answers' tokens; kl, the divergence from the "
-        "original model's distribution at each of them",
+        help="training loss: ce, cross entropy on the answers' tokens; kl, the divergence from the original "
+        "model's distribution at each of these tokens",
     )
     add("--learning_rate", type=positive_float, default=learning_rate, help="Adam's learning rate")
     add("--batch_size", type=positive_int, default=TrainingOptions.batch_size, help="answers per update")
@@ -214,10 +214,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
         "--max_tokens_per_batch",
         type=positive_int,
         help="most tokens that run at once, padding included: bounds memory, does not change the result "
-        "(default: 512 on a CPU, 4096 on a GPU, and at least a batch's longest answer); what does not fit "
-        "all the same is halved",
+        "(default: 512 on a CPU, 4096 on a GPU, and at least a batch's longest answer); halved when memory "
+        "runs out all the same",
     )
-    add("--max_samples", type=positive_int, help="use the first so many answers (default: all)")
+    add("--max_samples", type=positive_int, help="use only the first N answers (default: all)")
     add(
         "--gradient_checkpointing",
         action="store_true",
@@ -269,8 +269,8 @@ def add_replacement_argument(parser: argparse.ArgumentParser) -> None:
         type=whole_number,
         default=0,
         metavar="RANK",
-        help="put a linear map of this rank, fitted to what the block did, in each skipped block's place "
-        "(0: nothing); it takes no KV cache",
+        help="put a linear map of this rank, fitted to what the block did, in place of each skipped block "
+        "(0: nothing); maps take no KV cache",
     )
 
 
@@ -292,5 +292,5 @@ def add_export_argument(parser: argparse.ArgumentParser, purpose: str) -> None:
         default=[],
         metavar="FORMAT",
         help=f"{purpose}, in these formats: folded (stock architecture, loads anywhere, no faster), "
-        "nemotron_nas (vLLM and others, really faster)",
+        "nemotron_nas (vLLM and others, faster)",
     )

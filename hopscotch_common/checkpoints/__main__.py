@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     purpose = "Verify that a checkpoint is whole, and that the code in it is this project's."
     parser = cli.ArgumentParser(purpose)
     parser.add_argument("action", choices=["verify"])
-    parser.add_argument("folder", type=cli.path, help="of a checkpoint")
+    parser.add_argument("folder", type=cli.path, help="folder of a checkpoint")
     folder = parser.parse_args(argv).folder
     verify(folder)
     cli.result(f"{folder}: whole, with this project's code and finite scales")

@@ -35,13 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--tolerance",
         type=positive_float,
         help="largest relative logit error against the checkpoint, both computed in float32 (default: 0.01, "
-        "and for 16-bit weights what computing in 16 bits makes of the checkpoint itself)",
+        "or, for 16-bit weights, the checkpoint's own error when computed in 16 bits)",
     )
     parser.add_argument("--device", default="auto", help="where the check runs: cpu, cuda, auto or split")
     parser.add_argument(
         "--without_maps",
         action="store_true",
-        help="folded: leave maps out; --format gguf puts them into what llama.cpp makes of it",
+        help="folded: leave maps out; --format gguf puts them back into what llama.cpp makes of it",
     )
     parser.add_argument(
         "--from", dest="folded_gguf", type=path, help="gguf: what llama.cpp made of the folded checkpoint"

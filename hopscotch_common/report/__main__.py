@@ -31,10 +31,13 @@ def build_parser() -> ArgumentParser:
         type=path,
         default=Path("report.html"),
         metavar="FILE",
-        help="the page; one that is there is replaced",
+        help="the page; replaces an existing one",
     )
     parser.add_argument(
-        "--pictures", type=path, metavar="FOLDER", help="also write each picture as a file of its own into it"
+        "--pictures",
+        type=path,
+        metavar="FOLDER",
+        help="also write each plot to a file of its own in this folder",
     )
     parser.add_argument("--format", choices=["png", "pdf", "svg"], default="png", help="of those files")
     return parser
