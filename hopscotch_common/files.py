@@ -102,10 +102,10 @@ def parse_json(text: bytes | str, where: str, remedy: str):
 
 def parse_record(line: bytes, where: str) -> dict:
     """The JSON object of a line; InputError, with `where`, when it is none."""
-    return as_object(parse_json(line, where, "mend or remove that line"), where)
+    return as_object(parse_json(line, where, "fix or remove that line"), where)
 
 
-def as_object(value, where: str, remedy: str = "mend it") -> dict:
+def as_object(value, where: str, remedy: str = "fix it") -> dict:
     """A JSON value that must be an object; InputError, with `where`, when it is none."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: a JSON object is needed, not {type(value).__name__}; {remedy}")

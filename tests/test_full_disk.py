@@ -77,7 +77,7 @@ def faults_after_failure(outcome: Outcome, place: Path, complete: dict) -> list[
 
 
 def faults_and_rerun(commands: Commands, name: str, place: Path, outcome: Outcome, when: str) -> list[str]:
-    """`faults_after_failure`, and what one more run with space does not mend."""
+    """`faults_after_failure`, and what one more run with space does not fix."""
     whole = commands.undisturbed(name)
     faults = faults_after_failure(outcome, place, whole.state)
     succeed(place, *commands[name])

@@ -230,7 +230,7 @@ def test_a_setting_of_the_class_is_kept(tmp_path):
 
 
 def test_an_old_map_of_special_tokens_beside_it_changes_nothing(tiny_folder, tmp_path):
-    """Of a base whose tokenizer_config.json alone somebody mended; and its code, which does not travel."""
+    """Of a base whose tokenizer_config.json alone somebody fixed; and its code, which does not travel."""
     base = shutil.copytree(tiny_folder(), tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"

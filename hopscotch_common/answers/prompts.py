@@ -70,7 +70,8 @@ def _in_template(tokenizer, messages: list[dict], where: str, **options) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is code of the model's: it may raise anything
         raise InputError(
-            f"{where}: the model's chat template refuses it: {reason_of(error)}; leave it out, or mend one"
+            f"{where}: the model's chat template refuses it: {reason_of(error)}; "
+            "leave it out, or fix the message or the template"
         ) from error
 
 

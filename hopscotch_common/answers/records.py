@@ -46,7 +46,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
         head = file.peek(1024).removeprefix(BOM).lstrip()
         if head[:1] == b"[":
             content = file.read().removeprefix(BOM)
-            yield from _rows(parse_json(content, str(path), "mend it, or name another file"), str(path))
+            yield from _rows(parse_json(content, str(path), "fix it, or name another file"), str(path))
         elif head.partition(b"\n")[0].strip() == b"{":
             raise InputError(
                 f"{path}: one JSON object over several lines; must be an array of records, or JSONL"
@@ -88,7 +88,7 @@ def _cells(rows: csv.DictReader, path: Path) -> list[dict]:
     csv.field_size_limit(2**31 - 1)
     columns = rows.fieldnames or []
     if len(set(columns)) < len(columns):
-        raise InputError(f"{path}: two columns have one name; mend it, or name another file")
+        raise InputError(f"{path}: two columns have one name; fix it, or name another file")
     found = []
     for number, row in enumerate(rows, 1):
         if any(row.pop(None, ())):
@@ -191,7 +191,7 @@ def _conversation(record: dict, where: str, field: str | None, answers: bool) ->
         elif isinstance(completion, str):
             messages.append({"role": "assistant", "content": completion})
         elif answers and completion is not None:
-            raise InputError(f"{where}: {answer!r} must be text, or a list of messages; mend it")
+            raise InputError(f"{where}: {answer!r} must be text, or a list of messages; fix it")
         return messages, used
     if record.keys() == {"settings", "kind"}:
         raise InputError(
@@ -206,7 +206,7 @@ def _with_input(instruction, about, names: tuple[str, str], where: str):
     if about is None or isinstance(about, str) and not about.strip():
         return instruction
     if not isinstance(about, str) or not isinstance(instruction, str | None):
-        raise InputError(f"{where}: {names[0]!r} and {names[1]!r} must both be text; mend it")
+        raise InputError(f"{where}: {names[0]!r} and {names[1]!r} must both be text; fix it")
     return f"{instruction}\n\n{about}" if instruction and instruction.strip() else about
 
 

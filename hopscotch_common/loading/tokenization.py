@@ -57,7 +57,7 @@ def stop_token_ids(folder: Path, tokenizer) -> set[int]:
     configured = read_json(file, "fetch the model again").get("eos_token_id")
     ids = configured if isinstance(configured, list) else [configured]
     if any(type(token) is not int for token in ids if token is not None):
-        raise InputError(f"{file}: 'eos_token_id' must be a token id or a list of them; mend it")
+        raise InputError(f"{file}: 'eos_token_id' must be a token id or a list of them; fix it")
     return {tokenizer.eos_token_id, end_of_turn(tokenizer), *ids} - {None}
 
 

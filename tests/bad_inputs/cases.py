@@ -13,7 +13,7 @@ COPY_AND_LOAD = ("unscaled_ckpt", "block_selection")  # the weights' two ways: f
 
 # A message says what to do: one of these, or what was not kept and so must be.
 REMEDY = (
-    r"\b(give|fetch|mend|name|make|repeat|remove|delete|move|use|lower|raise|check|train|install|download|try|choose|fix"
+    r"\b(give|fetch|name|make|repeat|remove|delete|move|use|lower|raise|check|train|install|download|try|choose|fix"
     r"|shorten|process|export|convert|restore|replace|copy|rename|see|write|save|leave|set|start|supported"
     r"|must|needs?|at most|at least)\b|block \S+ (does not exist|is named twice)|is not one of|not text"
     r"|only (text|assistant)|no content|no label counts|but \d+ labels|beyond the model's vocabulary"
