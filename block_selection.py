@@ -155,9 +155,9 @@ def load_trainer(arguments: argparse.Namespace, training: list, held_out: list, 
     model = cli.load_model(arguments)
     options = cli.training_options(arguments)
     prepare_model(model, options)
-    trainer = CandidateTrainer(model, training, options, held_out)
+    trainer = CandidateTrainer(model, training, options, held_out, processes.everyone)
     if arguments.replacement_rank:
-        trainer.fit_maps(processes.everyone)
+        trainer.fit_maps()
     return trainer
 
 

@@ -64,7 +64,7 @@ def test_a_search(on_both, tiny_folder, search, measure, prefix, rank):
         options = TrainingOptions(1e-2, 3, loss=measure)
         trainer = CandidateTrainer(model, samples[:4], options, samples[4:])
         if rank:
-            trainer.fit_maps(Group())
+            trainer.fit_maps()
         found = Search(trainer, SEARCHES[search]).next_block([3])
         held_out = trainer.held_out([3, found.block], found.state)
         return found.block, found.losses, found.distances, vars(held_out)

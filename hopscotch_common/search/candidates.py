@@ -15,7 +15,7 @@ from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.search.schedule import Candidate
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
-from hopscotch_common.training.distributed import Group
+from hopscotch_common.training.distributed import Group, Reduce
 from hopscotch_common.training.loss import HeldOut, Originals, evaluate, summed_head_loss
 from hopscotch_common.training.replacement import fit_maps, layer_calls
 from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer
@@ -25,17 +25,25 @@ class CandidateTrainer:
     """Trains candidates on one model, over the same batches in the same order.
 
     held_out: samples that are not trained on. Several processes may share a candidate (`Group`); each
-    then runs its part of every batch.
+    then runs its part of every batch. everyone: all processes, which share what is only measured.
     """
 
     def __init__(
-        self, model, samples: Sequence[Sample], options: TrainingOptions, held_out: Sequence[Sample] = ()
+        self,
+        model,
+        samples: Sequence[Sample],
+        options: TrainingOptions,
+        held_out: Sequence[Sample] = (),
+        everyone: Group | None = None,
     ):
         self.model, self.options = model, options
         self.batches = EpochBatches(model, samples, options)
         self.num_batches = math.ceil(len(samples) / options.batch_size)
         self._part = functools.cache(lambda rank, size: self.batches.epoch(0, rank, size))
-        self._held_out = EpochBatches(model, held_out, options).in_order() if held_out else []
+        self._everyone = everyone or Group()
+        share = (self._everyone.rank, self._everyone.size)
+        self._shared = self._part(*share)
+        self._held_out = EpochBatches(model, held_out, options).in_order(*share)
         self._runner = MinibatchRunner()
         self._originals = Originals(model)
         self._trained_towards = self._originals if options.loss == "kl" else None
@@ -44,10 +52,12 @@ class CandidateTrainer:
         self._originals.keep(self._held_out)
         self._wrong: dict[int, float] = {}  # by block, once maps are fitted
 
-    def fit_maps(self, group: Group) -> None:
-        """Fit the map of every block, for when it is skipped; `group`: all processes, to share the work."""
-        batches = self.batches.in_order(group.rank, group.size)
-        self._wrong = fit_maps(self.model, batches, attention_blocks(self.model.config), group.reduce)
+    def fit_maps(self) -> None:
+        """Fit the map of every block, for when it is skipped."""
+        batches = self.batches.in_order(self._everyone.rank, self._everyone.size)
+        self._wrong = fit_maps(
+            self.model, batches, attention_blocks(self.model.config), self._everyone.reduce
+        )
 
     def candidates(self, skipped: Sequence[int]) -> list[int]:
         """The blocks of which each could be skipped next."""
@@ -107,14 +117,18 @@ class CandidateTrainer:
         """
         if self._wrong:
             return {block: self._wrong[block] for block in blocks}
-        return stream_distances(self.model, self._part(0, 1), skipped, blocks, self._runner)
+        return stream_distances(
+            self.model, self._shared, skipped, blocks, self._runner, self._everyone.reduce
+        )
 
     def original_loss(self) -> float:
         """Mean cross entropy of the batches with nothing skipped, as a candidate's loss is."""
         scales.reset(self.model)
         return statistics.fmean(
-            evaluate(self.model, [batch], "the original model", originals=self._originals).cross_entropy
-            for batch in self._part(0, 1)
+            evaluate(
+                self.model, [batch], "the original model", self._everyone.reduce, self._originals
+            ).cross_entropy
+            for batch in self._shared
         )
 
     def held_out(self, skipped: Sequence[int], state: ScaleState | None = None) -> HeldOut | None:
@@ -127,7 +141,7 @@ class CandidateTrainer:
         scales.reset(self.model, skipped)
         if state is not None:
             scales.restore(self.model, state.tensors[0])
-        return evaluate(self.model, self._held_out, "held-out loss", originals=self._originals)
+        return evaluate(self.model, self._held_out, "held-out loss", self._everyone.reduce, self._originals)
 
 
 @torch.no_grad()
@@ -182,16 +196,22 @@ def untrained_losses(
 
 @torch.no_grad()
 def stream_distances(
-    model, batches: Sequence[Batch], skipped: Sequence[int], blocks: Sequence[int], runner: MinibatchRunner
+    model,
+    batches: Sequence[Batch],
+    skipped: Sequence[int],
+    blocks: Sequence[int],
+    runner: MinibatchRunner,
+    reduce: Reduce | None = None,
 ) -> dict[int, float]:
     """How much each block changes what passes through it, with `skipped` skipped and scales of 1.
 
     1 - the cosine similarity of the residual stream before and after the block, a mean over all tokens,
     as in LLM-Drop (arXiv 2406.15786): a criterion without any loss. A block that hardly turns the stream
-    is taken to matter little. Raises TrainingError when a single answer does not fit into memory.
+    is taken to matter little. reduce: sums over the processes, which have a part of every batch each.
+    Raises TrainingError when a single answer does not fit into memory.
     """
     scales.reset(model, skipped)
-    total, tokens = torch.zeros(len(blocks)), 0
+    total = torch.zeros(len(blocks) + 1, dtype=torch.float64)  # the last counts tokens
 
     def sums_of(minibatch: Minibatch) -> torch.Tensor:
         on_device = minibatch.to(model.device)
@@ -206,8 +226,10 @@ def stream_distances(
             sums.append((distance if mask is None else distance * mask.to(distance.device)).sum().cpu())
         return torch.stack(sums)
 
-    minibatches = [minibatch.whole() for batch in batches for minibatch in batch.minibatches]
-    for minibatch, sums in runner.run(minibatches, sums_of, "cosine distances"):
-        total += sums
-        tokens += sum(len(sample) for sample in minibatch.samples)
-    return dict(zip(blocks, (total / tokens).tolist(), strict=True))
+    for batch in batches:
+        minibatches = [minibatch.whole() for minibatch in batch.minibatches]
+        for minibatch, sums in runner.run(minibatches, sums_of, "cosine distances"):
+            tokens = sum(len(sample) for sample in minibatch.samples)
+            total += torch.cat([sums.double(), total.new_tensor([tokens])])
+    *sums, tokens = (total if reduce is None else reduce(total.to(model.device))).tolist()
+    return {block: summed / tokens for block, summed in zip(blocks, sums, strict=True)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -53,17 +54,17 @@ def load_samples(
     max_tokens: int | None = None,
     max_samples: int | None = None,
 ) -> list[Sample]:
-    """Read and check processed data (`input_ids`, `labels` on each line), every line.
+    """Read and check processed data (`input_ids`, `labels` on each line), to max_samples or the end.
 
     Raises InputError, with the line, for anything that training could not use: other fields,
     lengths that differ, ids beyond the vocabulary, a label other than its token or -100, no
     loss-counted token, more than max_positions tokens (the model's context) or max_tokens (a
     minibatch's budget).
     """
-    samples = []
-    for number, record in read_jsonl(path):
+    samples, numbers = [], {}
+    for number, record in itertools.islice(read_jsonl(path), max_samples):
         where = f"{path}, line {number}"
-        sample = _sample(record, vocab_size, where)
+        sample = _sample(record, vocab_size, where, numbers)
         if max_positions is not None and len(sample) > max_positions:
             raise InputError(
                 f"{where}: {len(sample)} tokens, but the model's context has {max_positions}; "
@@ -75,10 +76,11 @@ def load_samples(
                 "raise it, or process the data with a smaller --max_seq_len"
             )
         samples.append(sample)
-    return samples if max_samples is None else samples[:max_samples]
+    return samples
 
 
-def _sample(record: dict, vocab_size: int, where: str) -> Sample:
+def _sample(record: dict, vocab_size: int, where: str, numbers: dict[int, int]) -> Sample:
+    """A record's sample. numbers: each token id that was read, so that memory holds it once."""
     ids, labels = record.get("input_ids"), record.get("labels")
     if not (_ints(ids) and _ints(labels)):
         raise InputError(
@@ -95,8 +97,11 @@ def _sample(record: dict, vocab_size: int, where: str) -> Sample:
         )
     if any(label not in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True)):
         raise InputError(f"{where}: a label must equal its token or be {IGNORE_INDEX}")
-    labels = [IGNORE_INDEX, *labels[1:]]  # nothing predicts the first token
-    sample = Sample(ids, labels, where)
+    ids = [numbers.setdefault(token, token) for token in ids]
+    counted = [
+        IGNORE_INDEX if label == IGNORE_INDEX else token for label, token in zip(labels, ids, strict=True)
+    ]
+    sample = Sample(ids, [IGNORE_INDEX, *counted[1:]], where)  # nothing predicts the first token
     if sample.num_loss_counted_tokens == 0:
         raise InputError(f"{where}: no label counts for the loss (all are {IGNORE_INDEX})")
     return sample
@@ -262,6 +267,28 @@ class Batch:
     prefix: torch.Tensor | None = None
 
 
+class Batches(Sequence[Batch]):
+    """An epoch's batches, each made when it is asked for: all of them at once may not fit into memory.
+
+    chosen: the samples of each. make: the batch of some samples.
+    """
+
+    def __init__(self, make: Callable[[list[Sample]], Batch], chosen: Sequence[list[Sample]]):
+        self._make, self._chosen = make, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Batches(self._make, self._chosen[index])
+        return self._make(self._chosen[index])
+
+    @property
+    def num_loss_counted_tokens(self) -> int:
+        return sum(sample.num_loss_counted_tokens for chosen in self._chosen for sample in chosen)
+
+
 def make_batches(
     samples: Sequence[Sample],
     options: TrainingOptions,
@@ -272,7 +299,7 @@ def make_batches(
     world_size: int = 1,
     packed: bool = False,
     share_prefix: bool = False,
-) -> list[Batch]:
+) -> Batches:
     """An epoch's batches, in the order that (options.seed, epoch) gives.
 
     instructlab-training's packers split each batch of samples into minibatches of at most max_tokens
@@ -288,9 +315,8 @@ def make_batches(
     pack = batch_lengths_to_minibatches_lpt if packed else batch_lengths_to_minibatches_padded
     sampler = EpochSampler(len(samples), seed=options.seed, epoch=epoch)
     order = list(sampler) if shuffle else list(range(len(samples)))
-    batches = []
-    for start in range(0, len(order), options.batch_size):
-        chosen = [samples[i] for i in order[start : start + options.batch_size]]
+
+    def batch_of(chosen: list[Sample]) -> Batch:
         prefix = shared_prefix(chosen) if share_prefix else []
         lengths = [len(sample) for sample in chosen]
         most = max_tokens
@@ -298,14 +324,16 @@ def make_batches(
             most = min(most, math.ceil(sum(lengths) / (4 * world_size)))
         rows = pack(lengths, max(most, *lengths), world_size, rank)
         parts = [[chosen[i] for i in indices if i >= 0] for indices in rows]  # -1: nothing for this one
-        batches.append(
-            Batch(
-                [Minibatch.of(part, packed, len(prefix)) for part in parts if part],
-                sum(sample.num_loss_counted_tokens for sample in chosen),
-                torch.tensor([prefix]) if prefix else None,
-            )
+        return Batch(
+            [Minibatch.of(part, packed, len(prefix)) for part in parts if part],
+            sum(sample.num_loss_counted_tokens for sample in chosen),
+            torch.tensor([prefix]) if prefix else None,
         )
-    return batches
+
+    starts = range(0, len(order), options.batch_size)
+    return Batches(
+        batch_of, [[samples[i] for i in order[start : start + options.batch_size]] for start in starts]
+    )
 
 
 def shared_prefix(samples: Sequence[Sample]) -> list[int]:

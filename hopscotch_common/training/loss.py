@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from hopscotch_common import scales
 from hopscotch_common.errors import Diverged, is_out_of_memory
-from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
+from hopscotch_common.training.batches import Batch, Batches, Minibatch, MinibatchRunner, Sample
 from hopscotch_common.training.distributed import Reduce
 
 LOGIT_ROWS = 256  # rows of logits alive at once
@@ -215,12 +215,12 @@ class Originals:
         self.model = model
         self._kept: dict[int, tuple[Sample, torch.Tensor]] = {}
 
-    def keep(self, batches: Sequence[Batch]) -> None:
+    def keep(self, batches: Batches) -> None:
         """Compute the states of all samples of some batches now, unless all kept took more than KEPT_BYTES.
 
         They are computed in the batches that are given, so the same ones give the same bits.
         """
-        tokens = sum(batch.num_loss_counted_tokens for batch in batches)
+        tokens = batches.num_loss_counted_tokens
         tokens += sum(len(rows) for _, rows in self._kept.values())
         if tokens * self.model.config.hidden_size * self.model.dtype.itemsize > KEPT_BYTES:
             return

@@ -15,7 +15,7 @@ from hopscotch_common import scales
 from hopscotch_common.errors import Diverged
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import MAPS_RATE, TrainingOptions
-from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample, make_batches
+from hopscotch_common.training.batches import Batch, Batches, Minibatch, MinibatchRunner, Sample, make_batches
 from hopscotch_common.training.distributed import Group, Reduce
 from hopscotch_common.training.loss import HeldOut, Originals, compute_prefix, evaluate, summed_loss
 from hopscotch_common.training.replacement import fit_maps
@@ -51,11 +51,11 @@ class EpochBatches:
             make_batches, samples, options, most, packed=packed, share_prefix=share_prefix
         )
 
-    def epoch(self, number: int = 0, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    def epoch(self, number: int = 0, rank: int = 0, world_size: int = 1) -> Batches:
         """An epoch's batches, the part of one of the processes that share each."""
         return self._make(epoch=number, rank=rank, world_size=world_size)
 
-    def in_order(self, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    def in_order(self, rank: int = 0, world_size: int = 1) -> Batches:
         """The batches of the samples in their own order, for what is only measured."""
         return self._make(shuffle=False, rank=rank, world_size=world_size)
 
@@ -295,9 +295,7 @@ class EpochTraining:
         self.group = group or Group()
         self._share = {"rank": self.group.rank, "world_size": self.group.size}
         self._training = EpochBatches(model, training, options)
-        self._held_out = []
-        if held_out:
-            self._held_out = EpochBatches(model, held_out, options).in_order(**self._share)
+        self._held_out = EpochBatches(model, held_out, options).in_order(**self._share)
         self._originals = Originals(model)
         self._originals.keep(self._held_out)
         if options.loss == "kl":  # an epoch's shuffle spreads them over the processes anew: each keeps all
@@ -349,6 +347,6 @@ class EpochTraining:
         with self._bar(self._held_out, name) as batches:
             return evaluate(self.model, batches, name, self.group.reduce, self._originals)
 
-    def _bar(self, batches: list[Batch], what: str) -> tqdm:
+    def _bar(self, batches: Batches, what: str) -> tqdm:
         """Batches with a bar on stderr, of one of the processes."""
         return tqdm(batches, what, unit="batch", disable=self.group.rank != 0, dynamic_ncols=True)
