@@ -1,33 +1,33 @@
-"""Why not something else? Other ways to less KV cache, on the same answers: none of them trains.
+"""Other ways to a smaller KV cache, judged on the same answers; none of them trains.
 
     python benchmarks/alternatives.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --selection smollm_block_selection.json --checkpoints scaled_smollm_ckpts/smollm_scaled_epoch_1
     python benchmarks/alternatives.py --model smollm --table     # or --plot alternatives.svg
 
-Each way is put into the stock model by replacing forward methods, fitted on the first --calibration answers
-and judged on the last --held_out ones, one answer at a time: KL to the original at the answers' tokens, and
-the share of these that are its first choice. --checkpoints, of this project, are judged alike, as
-transformers loads them. For --counts n:
+Each way replaces forward methods of the stock model. It is fitted on the first --calibration answers and
+judged on the last --held_out ones, one answer at a time: by KL to the original at the answers' tokens, and by
+the share of these tokens that are its first choice. This project's --checkpoints are judged in the same way,
+as transformers loads them. For --counts n:
 
 - search: the first n blocks of --selection, with nothing in their place.
-- search-window-4, -64, -256: in these blocks, attention to the first 4 tokens and to so many last ones
-  (StreamingLLM's sinks, arXiv 2309.17453).
+- search-window-4, -64, -256: in these blocks, attention to the first 4 tokens (StreamingLLM's sinks, arXiv
+  2309.17453) and to the last 4, 64 or 256.
 - cosine: the n attention blocks that turn the stream least (LLM-Drop, arXiv 2406.15786).
-- cosine-window-64: these blocks, with the window.
-- nbl: the n attention blocks with the least canonical-correlation bound, and the linear map of least squares,
-  with a bias, from the stream to what the block adds (NBL, arXiv 2505.21077).
-- search-nbl: that map in the place of the search's blocks.
+- cosine-window-64: the same blocks, with the window.
+- nbl: the n attention blocks with the smallest canonical-correlation bound, replaced by the least-squares
+  linear map, with a bias, from the stream to what the block adds (NBL, arXiv 2505.21077).
+- search-nbl: such maps in the place of the search's blocks.
 - layers: the n whole layers that turn the stream least (ShortGPT's block influence, arXiv 2403.03853).
-- consecutive: the n layers in a row over which the stream of an answer's last token before its end of turn
-  turns least (arXiv 2403.17887).
-- cache-8, cache-4: all attention blocks, with keys and values in so many bits, in groups of 64 channels of a
-  token, or fewer where 64 do not divide a head (as transformers' QuantizedCache has them, but for the last
-  128 tokens, which that keeps whole).
+- consecutive: the n layers in a row over which the stream turns least, at an answer's last token before its
+  end of turn (arXiv 2403.17887).
+- cache-8, cache-4: all attention blocks, with keys and values in 8 or 4 bits, in groups of 64 channels of a
+  token, or fewer where 64 do not divide a head. (transformers' QuantizedCache does the same, but keeps the
+  last 128 tokens whole.)
 
-Models that multiply what attention returns (Granite) or have a norm behind it (Gemma 2 and 3, OLMo 2 and 3,
-EXAONE 4, GLM 4) are refused, but with --ways without a word, which judges --checkpoints alone.
+Models that multiply what attention returns (Granite) or put a norm after it (Gemma 2 and 3, OLMo 2 and 3,
+EXAONE 4, GLM 4) are refused, unless --ways is given no value, which judges --checkpoints alone.
 
-KV cache left is what --context tokens keep, of the original's. Results go to
+KV cache left is the share of the original's that --context tokens keep. Results go to
 benchmarks/results/alternatives_{model}.json, written after each figure.
 """
 

@@ -1,16 +1,16 @@
-"""What skipping blocks should gain, by arithmetic: FLOPs of prefill, bytes that a step of decoding reads.
+"""What skipping blocks should gain, by arithmetic: FLOPs of prefill, bytes that a decoding step reads.
 
     python benchmarks/arithmetic.py
     python benchmarks/arithmetic.py --model ./qwen15.gguf --rows 1 --contexts 1000 --counts 4 8
     python benchmarks/arithmetic.py --table
 
-Prefill is bound by FLOPs: two for each weight of a layer and token, and those of the causal attention
-itself. A step of decoding is bound by memory: it reads each weight once for all rows, and each row's KV
-cache. Norms, activations, writing and whatever waits for the CPU are left out, and so are maps in a block's
-place (at rank 16 a three hundredth of what they replace in a Llama-3.1-8B). Times are the least that
-`--tflops` and `--bandwidth` allow: an H100 SXM's of its data sheet, dense bfloat16.
+Prefill is bound by FLOPs: two for each weight of a layer and token, plus those of the causal attention
+itself. A decoding step is bound by memory: it reads each weight once for all rows, and each row's KV cache.
+Norms, activations, writes and waits for the CPU are left out, and so are maps in a block's place (at rank 16,
+a three hundredth of what they replace in a Llama-3.1-8B). Times are the least that `--tflops` and
+`--bandwidth` allow; their defaults are those of an H100 SXM's data sheet, dense bfloat16.
 
-The default model is a Llama-3.1-8B. Dense decoders with full attention only.
+The default model is a Llama-3.1-8B. Only dense decoders with full attention are supported.
 """
 
 import argparse

@@ -4,22 +4,22 @@
         --selection smollm_block_selection.json cosine.json untrained.json
     python benchmarks/criteria.py --model smollm --table
 
---selection names reports of block_selection.py over the first answers of the data. What they and --look see
-should lie below --skip, so that it is neither trained on nor held out. Each choice is judged on the last
---held_out answers, without scales and after training them on --answers of those in between, as --setting
-says (`training.py`).
+--selection names reports of block_selection.py over the first answers of the data. The answers that they and
+--look see should be among the first --skip, which are neither trained on nor held out. Each choice is judged
+on the last --held_out answers, without scales and after training scales on --answers of those in between, as
+--setting says (see `training.py`).
 
 - search: the picks of a report of --search full or race.
-- cosine: of --search cosine, the similarity of the residual stream before and after a block (LLM-Drop).
-- untrained: of --search untrained, greedy by the loss at scales of 1 (SLEB's criterion).
+- cosine: those of --search cosine, by similarity of the residual stream before and after a block (LLM-Drop).
+- untrained: those of --search untrained, greedy by the loss at scales of 1 (SLEB's criterion).
 - random-0 … random-4: drawn from all blocks that can be skipped.
-- output: greedy, the block without which the final distribution of --look answers changes least, as KL
+- output: greedy, the block whose skip changes the final distribution of --look answers least, as KL
   (FinerCut's kind).
-- weights: one shot, no data: least query-key coupling of the weights, after the idea of Gate-Norm
+- weights: one shot, without data, by the least query-key coupling of the weights, after the idea of Gate-Norm
   (arXiv 2512.20636). Its exact definition was not at hand; see `query_key_coupling` for what is computed.
 
-Costs are in candidate-epochs: training steps of one candidate over the answers that the search saw. Results
-go to benchmarks/results/criteria_{model}.json after each figure.
+Costs are in candidate-epochs: one is the training steps of one candidate over the answers that the search
+saw. Results go to benchmarks/results/criteria_{model}.json after each figure.
 """
 
 import argparse

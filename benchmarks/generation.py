@@ -1,16 +1,15 @@
-"""Answers a second: both engines of step 1, and transformers' own batching, against one prompt at a time.
+"""Speed of answering: both engines of step 1 and transformers' own batching, against one prompt at a time.
 
     python benchmarks/generation.py --model smollm --runs 3
     python benchmarks/generation.py --model smollm --engines transformers continuous --dtype bfloat16 \\
         --result generation_bfloat16_cpu.json
     python benchmarks/generation.py --model smollm --table
 
-One prompt at a time is stock `model.generate` in transformers. Its tokens/s do not depend on how
-many prompts there are, so it answers every `--plain_every`-th of them. `continuous` is transformers'
-own continuous batching (a paged KV cache), which step 1 would use if it were faster. Each figure comes
-from a process of its own, `--runs` times, every second round in reverse order; loading does not count.
-The table has medians, and medians of the rounds' ratios. Results go to
-benchmarks/results/generation_cpu.json after each figure.
+One prompt at a time is stock `model.generate` in transformers. Its tokens/s do not depend on the number of
+prompts, so it answers only every `--plain_every`-th. `continuous` is transformers' own continuous batching
+(a paged KV cache), which step 1 would use if it were faster. Each figure comes from a process of its own,
+`--runs` times, every second round in reverse order; loading does not count. The table has medians, and
+medians of the rounds' ratios. Results go to benchmarks/results/generation_cpu.json after each figure.
 """
 
 import argparse

@@ -6,17 +6,16 @@
     python benchmarks/gguf_llama_cpp.py --table
 
 It takes a checkpoint of the embedded model (or yours), exports it as `folded`, has llama.cpp's converter
-make a GGUF of that, rewrites it, and then asserts that
+make a GGUF of that, and rewrites it. It then checks that
 - the greedy text of the rewritten float32 file is that of transformers, and
-- for every type, the rewritten file's text is that of the file that it was made of (which with maps lacks
-  them, so that its text is another one),
-and measures prefill and decode speed of the two files, by turns. It needs llama.cpp's source (for
+- for every type, the rewritten file's text is that of the file it was made from (not with maps, which that
+  file lacks).
+It also measures prefill and decode speed of the two files in turn. It needs llama.cpp's source (for
 convert_hf_to_gguf.py, which needs sentencepiece), and its programs llama-simple and llama-bench.
-llama.cpp's threads wait for one another busily: on a machine that is busy otherwise, its speeds
-mean nothing.
+llama.cpp's threads busy-wait for one another: on a machine with other load, its speeds mean nothing.
 
-Writes benchmarks/results/gguf.json anew; exit code 1 if a text differs. Not part of the tests in CI, which
-have no llama.cpp.
+It overwrites benchmarks/results/gguf.json; the exit code is 1 if a text differs. The tests in CI do not run
+it, as they have no llama.cpp.
 """
 
 import argparse

@@ -4,13 +4,13 @@
     python benchmarks/gpu.py --sections "saved, a layer" --device cpu --result saved_activations.json
     python benchmarks/gpu.py --table --result benchmarks/results/gpu_h100_80gb_hbm3.json
 
-A Llama-3.1-8B with random weights is made on the card; nothing is downloaded. Needs torch and
+A Llama-3.1-8B with random weights is made on the card; nothing is downloaded. This needs torch and
 transformers and, for the batches, instructlab-training, datasets and pydantic (with --no-deps:
 also dill, multiprocess, pydantic-core, annotated-types, typing-inspection; numba, pandas,
 pyarrow, xxhash, aiofiles, rich). Where numba-cuda keeps numba from compiling, set NUMBA_DISABLE_JIT=1.
 
-Each section's figures go to benchmarks/results/gpu_{card}.json as they come; the same command goes on with
-what is not there. A section that may not end within --minutes is skipped, and named.
+Each section's figures go to benchmarks/results/gpu_{card}.json as they come; the same command continues with
+those that are missing. A section that may not end within --minutes is skipped, and named.
 """
 
 import argparse

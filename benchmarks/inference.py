@@ -3,21 +3,21 @@
     python benchmarks/inference.py --rounds 5
     python benchmarks/inference.py --table
 
-For 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one, in transformers
-and in vLLM, with one prompt at a time or --rows of them. The numbers of blocks take turns in every
-round, of which another one begins each; figures are medians over rounds. In transformers they are held
-against the stock model, which has no scales to multiply by, and against ours with nothing skipped. What
-a block's attention costs is measured there, by timing the modules (norm and attention), so that it owes
-nothing to the skipping. `gained` is the time that skipping saves, of the first that a round compares
-(stock in transformers), over the time that the skipped modules took. Where the machine's speed drifts,
-many rounds of one repeat cancel it best. Results go to benchmarks/results/inference_cpu.json.
+It measures 0, 2, 4 and 8 skipped blocks of the embedded model and of a wider random one, in transformers and
+in vLLM, with one prompt at a time or --rows of them. The numbers of blocks take turns in every round, and
+each round begins with another one; figures are medians over rounds. In transformers they are compared with
+the stock model, which has no scales to multiply by, and with ours with nothing skipped. `gained` is the time
+that skipping saves, against the first model of a round (stock in transformers), over the time that the
+skipped blocks (norm and attention) take in that model. Their modules are timed there, so that figure owes
+nothing to the skipping. Where the machine's speed drifts, many rounds of one repeat cancel that best. Results
+go to benchmarks/results/inference_cpu.json.
 
     pip install --no-deps .
     python benchmarks/inference.py --engines vllm_forms --rounds 3 --result vllm_forms_cpu.json
 
-asks how a model with 8 skipped blocks is best served with vLLM: as the checkpoint itself, by this
-project's plugin, or exported as nemotron_nas; each against the stock model in vLLM's own code.
-`--compiled` lets vLLM compile, as it does unless told otherwise.
+compares two ways to serve a model with 8 skipped blocks in vLLM: the checkpoint itself, by this project's
+plugin, and its nemotron_nas export; each against the stock model in vLLM's own code. `--compiled` lets vLLM
+compile, which is vLLM's default.
 """
 
 import argparse

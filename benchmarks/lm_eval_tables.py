@@ -3,12 +3,14 @@
     python benchmarks/lm_eval_tables.py original=results/llama skipped-4=results/llama_4 results/llama_7
     python benchmarks/lm_eval_tables.py original=results/a skipped=results/b --columns local_choices:acc,none
 
-Each argument is a folder that `lm_eval --output_path` wrote to, named or not; the first is the original. All
-`results_*.json` below it count, so tasks may be run one by one; of several results of a task the latest
-counts. Columns are those of the poster that are there, or what --columns names as TASK:METRIC,FILTER.
+Each argument is a folder that `lm_eval --output_path` wrote to, with or without a name; the first is the
+original. All `results_*.json` below it count, so tasks can be run one by one; of several results of a task
+the latest counts. The columns are those of the poster that have results, or what --columns names as
+TASK:METRIC,FILTER.
 
-Prints Markdown, in percent: value ± standard error, and in brackets the difference to the original ± its
-standard error, as of independent samples. The same questions were asked, so the true error is smaller.
+It prints Markdown, in percent: value ± standard error, and in brackets the difference from the original ± its
+standard error, as if the samples were independent. All were asked the same questions, so the true error is
+smaller.
 """
 
 import argparse

@@ -7,22 +7,22 @@
     python benchmarks/quality.py --model ./qwen05 --table --plot quality_qwen05.svg
     python benchmarks/quality.py --model ./qwen05 --table --less unscaled
 
-For each number of skipped blocks (the first of the selection) and each variant of the scales it runs the
-project's own scripts: `unscaled_ckpt.py` or `param_scale.py`, which hold out the same answers each time,
-and exports the best epoch (maps in skipped blocks' place: the checkpoint itself, by the plugin). vLLM then
-answers with that, greedily: what is judged is what is served.
+For each number of skipped blocks (the first of the selection) and each variant of the scales, it runs the
+project's own scripts, `unscaled_ckpt.py` or `param_scale.py`, which hold out the same answers each time, and
+exports the best epoch. vLLM then answers greedily with the export, or, with maps in the skipped blocks'
+place, with the checkpoint itself, by the plugin: what is judged is what is served.
 
 - gsm8k: problems of --test_file, in the model's chat template; the number is read out of the answer by
   `problems.parse_answer`: the last \\boxed{…}, else what follows "####", else the last number.
 - puzzles: generated arithmetic and logic (`problems.puzzles`), which no scales were trained on.
-- functions: Python to write, which nothing was trained on either (`functions`). The code is run here, in
-  processes of its own: with limits, but in no sandbox.
+- functions: Python to write (`functions`), which nothing was trained on either. The code runs here, in
+  processes of its own: with limits, but not in a sandbox.
 
-Results go to benchmarks/results/quality_{model}.json, written after each figure; the same command goes on
-where it was interrupted. Checkpoints and answers lie in --work, and what lies there is not asked again.
+Results go to benchmarks/results/quality_{model}.json, written after each figure; after an interruption the
+same command continues. Checkpoints and answers are kept in --work, and what is there is not asked again.
 `--table` prints Markdown, `--plot` draws.
-Differences are of answers to the same problems, to the original's, or with --less to those of a variant
-with as many blocks skipped (of --less_in, another result file).
+Differences are over the same problems, from the original or, with --less, from a variant with as many blocks
+skipped (in another result file with --less_in).
 """
 
 import argparse

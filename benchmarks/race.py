@@ -6,9 +6,9 @@
     python benchmarks/race.py --table
 
 A report of `--search full` (by `--loss ce`, without maps) holds every candidate's loss on every batch, so any
-schedule can be replayed without training. A screening of several batches sees more: losses before training,
-which --model and --data_path (what was searched on) let it compute first, and keep as full.untrained.json
-beside the report.
+schedule can be replayed without training. A screening of several batches also needs losses before training.
+With --model and --data_path (the data of the search), these are computed first, and kept beside the report as
+full.untrained.json.
 Results go to benchmarks/results/race.json.
 """
 

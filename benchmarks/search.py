@@ -1,11 +1,11 @@
-"""The search against the plain way: time for a candidate, memory, share of the machine's rate.
+"""The search against the plain way: time per candidate, memory, share of the machine's matrix product rate.
 
     python benchmarks/search.py --model smollm --data_path data/smollm-processed-data/data.jsonl --race
     python benchmarks/search.py --table
 
-The plain way (`plain_losses`), which gives the same losses: for each candidate the stock model is loaded
-anew, batches are padded in the order in which samples arrive, every layer computes its attention (a skipped
-one is multiplied by zero), and the loss comes from the full logits at every position.
+The plain way (`plain_losses`) gives the same losses. For each candidate it loads the stock model anew, pads
+batches in the order in which samples arrive, computes attention in every layer (a skipped one is multiplied
+by zero), and takes the loss from the full logits at every position.
 
 Each figure comes from a process of its own, the kinds in turn, `--runs` times; the table has medians.
 `--race` also runs a whole iteration with `--search race`. Results go to benchmarks/results/search_cpu.json.

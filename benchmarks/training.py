@@ -1,14 +1,14 @@
-"""What training keeps: held-out figures by how the scales, and maps in skipped blocks' place, are trained.
+"""Held-out figures by how the scales, and maps in the skipped blocks' place, are trained.
 
     python benchmarks/training.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --blocks 7 25 6 3 --answers 50 100 --settings layer-ce channel-kl channel-kl-rank16
     python benchmarks/training.py --model smollm --table
 
-A setting is granularity-loss, and what differs from the defaults of `param_scale.py`: -rank16 (maps of that
-rank in the blocks' place), -lr0.01 (Adam's learning rate of the scales). Each trains on the first --answers
-of the data and is measured on the last --held_out ones, before training and after each epoch: cross entropy,
-KL to the original model, agreement.
---counts takes the first so many of --blocks, --seeds shuffles the data before it is split.
+A setting is granularity-loss, followed by what differs from the defaults of `param_scale.py`: -rank16 (maps
+of that rank in the blocks' place), -lr0.01 (Adam's learning rate for the scales). Each setting trains on the
+first --answers of the data and is measured on the last --held_out ones, before training and after each epoch:
+cross entropy, KL to the original model, agreement.
+--counts takes so many of --blocks, the first ones; --seeds shuffles the data before it is split.
 Results go to benchmarks/results/training_{model}.json after each training; the next run adds to it.
 """
 

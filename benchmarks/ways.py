@@ -1,7 +1,7 @@
-"""Other ways to less KV cache, put into a stock model: what `alternatives.py` compares, and lists.
+"""Other ways to a smaller KV cache, put into a stock model: `alternatives.py` lists and compares them.
 
-A way replaces forward methods of some layers (`in_place`). `Observed` is what it needs to know of the
-original to choose these and to fit what stands in their place.
+A way replaces forward methods of some layers (`in_place`). `Observed` is what it needs to know about the
+original, to choose these layers and to fit what takes their place.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Small functions to write, in HumanEval's form (arXiv 2107.03374): an exam that no scales are trained on.
 
-A model sees a function's signature and docstring, and writes it whole. What it wrote is right if it returns
-what the function here returns, for all of its cases. They were written for this project, so no model has
-seen them.
+A model sees a function's signature and docstring, and writes the whole function. Its code is right if it
+returns what the function here returns, for all of its cases. The functions were written for this project, so
+no model has seen them.
 """
 
 import ast
