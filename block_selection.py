@@ -6,8 +6,8 @@
     accelerate launch --multi_gpu block_selection.py --model llama \\
         --data_path data/llama-processed-data/data.jsonl
 
-Prints a line for each block that it picks. An interrupted search goes on where it was when the
-same command is given again.
+Prints a line for each block that it picks. The same command resumes an interrupted search where it
+stopped.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from hopscotch_common.report import describe_run, find_bend, plain
 from hopscotch_common.resumable import ResumableLog
 
 SCREENING = 0.33
-FEW_BATCHES = 4  # of an epoch: below, its loss is mostly that before training
+FEW_BATCHES = 4  # with fewer in an epoch, its loss is mostly that before training
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def known_losses(prev: list[float], skipped: list[int], num_layers: int) -> dict[int, float]:
-    """`--prev` as losses by block; InputError for too many, or for one that is not finite."""
+    """Return `--prev` as losses by block; raise InputError for too many, or for one that is not finite."""
     if len(prev) > num_layers:
         raise InputError(f"--prev: {len(prev)} losses, but the model has {num_layers} layers")
     known = {block: loss for block, loss in enumerate(prev) if block not in skipped}
@@ -85,14 +85,14 @@ def known_losses(prev: list[float], skipped: list[int], num_layers: int) -> dict
 
 
 def most_blocks(arguments: argparse.Namespace, config, skipped: list[int]) -> int:
-    """How many blocks this run picks at most; InputError where so many are not there.
+    """Return the most blocks that this run picks; raise InputError if the model does not have that many left.
 
-    All attention layers count alike for --kv_budget, also those with a sliding window.
+    --kv_budget counts all attention layers alike, including those with a sliding window.
     """
     from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 
     present, before = len(attention_blocks(config)), len(skipped)
-    left = present - 1 - before  # one stays; which may, `check_skipped_blocks` says
+    left = present - 1 - before  # one must stay; `check_skipped_blocks` says which may
     asked = arguments.num_blocks or (1 if arguments.max_loss_increase is None else max(left, 1))
     flag = f"--num_blocks {asked}"
     if arguments.kv_budget is not None:
@@ -113,7 +113,7 @@ def journal_path(output: Path) -> Path:
 
 
 def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
-    """InputError for outputs that could not be written, or would take the place of something else."""
+    """Raise InputError for outputs that could not be written or would replace something else."""
     sources = [arguments.data_path, *inputs.reports_among(arguments.starting_skipped_blocks)]
     files.check_output(output, "--output", sources)
     files.check_output(journal_path(output), "--output", sources)
@@ -127,9 +127,9 @@ def check_outputs(arguments: argparse.Namespace, output: Path) -> None:
 
 
 def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> dict:
-    """What a candidate's losses depend on, besides the blocks skipped before. weights, data: fingerprints.
+    """Return what a candidate's losses depend on, apart from the blocks skipped before.
 
-    Not the schedule: a race only decides how far a candidate gets.
+    weights, data: fingerprints. The schedule is not included: a race only decides how far a candidate gets.
     """
     names = ("seed", "batch_size", "learning_rate", "dtype", "loss", "replacement_rank")
     same = {name: getattr(arguments, name) for name in names}
@@ -137,18 +137,18 @@ def journal_settings(arguments: argparse.Namespace, weights: str, data: str) -> 
 
 
 def open_journal(path: Path, settings: dict, num_batches: int, processes, resources: contextlib.ExitStack):
-    """The journal, which rank 0 reads, keeps and closes with `resources`; the others get what it holds."""
+    """Open the journal: rank 0 reads, writes and closes it (with `resources`); the others get its records."""
     from hopscotch_common.search import journal
 
     records, append = [], lambda record: None
     if processes.rank == 0:
         log = resources.enter_context(ResumableLog(path, settings, journal.KIND, journal.REMEDY))
         records, append = [(f"{path}, line {number}", record) for number, record in log.records], log.append
-    return journal.Journal(processes.gather(records)[0], append, num_batches)  # only rank 0's disk is sure
+    return journal.Journal(processes.gather(records)[0], append, num_batches)  # only rank 0's disk is certain
 
 
 def load_trainer(arguments: argparse.Namespace, training: list, held_out: list, processes):
-    """The loaded model with all that trains candidates on it, a `CandidateTrainer`."""
+    """Load the model and return the `CandidateTrainer` that trains candidates on it."""
     from hopscotch_common.search.candidates import CandidateTrainer
     from hopscotch_common.training.trainer import prepare_model
 
@@ -225,16 +225,16 @@ def main(argv: list[str] | None = None) -> int:
             add_pick(report, pick, stops)
             if processes.rank == 0:
                 write_results(output, report, arguments.plot)
-                with tqdm.external_write_mode():  # the bar goes out of the way
+                with tqdm.external_write_mode():  # moves the bar out of the way
                     cli.result(line_of(pick, stops, arguments.max_loss_increase))
             if stops:
                 break
-        bar.total = bar.n  # what a race did not need is not left to do
+        bar.total = bar.n  # batches that a race did not need are not left to do
     return 0
 
 
 def add_pick(report: dict, pick, stops: bool) -> None:
-    """Add an iteration to the report, or what it would have been where it stops the search."""
+    """Add an iteration to the report, as `stopped_before` if it stops the search."""
     iteration = dataclasses.asdict(dataclasses.replace(pick, state=None))
     del iteration["state"]  # of a search, not of a checkpoint
     if stops:
@@ -247,7 +247,7 @@ def add_pick(report: dict, pick, stops: bool) -> None:
 
 
 def line_of(pick, stops: bool, most_increase: float | None) -> str:
-    """What stdout says of a pick."""
+    """Return the line about a pick for stdout."""
     figures = [f"loss: {pick.loss:.4f}"]
     if pick.held_out is not None:
         of = "held-out loss: {cross_entropy:.4f}, KL: {kl:.4f}, agreement: {agreement:.4f}"
@@ -262,10 +262,10 @@ def line_of(pick, stops: bool, most_increase: float | None) -> str:
 
 
 def write_results(output: Path, report: dict, plot: Path | None) -> None:
-    """The JSON report, and the plot if one is asked for, once there is a pick to draw."""
+    """Write the JSON report and, once there is a pick to draw, the plot if one is requested."""
     files.write_json(output, report)
     if plot and report["iterations"]:
-        from hopscotch_common.report.plots import plot_search  # matplotlib takes a second
+        from hopscotch_common.report.plots import plot_search  # importing matplotlib takes a second
 
         plot_search(plot, report)
 

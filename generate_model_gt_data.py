@@ -1,14 +1,14 @@
-"""Step 1: the model's own greedy answers to prompts, the ground truth that training imitates.
+"""Step 1: generate the model's own greedy answers to prompts, the ground truth that training imitates.
 
     python generate_model_gt_data.py --model smollm
     python generate_model_gt_data.py --model qwen --input_file prompts.jsonl
     python generate_model_gt_data.py --model qwen --dataset openai/gsm8k --dataset_config main
 
 Prompts are records with `question`, `messages`, `prompt`, `instruction` or `conversations`, in JSONL, JSON,
-Parquet or CSV files, or in a data set of the hub. The model answers what was asked; answers that are there
-are left out.
-Answers go to {model}_math_final.jsonl, in input order. While they come they are kept in
-{model}_math.jsonl, so that the same command goes on where an interrupted one stopped.
+Parquet or CSV files, or in a data set on the hub. The model answers what is asked; answers already in a
+record are ignored.
+Answers go to {model}_math_final.jsonl, in input order. During the run they are kept in
+{model}_math.jsonl, so that the same command resumes where an interrupted one stopped.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def output_paths(output_file: Path | None, model: ModelRef) -> tuple[Path, Path,
 
 
 def check_outputs(final: Path, partial: Path, report: Path, input_file: Path | None) -> None:
-    """InputError for outputs that could not be written, or would take the place of an input."""
-    if final.suffix.lower() in (".gz", *TABLES):  # step 2 would read it as such
+    """Raise InputError for outputs that could not be written or would replace an input."""
+    if final.suffix.lower() in (".gz", *TABLES):  # step 2 would read it as that format
         raise InputError(f"--output_file {final}: is written as JSONL; name it .jsonl")
     beside = f"--output_file {final}, which needs"  # a file that the user did not name
     for path, flag in ((final, "--output_file"), (partial, beside), (report, beside)):
@@ -70,10 +70,10 @@ def answer_missing(
     tokenizer,
     generate: Callable[..., Iterable],
 ) -> None:
-    """Add each answer of an engine to log and records. generate: gives those to the missing prompts, in their
-    numbers among these, and takes `on_tokens`.
+    """Add each answer from an engine to `log` and `records`.
 
-    The bar counts tokens: in transformers many answers grow for long before one of them ends.
+    generate: takes `on_tokens` and yields the answers to the missing prompts, numbered by place in `missing`.
+    The bar counts tokens: in transformers many answers grow for a long time before one of them ends.
     """
     total = len(prompts)
     with tqdm(unit=" tokens", desc=f"{len(records)}/{total} answers", dynamic_ncols=True) as bar:
@@ -86,7 +86,7 @@ def answer_missing(
                 "messages": [*prompts[index].messages, {"role": "assistant", "content": text}],
                 "finish_reason": answer.finish_reason,
                 "num_generated_tokens": len(answer.token_ids),
-                # a template may print the date, or change; and a text may be read as other tokens
+                # a template may print the date, or change, and the text may tokenize differently
                 PROMPT_IDS: list(prompt_ids[index]),
                 ANSWER_IDS: list(answer.token_ids),
             }
@@ -96,7 +96,10 @@ def answer_missing(
 
 
 def select_answers(records: dict[int, dict], keep_truncated: bool) -> tuple[list[dict], dict]:
-    """(answers to write, in input order, figures). Truncated and empty answers are left out."""
+    """Return (answers to write, in input order, figures), without empty answers.
+
+    Truncated answers are left out, too, unless `keep_truncated`.
+    """
     ordered = [records[index] for index in sorted(records)]
     truncated = [r for r in ordered if r["finish_reason"] == "length"]
     ended = ordered if keep_truncated else [r for r in ordered if r["finish_reason"] != "length"]

@@ -1,4 +1,4 @@
-"""Step 4a: train the scales of a model with some attention blocks skipped, a checkpoint an epoch.
+"""Step 4a: train the scales of a model with some attention blocks skipped, one checkpoint per epoch.
 
     python param_scale.py --model smollm --data_path data/smollm-processed-data/data.jsonl \\
         --blocks_to_skip 15 8 --num_epochs 10
@@ -10,9 +10,9 @@
         --data_path data/llama-processed-data/data.jsonl --blocks_to_skip llama_block_selection.json
 
 Writes scaled_{model}_ckpts/{model}_scaled_epoch_{e}/ after each epoch e = 0, 1, 2, … and prints its
-loss. With --validation_split it also prints held-out figures of the original model, of the skips
-without scales, and of the skips with them: loss (cross entropy), KL (divergence from the original
-model's distributions; both in nats a token) and agreement (share of the answers' tokens that are the
+loss. With --validation_split it also prints held-out figures of the original model, and of the model
+with the blocks skipped, without and with scales: loss (cross entropy), KL (divergence from the original
+model's distributions; both in nats per token) and agreement (share of the answers' tokens that are the
 model's first choice).
 """
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def checked(arguments: argparse.Namespace, report_path: Path) -> tuple[list[int], list, tuple[list, list]]:
-    """(blocks to skip, samples, those to train on and held out), after all that can be refused early."""
+    """Return (blocks to skip, samples, (training, held-out) samples) after all checks that can fail early."""
     from hopscotch_common import checkpoints
     from hopscotch_common.export.formats import check_exports
     from hopscotch_common.loading import weights
@@ -121,9 +121,9 @@ def export_folder(arguments: argparse.Namespace) -> Path:
 
 
 def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list, held_out: list) -> dict:
-    """What a run's results depend on, and `--resume` demands again.
+    """Return the settings that a run's results depend on, which must be the same with `--resume`.
 
-    Not the learning rate: it is what to change where training diverged. Each epoch records its own.
+    Not the learning rate, which is what to change if training diverged; each epoch records its own.
     """
     from hopscotch_common.loading import weights
     from hopscotch_common.training import batches
@@ -142,7 +142,7 @@ def run_settings(arguments: argparse.Namespace, blocks: list[int], samples: list
 def train(
     arguments: argparse.Namespace, blocks: list[int], parts: tuple[list, list], settings: dict, processes
 ) -> list[dict]:
-    """Train epoch after epoch, or go on after the last that is there; what each of them recorded."""
+    """Train epoch by epoch, or resume after the last saved epoch; return what each epoch recorded."""
     from hopscotch_common.checkpoints import epochs, folders
     from hopscotch_common.training.trainer import EpochTraining, prepare_model
 
@@ -201,7 +201,7 @@ def train(
 
 
 def save_epoch(arguments: argparse.Namespace, runs: list[dict], state) -> None:
-    """Write the last epoch's checkpoint, which shares its weights with one before, and print its loss."""
+    """Write the last epoch's checkpoint, which shares its weights with an earlier one, and print its loss."""
     from hopscotch_common import checkpoints
     from hopscotch_common.loading import weights
 
@@ -217,7 +217,7 @@ def save_epoch(arguments: argparse.Namespace, runs: list[dict], state) -> None:
     maps = {key: rows[0] for key, rows in state.maps.items()}
     kept = state.as_tensors()
     checkpoints.save_checkpoint(folder, arguments.model, blocks, values, run, kept, share_with, maps)
-    if not earlier:  # that of an earlier training would speak of these epochs
+    if not earlier:  # an earlier training's report would seem to be about these epochs
         (arguments.output_dir / "report.json").unlink(missing_ok=True)
     scaled = run["held_out"]["scaled"]
     tail = f", held-out {scaled[MEASURES[arguments.loss]]:.4f}" if scaled else ""
@@ -225,9 +225,9 @@ def save_epoch(arguments: argparse.Namespace, runs: list[dict], state) -> None:
 
 
 def final_report(arguments: argparse.Namespace, runs: list[dict]) -> dict:
-    """What report.json tells of all epochs, and which is the best.
+    """Return the content of report.json: all epochs, and which is the best.
 
-    That is the one with the lowest held-out value of the loss trained on, or else the last.
+    The best has the lowest held-out value of the loss trained on or, if nothing is held out, is the last.
     """
     best, measure = runs[-1], MEASURES[arguments.loss]
     if best["held_out"]["scaled"] is not None:
@@ -244,7 +244,7 @@ def final_report(arguments: argparse.Namespace, runs: list[dict]) -> dict:
 
 
 def checkpoint_figures(folder: Path) -> dict:
-    """Where a checkpoint lies, its `weights`, and mean and deviation of its scales by layer."""
+    """Return a checkpoint's path, its `weights`, and the mean and deviation of its scales by layer."""
     from hopscotch_common import checkpoints, scales
     from hopscotch_common.checkpoints import folders
 
@@ -261,7 +261,7 @@ def checkpoint_figures(folder: Path) -> dict:
 
 
 def print_held_out(report: dict) -> None:
-    """A line for each held-out figure of the best epoch, where there are any."""
+    """Print a line for each held-out figure of the best epoch, if there are any."""
     (held_out,) = [e["held_out"] for e in report["epochs"] if e["epoch"] == report["best_epoch"]]
     if held_out["scaled"] is None:
         return
@@ -278,7 +278,7 @@ def print_held_out(report: dict) -> None:
 
 
 def export(arguments: argparse.Namespace, report: dict) -> None:
-    """Export the best epoch as `--export` says, and add it to the report."""
+    """Export the best epoch as `--export` says, and add the exports to the report."""
     from hopscotch_common.export.formats import run_exports
 
     best = epoch_folder(arguments, report["best_epoch"])

@@ -1,14 +1,14 @@
-"""Step 2: answers to training data, token ids with labels.
+"""Step 2: turn answers into training data: token ids with labels.
 
     python process_gt_data.py --model smollm
     python process_gt_data.py --model llama --max_seq_len 25000
     python process_gt_data.py --model granite --output_dir custom_output
 
-Writes data.jsonl, a sample a line: input_ids, labels (-100 where the loss does not count; the
-answer and its end-of-turn token count), len; and beside it data_report.json.
+Writes data.jsonl, one sample per line: input_ids, labels (-100 where the loss does not count; the
+answer and its end-of-turn token count) and len; and data_report.json beside it.
 
-An answer of step 1 becomes the very tokens that the model read and said. Of other answers, the chat
-template decides: what it adds to the conversation before an answer, up to the token that ends the turn.
+An answer of step 1 becomes exactly the tokens that the model read and generated. For other answers, the chat
+template decides: what it adds to the conversation before the answer, up to the token that ends the turn.
 """
 
 import argparse
@@ -36,29 +36,29 @@ from hopscotch_common.report import describe_run
 from hopscotch_common.training import IGNORE_INDEX
 
 MIN_SEQ_LEN = 20  # shorter samples are dropped, as instructlab-training does
-RECORDS_A_PROCESS = 2000  # another process takes seconds to start, a record milliseconds
+RECORDS_A_PROCESS = 2000  # a process takes seconds to start, a record milliseconds
 
 
 def processes_worth(requested: int, num_records: int) -> int:
-    """How many of the requested processes can work at once, and have enough to do to be worth a start."""
+    """How many of the requested processes can run at once and have enough work to be worth starting."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(requested, cores, math.ceil(num_records / RECORDS_A_PROCESS))
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it, killed or not."""
+    """Leave Ctrl-C to the main process, and end when it ends, even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def make_samples(records: list, tokenizer, stop_ids: set[int], processes: int) -> Iterator[list[dict]]:
-    """The samples of each record, in order; InputError names the first that is none."""
+    """Yield the samples of each record, in order; an InputError names the first record that gives none."""
     work = functools.partial(samples_of, tokenizer=tokenizer, stop_ids=stop_ids)
     if processes == 1:
         yield from map(work, records)
         return
-    work(records[0])  # here, so that not each process names the fields that are not used
+    work(records[0])  # before the fork, so that not every process logs the unused fields
     context = multiprocessing.get_context("fork")  # what is loaded need not be loaded again
     pool = ProcessPoolExecutor(processes, context, _start_worker)
     try:
@@ -70,9 +70,9 @@ def make_samples(records: list, tokenizer, stop_ids: set[int], processes: int) -
 
 
 def write_kept_samples(made: Iterator[list[dict]], file, max_seq_len: int, vocab_size: int) -> dict:
-    """Write the samples of fewer than max_seq_len tokens to a file; the figures of the report.
+    """Write the samples of fewer than max_seq_len tokens to a file; return the report's figures.
 
-    Raises InputError for a token that the model does not have: its tokenizer is another model's.
+    Raises InputError for a token that the model does not have: the tokenizer is then another model's.
     """
     counts = "samples", "kept", "dropped_too_long", "dropped_too_short", "tokens", "loss_counted_tokens"
     figures = dict.fromkeys((*counts, "longest"), 0)

@@ -1,4 +1,4 @@
-"""Step 4b: a checkpoint with attention blocks skipped and all scales 1: nothing is trained.
+"""Step 4b: write a checkpoint with attention blocks skipped and all scales 1; nothing is trained.
 
     python unscaled_ckpt.py --model smollm --blocks_to_skip 15 8
     python unscaled_ckpt.py --model smollm --blocks_to_skip smollm_block_selection.json --export folded
@@ -6,7 +6,7 @@
         --replacement_rank 16 --data_path data/smollm-processed-data/data.jsonl
 
 Writes unscaled_{model}_ckpts/{model}_unscaled/. Files are copied; a model is loaded only to fit the maps
-of --replacement_rank, and to check an --export.
+of --replacement_rank or to check an --export.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dict:
-    """The maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
+    """Return the maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
     from hopscotch_common import scales
     from hopscotch_common.training import TrainingOptions
     from hopscotch_common.training.trainer import EpochTraining
@@ -44,7 +44,7 @@ def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dic
     samples = inputs.load_samples(arguments, config)
     model = cli.load_model(arguments)
     EpochTraining(model, blocks, samples, [], TrainingOptions(0.0)).fit_maps()
-    scales.reset(model, blocks)  # `maps_of` gives those of skipped blocks
+    scales.reset(model, blocks)  # `maps_of` returns those of skipped blocks
     return scales.maps_of(model)
 
 

@@ -1,8 +1,8 @@
 """What the command lines share: argument types, flags, exit codes, logging.
 
 Results go to stdout, logs and progress bars to stderr. Exit codes: 0 done, 2 bad usage or input
-(one line says what, where and what to do), 130 Ctrl-C, 1 anything else. The scripts make options
-of the flags here; nothing below the scripts knows argparse.
+(one line says what, where and what to do), 130 Ctrl-C, 1 anything else. The scripts turn flags into
+options here; nothing below the scripts knows argparse.
 """
 
 import argparse
@@ -100,14 +100,14 @@ def _fail(message: str, exit_code: int) -> int:
     return exit_code
 
 
-_unwritten: list[OSError] = []  # why stdout did not take a result of this command
+_unwritten: list[OSError] = []  # errors from writing this command's results to stdout
 
 
 def result(line: str) -> None:
-    """Print a line to stdout, as `printable`. If stdout takes none, the command works on, and fails last."""
+    """Print a line to stdout, made `printable`. If stdout fails, the command goes on and fails at its end."""
     try:
         print(printable(line), flush=True)
-    except OSError as error:  # a full disk, or nobody reads any more: `| head`
+    except OSError as error:  # a full disk, or a closed pipe: `| head`
         _unwritten.append(error)
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,9 +120,9 @@ class _PrintableFormatter(logging.Formatter):
 
 def set_up_logging() -> None:
     """Log to stderr, from rank 0 only, and keep the libraries' chatter down to warnings."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of is checked here
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # where it was imported before
-    for name in ("torchao", "torch.utils._pytree"):  # say at every import which of their parts do not fit
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # this project checks what it warns of
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # if it was imported before
+    for name in ("torchao", "torch.utils._pytree"):  # log at every import which of their parts do not fit
         logging.getLogger(name).setLevel(logging.ERROR)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
@@ -133,7 +133,7 @@ def set_up_logging() -> None:
 
 
 def number(kind: type, condition: Callable[[float], bool], needed: str) -> Callable[[str], float]:
-    """An argparse type: a finite number for which `condition` holds; `needed` says so in the error."""
+    """Make an argparse type: a finite number that meets `condition`, which `needed` states in the error."""
 
     def parse(text: str):
         try:
@@ -157,12 +157,12 @@ seed = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4
 
 
 def path(text: str) -> Path:
-    """An argparse type: a path; `~` is the home folder, which the shell leaves to us in --flag=~/x."""
+    """Parse a path (argparse type) and expand `~`, which the shell leaves alone in --flag=~/x."""
     return Path(os.path.expanduser(text))
 
 
 def model(text: str) -> models.ModelRef:
-    """An argparse type: `--model`."""
+    """Parse `--model` (argparse type)."""
     try:
         return models.model_ref(text)
     except InputError as error:
@@ -170,7 +170,7 @@ def model(text: str) -> models.ModelRef:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, load: bool = True) -> None:
-    """Add `--model`, and with `load` the flags of every script that loads one."""
+    """Add `--model` and, with `load`, the flags of every script that loads a model."""
     add = parser.add_argument
     what = f"{', '.join(models.ALIASES)} (smollm needs no hub), a Hugging Face id, a folder, or a GGUF file"
     add("--model", type=model, required=True, help=what)
@@ -242,13 +242,13 @@ def training_options(arguments: argparse.Namespace) -> TrainingOptions:
 
 
 def flags_of_all(arguments: argparse.Namespace) -> dict:
-    """Flags that all processes of a run must have alike: what they say, not where things lie."""
+    """Return the flags that must be the same in all processes of a run: values, not paths."""
     kinds = (bool, int, float, str, type(None))
     return {name: value for name, value in vars(arguments).items() if isinstance(value, kinds)}
 
 
 def load_model(arguments: argparse.Namespace):
-    """The model of `--model` with scales, and with maps of `--replacement_rank`, as the flags say."""
+    """Load `--model` with scales, and with maps of `--replacement_rank`, as the flags say."""
     from hopscotch_common.loading.loader import load_model
 
     return load_model(

@@ -1,8 +1,8 @@
-"""JSON, read strictly; paths, checked before use; and files and folders that are whole or not there.
+"""Strict reading of JSON, checks of paths, and files and folders that are written whole or not at all.
 
-Everything is written under the temporary name `.NAME.tmp` beside its place, flushed to disk, and
-renamed. Whoever writes holds a lock, which the kernel takes back from a killed process, so what
-lies under a temporary name that nobody holds is a killed writer's, and the next writer removes it.
+Everything is written under the temporary name `.NAME.tmp` beside its destination, flushed to disk, and
+renamed. The writer holds a lock, which the kernel releases if the process is killed. A temporary file
+whose lock nobody holds is thus a killed writer's, and the next writer removes it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ BOM = b"\xef\xbb\xbf"  # a byte order mark
 
 @contextlib.contextmanager
 def open_input(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
-    """A file of bytes, unpacked where its name ends in .gz or .zst; InputError where it cannot be read."""
+    """Open a file of bytes, unpacked if it is a .gz or .zst; raise InputError if it cannot be read."""
     check_input(path)
     try:
         with _unpacked(path) as file:
@@ -36,22 +36,22 @@ def open_input(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
 
 def _unpacked(path: Path) -> gzip.GzipFile | io.BufferedReader:
     if path.suffix.lower() == ".zst":
-        import pyarrow  # which datasets needs anyway
+        import pyarrow  # datasets needs it anyway
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """`lines_of_file` of a file, which may end in .gz or .zst; InputError, too, where it cannot be read."""
+    """Yield `lines_of_file` of a file (also .gz or .zst); raise InputError also if it cannot be read."""
     with open_input(path) as file:
         yield from lines_of_file(file, path)
 
 
 def lines_of_file(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, record) of every line of an open file that is not blank.
+    """Yield (line number from 1, record) for every line of an open file that is not blank.
 
-    Raises InputError where there is none, and for a line that is not a JSON object.
+    Raises InputError if there is none, and for a line that is not a JSON object.
     """
     empty = True
     for number, line in enumerate(file, 1):
@@ -79,7 +79,7 @@ def check_input(path: Path, remedy: str = "name another") -> None:
 
 
 def parse_json(text: bytes | str, where: str, remedy: str):
-    """A JSON value, strictly: no NaN, no key twice, no lone surrogates. InputError says `where`."""
+    """Parse JSON strictly: no NaN, duplicate keys or lone surrogates. An InputError says `where`."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
@@ -101,12 +101,12 @@ def parse_json(text: bytes | str, where: str, remedy: str):
 
 
 def parse_record(line: bytes, where: str) -> dict:
-    """The JSON object of a line; InputError, with `where`, when it is none."""
+    """Return the JSON object on a line; raise InputError, with `where`, if it is none."""
     return as_object(parse_json(line, where, "fix or remove that line"), where)
 
 
 def as_object(value, where: str, remedy: str = "fix it") -> dict:
-    """A JSON value that must be an object; InputError, with `where`, when it is none."""
+    """Return a JSON value that must be an object; raise InputError, with `where`, if it is none."""
     if not isinstance(value, dict):
         raise InputError(f"{where}: a JSON object is needed, not {type(value).__name__}; {remedy}")
     return value
@@ -125,7 +125,7 @@ def _distinct(pairs: list[tuple]) -> dict:
 
 
 def read_json(path: Path, remedy: str = "name another") -> dict:
-    """The JSON object that a file holds; InputError when it holds none."""
+    """Return the JSON object in a file; raise InputError if it holds none."""
     check_input(path, remedy)
     try:
         content = path.read_bytes()
@@ -141,7 +141,7 @@ def check_writable(folder: Path) -> None:
         while not existing.exists() and not existing.is_symlink():
             existing = existing.parent
         folder.absolute().is_dir()
-    except (OSError, ValueError) as error:  # a name that is too long, links in a circle
+    except (OSError, ValueError) as error:  # a name that is too long, circular links
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write to {folder}: {reason}; name another folder") from error
     if not existing.is_dir():
@@ -172,7 +172,7 @@ def check_name(path: Path, flag: str) -> None:
     """Raise InputError unless a file or folder could be made at `path`, and its lock beside it."""
     check_writable(path.parent)
     try:
-        lock = path.with_name(f".{path.name}.lock")  # the longest name that is made of it
+        lock = path.with_name(f".{path.name}.lock")  # the longest name that is made from it
         os.stat(lock)
     except FileNotFoundError:
         pass
@@ -203,10 +203,10 @@ def lines_of(records: Sequence[dict]) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a lock on an output, by the file `.NAME.lock` beside it, which goes with the lock.
+    """Hold a lock on an output through the file `.NAME.lock` beside it, which is removed with the lock.
 
-    Raises InputError, naming the holder, where another run has it, unless it should `wait`. A killed
-    run's lock is free: the kernel took it back. Its holder may take it again.
+    Raises InputError, naming the holder, if another run has the lock, unless it should `wait`. A killed run's
+    lock is free, as the kernel releases it. The holder may take the lock again.
     """
     from filelock import FileLock, Timeout
 
@@ -236,7 +236,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def _sign(descriptor: int) -> None:
-    """Write into a lock's file who holds it, as far as there is space."""
+    """Write into a lock's file who holds it, if there is space."""
     script = command_name() or "a Python session"
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
@@ -245,9 +245,9 @@ def _sign(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path to write a file to, which takes the place of `path` when all went well.
+    """Yield a temporary path to write a file to, which replaces `path` if all goes well.
 
-    Otherwise it is removed. InputError where another run is writing the same file.
+    Otherwise it is removed. Raises InputError if another run is writing the same file.
     """
     with locked(path):
         temporary = _temporary(path)
@@ -267,16 +267,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, atomically. ValueError for a number that is not finite."""
+    """Write a JSON file atomically; raise ValueError for a number that is not finite."""
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which takes the place of `folder` when all went well.
+    """Yield a new folder to write into, which replaces `folder` if all goes well.
 
-    What was there before is replaced only at the very end, and comes back where a killed run had
-    moved it away. InputError where another run is writing the same folder.
+    The previous folder is replaced only at the very end, and is put back if a killed run had moved it away.
+    Raises InputError if another run is writing the same folder.
     """
     with locked(folder):
         recover_folder(folder)
@@ -306,7 +306,7 @@ def _old(folder: Path) -> Path:
 
 
 def recover_folder(folder: Path) -> None:
-    """Put back what a killed `atomic_folder` had moved away, or remove it where its successor is there."""
+    """Put back what a killed `atomic_folder` had moved away, or remove it if its successor is there."""
     old = _old(folder)
     if os.path.lexists(old):
         if folder.exists():
@@ -325,7 +325,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard link a file, or copy it where the file system has no links."""
+    """Hard link a file, or copy it if the file system does not support links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a command line names, read and checked before any model is loaded: data of step 2, and blocks."""
+"""Data of step 2 and blocks that a command line names, read and checked before any model is loaded."""
 
 import argparse
 import os
@@ -12,10 +12,10 @@ from hopscotch_common.loading import models
 
 
 def check_data(data_path: Path, model: models.ModelRef) -> None:
-    """Raise InputError for data of step 2 whose report tells of another tokenizer than the model's.
+    """Raise InputError if the report of step 2's data names another tokenizer than the model's.
 
-    Nothing is compared where no such report stands beside it: a file of another name than step 2's may be
-    anybody's.
+    Nothing is compared if there is no such report beside the data, or if the file has another name than step
+    2's: it may come from anywhere.
     """
     from hopscotch_common.loading import tokenization
 
@@ -29,7 +29,7 @@ def check_data(data_path: Path, model: models.ModelRef) -> None:
         return
     try:
         tokenizer = tokenization.read_tokenizer(model.folder(), model.source)
-    except Exception as error:  # training needs none
+    except Exception as error:  # training needs no tokenizer
         reason = reason_of(error)
         logger.warning("%s: its tokenizer cannot be compared with the data's (%s)", model.source, reason)
         return
@@ -42,7 +42,7 @@ def check_data(data_path: Path, model: models.ModelRef) -> None:
 
 
 def load_samples(arguments: argparse.Namespace, config) -> list:
-    """The samples of `--data_path` that `add_training_arguments`, if any, leave; fit for the model."""
+    """Load the samples of `--data_path`, checked against the model and any limits of the training flags."""
     from hopscotch_common.training import batches
 
     check_data(arguments.data_path, arguments.model)
@@ -52,10 +52,10 @@ def load_samples(arguments: argparse.Namespace, config) -> list:
 
 
 def blocks_from(arguments: argparse.Namespace, config, flag: str) -> list[int]:
-    """Block indices of a flag: numbers, or the path of one selection report.
+    """Return the block indices of a flag, given as numbers or as the path of one selection report.
 
     Raises InputError for a report of another model, for indices that the model cannot skip, and for a
-    --replacement_rank that no map of its hidden states has.
+    --replacement_rank above the model's hidden size.
     """
     from hopscotch_common.scales.modeling_hopscotch import check_skipped_blocks
 
@@ -77,7 +77,7 @@ def blocks_from(arguments: argparse.Namespace, config, flag: str) -> list[int]:
 
 
 def reports_among(words: list[str]) -> list[Path]:
-    """The words for blocks on a command line that are no numbers, but paths of reports."""
+    """Return the words for blocks on a command line that are paths of reports, not numbers."""
     return [path(word) for word in words if not word.lstrip("-").isdecimal()]
 
 
@@ -98,14 +98,14 @@ def _blocks_of_report(path: Path, ref: models.ModelRef, num_layers: int, flag: s
     arguments = arguments if isinstance(arguments, dict) else {}
     _warn_of_another(path, arguments.get("model"), ref)
     searched = arguments.get("replacement_rank", 0)
-    if blocks and bool(searched) != bool(rank):  # it knew of maps that will not stand there, or the reverse
+    if blocks and bool(searched) != bool(rank):  # the search had maps and this run has none, or the reverse
         said = "%s: its blocks were chosen with --replacement_rank %s, and now it is %s"
         logger.warning(said, path, searched, rank)
     return blocks
 
 
 def _warn_of_another(path: Path, made_with, ref: models.ModelRef) -> None:
-    """Say where a file was made with another `--model`, which may be another model."""
+    """Warn if a file was made with another `--model`, which may be another model."""
     is_path = isinstance(made_with, str) and "\0" not in made_with
     same = is_path and os.path.realpath(made_with) == os.path.realpath(ref.source)
     if made_with is not None and not same:

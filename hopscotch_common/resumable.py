@@ -1,4 +1,4 @@
-"""Logs that an interrupted run goes on with, headed by the settings that their records depend on."""
+"""Logs from which an interrupted run resumes, headed by the settings that their records depend on."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from typing import IO
 from hopscotch_common.errors import InputError
 from hopscotch_common.files import check_input, locked, parse_record
 
-# What settings are that nobody typed: fingerprints.
+# Descriptions of settings that nobody typed: fingerprints.
 IN_WORDS = dict.fromkeys(
     ("data", "held_out_data"), "other answers (--data_path, --max_samples, --validation_split, --seed)"
 ) | {
@@ -21,7 +21,7 @@ _HEADER = b'{"settings": {'
 
 
 def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None:
-    """Raise InputError, naming the setting, unless what was made earlier was made as it is wanted now."""
+    """Raise InputError, naming the setting, unless earlier work was made with the wanted settings."""
     for name, value in wanted.items():
         if written.get(name) != value:
             change = IN_WORDS.get(name) or f"{name} = {written.get(name)}, now it is {value}"
@@ -29,18 +29,19 @@ def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None
 
 
 class ResumableLog(contextlib.ExitStack):
-    """A JSONL file that an interrupted run goes on with.
+    """A JSONL file from which an interrupted run resumes.
 
-    Its first line holds the settings that the records depend on; then comes a record a line, each
-    flushed to disk before `append` returns. The file is locked until `close` (or the end of a `with`),
-    made with its first record, and cut only where a killed writer left half a line.
+    Its first line holds the settings that the records depend on. Each further line is a record, flushed to
+    disk before `append` returns. The file is locked until `close` (or the end of a `with`), created with its
+    first record, and cut only if a killed writer left half a line.
     """
 
     def __init__(self, path: Path, settings: dict, kind: str, remedy: str):
-        """kind: what it holds, for example "a search journal". remedy: what helps where it does not fit.
+        """Lock the file and read it.
 
-        Raises InputError for a file that is none of this kind, is torn elsewhere than at its end, or
-        has other settings, and where another run holds it.
+        kind: what it holds, for example "a search journal". remedy: what to do if it does not fit.
+        Raises InputError for a file that is not of this kind, is torn anywhere but at its end, or has other
+        settings, and if another run holds it.
         """
         super().__init__()
         self.path, self.settings, self.kind, self.remedy = path, settings, kind, remedy
@@ -54,7 +55,7 @@ class ResumableLog(contextlib.ExitStack):
             raise
 
     def _read(self) -> int:
-        """Read what is there; the length in bytes of its whole lines."""
+        """Read what is there; return the length in bytes of its whole lines."""
         if not self.path.exists():
             return 0
         check_input(self.path, self.remedy)
@@ -78,10 +79,10 @@ class ResumableLog(contextlib.ExitStack):
         return whole
 
     def append(self, record: dict) -> None:
-        """Add a record, and flush it to disk."""
+        """Add a record and flush it to disk."""
         if self._file is None:
             self._file = self.enter_context(open(self.path, "ab"))
-            self._file.truncate(self._whole)  # what a killed writer left of a line
+            self._file.truncate(self._whole)  # drops what a killed writer left of a line
             if self._whole == 0:
                 self._write({"settings": self.settings, "kind": self.kind})
         self._write(record)

@@ -4,11 +4,11 @@
     vllm serve scaled_smollm_ckpts/smollm_scaled_epoch_2
 
 vLLM calls `register` in each of its processes. No code of a checkpoint runs: configs and models come
-from this project. vLLM's own model code is imported once it asks for a checkpoint's class, and not before.
+from this project. vLLM's own model code is not imported until it asks for a checkpoint's class.
 
-The models stand on vLLM's Transformers backend, which builds the scaled base model of
-`modeling_hopscotch`, and puts its own linear layers, norms, experts and paged attention into it. It
-expects an attention block in every layer; here a skipped one has neither attention nor KV cache.
+The models are based on vLLM's Transformers backend, which builds the scaled base model of
+`modeling_hopscotch` and puts its own linear layers, norms, experts and paged attention into it. The backend
+expects an attention block in every layer; here a skipped block has neither attention nor KV cache.
 """
 
 from torch import nn
@@ -72,9 +72,9 @@ def family_obstacle(config) -> str | None:
 def register() -> None:
     """Register every family's config with transformers, and its model with vLLM.
 
-    Where vLLM's version is none that was tested, other models are left alone, and a checkpoint is
-    refused with one line as soon as its config is read. What vLLM refuses of a stock type (float16 where a
-    family overflows in it) it then refuses of ours.
+    With an untested version of vLLM, other models are left alone, and a checkpoint is refused with one
+    line as soon as its config is read. What vLLM refuses for a stock type (float16 if a family overflows
+    in it) it also refuses for ours.
     """
     from vllm import ModelRegistry
     from vllm.config import model as vllm_models
@@ -88,14 +88,14 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         if obstacle:
             continue
-        # Where some layers are recurrent, experts are no modules that vLLM has a kernel for.
+        # vLLM has no kernel for the experts of families in which some layers are recurrent.
         experts = FAMILIES[name].recurrent is None and hasattr(config, "num_experts_per_tok")
         causal = CLASS_PREFIX + stock_names(name)[-1]
         ModelRegistry.register_model(causal, f"{__name__}:Hopscotch{'Experts' if experts else ''}")
 
 
 def refusing_config(name: str, obstacle: str) -> type:
-    """A config class of a family that raises RuntimeError when a checkpoint's config is read."""
+    """Make a family's config class that raises RuntimeError when a checkpoint's config is read."""
 
     def from_dict(cls, *args, **kwargs):
         raise RuntimeError(obstacle)
@@ -106,7 +106,7 @@ def refusing_config(name: str, obstacle: str) -> type:
 
 
 class AttentionWhereItIs:
-    """Mixin over the backend's causal LMs: skipped attention blocks, scales and scaled logits."""
+    """Mixin for the backend's causal LMs: skipped attention blocks, scales and scaled logits."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         config = vllm_config.model_config.hf_config
@@ -116,13 +116,13 @@ class AttentionWhereItIs:
         AutoModel.register(config_class, base_class, exist_ok=True)
         config.in_vllm_plugin = True
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if self.pp_group.is_last_rank:  # the backend knows a `logit_scale` only, and no Granite
+        if self.pp_group.is_last_rank:  # the backend knows only `logit_scale`, not Granite's
             self.logits_processor.scale /= getattr(config, "logits_scaling", None) or 1.0
         if not self.pp_group.is_first_rank and hasattr(self.model, "embedding_multiplier"):
-            self.model.embedding_multiplier = 1.0  # what comes in has been multiplied on the first rank
+            self.model.embedding_multiplier = 1.0  # the first rank has already applied it
 
     def recursive_replace(self) -> None:
-        """Number attention blocks by their layers again, not by slots of transformers' cache."""
+        """Number attention blocks by layer again, not by slots of transformers' cache."""
         for module in self.model.modules():
             plain = not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
             assert plain, f"{type(module).__name__} belongs into MORE_THAN_LINEAR"
@@ -172,7 +172,7 @@ class AttentionWhereItIs:
 
 
 def __getattr__(name: str) -> type:
-    """A class of BACKENDS, over vLLM's own: made when vLLM asks for it."""
+    """Return a class of BACKENDS, derived from vLLM's own, which is made when vLLM asks for it."""
     if name not in BACKENDS:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     from vllm.model_executor.models import transformers as backend

@@ -1,4 +1,4 @@
-"""Step 1: prompts, the engines that answer them, and what they are told. Step 2: what is trained on."""
+"""Step 1: prompts, the engines that answer them, and their options. Step 2: what is trained on."""
 
 from dataclasses import dataclass
 

@@ -13,12 +13,12 @@ from hopscotch_common.loading.models import context_length
 
 OnTokens = Callable[[int], None]
 GROUPED_SDPA = "hopscotch_grouped_sdpa"
-ROOM = 256  # tokens that a batch has room for, in every answer, when it begins
+ROOM = 256  # tokens by which each answer can grow in a new batch
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One finished answer. token_ids ends with the stop token where finish_reason is "stop"."""
+    """One finished answer. token_ids ends with the stop token if finish_reason is "stop"."""
 
     index: int  # of the prompt
     token_ids: list[int]
@@ -54,20 +54,20 @@ def decode(
     max_tokens_per_batch: int,
     on_tokens: OnTokens = lambda count: None,
 ) -> Iterator[Answer]:
-    """Greedy answers by the model's own `generate`, to batches of prompts of like length, the shortest first.
+    """Answer batches of prompts of similar length greedily by the model's own `generate`, the shortest first.
 
-    A batch ends with half of its answers, or when it fills max_tokens_per_batch (rows times columns, padding
-    included; a prompt that alone is longer runs alone) or the model's context. What has not ended waits, and
-    goes on among its likes once that fills a batch; so one long answer does not hold up many, and what lies
-    in memory alone is little.
+    A batch ends when half of its answers have ended, or when it fills max_tokens_per_batch (rows times
+    columns, padding included; a prompt that exceeds it runs alone) or the model's context. Unfinished answers
+    wait, and continue with others of similar length once these fill a batch. So one long answer does not hold
+    up many, and few answers are in memory alone.
     """
-    # not the model's own: it may penalize repetitions, for example
+    # not the model's own config, which may penalize repetitions, for example
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     said: list[list[int]] = [[] for _ in prompts]
     waiting = list(range(len(prompts)))
 
     def fitting(indices: Sequence[int]) -> list[int]:
-        """Those that one batch has room for, the shortest first."""
+        """Those that fit into one batch, the shortest first."""
         found = sorted(indices, key=lambda index: len(prompts[index]) + len(said[index]))
         lengths = [len(prompts[index]) + len(said[index]) + ROOM for index in found]
         fits = [n for n, length in enumerate(lengths, 1) if n * length <= max_tokens_per_batch]
@@ -101,9 +101,9 @@ def _generate(
     columns: int,
     on_tokens: OnTokens,
 ) -> list[list[int]]:
-    """A batch of `decode`: what each row goes on with, and more behind the end of those that end early.
+    """Run a batch of `decode`: each row's continuation, with extra tokens after rows that end early.
 
-    columns: at which a batch of several rows ends.
+    columns: the length at which a batch of several rows ends.
     """
     width = len(rows[-1])
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows]).to(model.device)
@@ -113,7 +113,7 @@ def _generate(
     ended = torch.zeros_like(last_columns, dtype=torch.bool)
 
     def ends(ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        """Which rows have ended, after each token; all of them where the batch ends."""
+        """Which rows have ended, after each token; all of them if the batch ends."""
         on_tokens(len(rows) - int(ended.sum()))
         ended.logical_or_(torch.isin(ids[:, -1], stops) | (last_columns <= ids.shape[1]))
         full = len(rows) > 1 and ids.shape[1] >= columns

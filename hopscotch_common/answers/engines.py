@@ -37,11 +37,11 @@ def generate(
     options: EngineOptions,
     on_tokens: OnTokens = lambda count: None,
 ) -> Iterator[Answer]:
-    """Answer prompts (token ids) at temperature 0; yields answers as they end, or with their batch.
+    """Answer prompts (token ids) at temperature 0; yield each answer when it ends, or when its batch does.
 
-    An answer ends at one of stop_ids, after max_tokens tokens, or where the model's context ends. config: the
-    model's; backend: of `resolve_backend`. on_tokens: gets the number of tokens that all answers grew by, a
-    step at a time (vLLM's with each answer that ends). Raises InputError for options that do not fit the
+    An answer ends at one of stop_ids, after max_tokens tokens, or at the end of the model's context. config:
+    the model's; backend: from `resolve_backend`. on_tokens: gets the number of tokens that all answers grew
+    by at each step (with vLLM, at the end of each answer). Raises InputError for options that do not fit the
     machine.
     """
     context = context_length(config)
@@ -55,10 +55,10 @@ def generate(
 
 
 def resolve_backend(options: EngineOptions, config) -> str:
-    """ "vllm" or "transformers". InputError when a backend that was asked for cannot run this model here.
+    """Return "vllm" or "transformers"; raise InputError if a requested backend cannot run this model here.
 
-    `auto` is vLLM where it can run, unless a flag asks for what only transformers does: a device
-    by name, or an attention kernel.
+    `auto` is vLLM if it can run, unless a flag asks for something that only transformers does: a device by
+    name, or an attention kernel.
     """
     only_transformers = [
         f"--{name} {getattr(options, name)}"
@@ -99,7 +99,7 @@ def vllm_obstacle(config) -> str | None:
             return f"vLLM has no CPU kernel for attention heads of {head_dim_of(config)}"
     if not config.model_type.startswith(PREFIX):
         return None
-    if not entry_points(group=PLUGINS, name="hopscotch"):  # it loads them in processes of its own
+    if not entry_points(group=PLUGINS, name="hopscotch"):  # vLLM loads plugins in processes of its own
         return (
             "vLLM runs a Hopscotch checkpoint by this project's plugin, which is not installed (run "
             "`pip install --no-deps .` in the project's folder)"
@@ -110,7 +110,7 @@ def vllm_obstacle(config) -> str | None:
 def tensor_parallel_size(requested: int | None, config) -> int:
     """vLLM's tensor parallel size: as requested, or the most GPUs that the model can be split over.
 
-    Raises InputError for a size that the model does not allow or is more than the GPUs here.
+    Raises InputError for a size that the model does not allow or that exceeds the number of GPUs here.
     """
     gpus = max(torch.cuda.device_count(), 1)
     if requested is None:
@@ -123,11 +123,11 @@ def tensor_parallel_size(requested: int | None, config) -> int:
 
 
 def tensor_parallel_obstacle(size: int, config) -> str | None:
-    """Why vLLM cannot split a model of this config over so many GPUs; None if it can.
+    """Why vLLM cannot split a model of this config over `size` GPUs; None if it can.
 
-    Its rules: the size divides the attention heads and the MLP's width, and cuts no group of quantised
-    weights; of the size and the number of KV heads, one divides the other (KV heads are repeated where there
-    are fewer).
+    The size must divide the number of attention heads and the MLP's width, and cut no group of quantised
+    weights. It must divide the number of KV heads or be a multiple of it (KV heads are repeated if there are
+    fewer).
     """
     heads, width = config.num_attention_heads, getattr(config, "intermediate_size", size)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -145,14 +145,14 @@ def tensor_parallel_obstacle(size: int, config) -> str | None:
 
 
 class TransformersEngine:
-    """The model in transformers. longest: tokens of prompt and answer, at most (here: not needed)."""
+    """The model in transformers. longest: the most tokens of a prompt and its answer (not needed here)."""
 
     def __init__(self, ref: ModelRef, config, stop_ids: set[int], options: EngineOptions, longest: int):
         attention = None if options.attn_implementation == "auto" else options.attn_implementation
         if attention is None and FAMILIES[stock_type(config)].caps_attention:
             attention = "eager"
         elif attention is None and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
-            attention = GROUPED_SDPA  # not for attention sinks, for example
+            attention = GROUPED_SDPA  # attention sinks, for example, rule it out
         transformers_logging.disable_progress_bar()
         self.model = load_whole(
             AutoModelForCausalLM,
@@ -170,7 +170,7 @@ class TransformersEngine:
         limits: Sequence[int],
         on_tokens: OnTokens = lambda count: None,
     ) -> Iterator[Answer]:
-        """Answer each prompt with at most its limit of tokens; yields answers as their batches end."""
+        """Answer each prompt with at most its limit of tokens; yield answers as their batches end."""
         try:
             yield from decode(
                 self.model, prompts, limits, self.stop_ids, self.max_tokens_per_batch, on_tokens
@@ -185,7 +185,7 @@ class TransformersEngine:
 
 
 class VllmEngine:
-    """The model in vLLM. longest: tokens of prompt and answer, at most."""
+    """The model in vLLM. longest: the most tokens of a prompt and its answer."""
 
     def __init__(self, ref: ModelRef, config, stop_ids: set[int], options: EngineOptions, longest: int):
         _prepare_vllm()
@@ -210,7 +210,7 @@ class VllmEngine:
             self.llm = LLM(
                 model=str(folder), dtype=dtype, max_model_len=longest, tensor_parallel_size=size, **more
             )
-        except (RuntimeError, ValueError) as error:  # too little free memory, or a model that it does not run
+        except (RuntimeError, ValueError) as error:  # too little free memory, or an unsupported model
             raise HopscotchError(
                 f"vLLM cannot run {ref.source} here ({reason_of(error)}; see above): free memory, give a "
                 "smaller --tensor_parallel_size, or use --backend transformers"
@@ -224,7 +224,7 @@ class VllmEngine:
         limits: Sequence[int],
         on_tokens: OnTokens = lambda count: None,
     ) -> Iterator[Answer]:
-        """Answer each prompt with at most its limit of tokens; yields answers as they end."""
+        """Answer each prompt with at most its limit of tokens; yield answers as they end."""
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -239,49 +239,49 @@ class VllmEngine:
         ]
         self.llm.enqueue([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
         first, self.num_asked = self.num_asked, self.num_asked + len(prompts)
-        while self.llm.llm_engine.has_unfinished_requests():  # llm.generate() holds all back to the end
+        while self.llm.llm_engine.has_unfinished_requests():  # llm.generate() holds all back until the end
             try:
                 ended = self.llm.llm_engine.step()
             except EngineDeadError as error:
                 raise HopscotchError(
                     f"vLLM's engine died ({reason_of(error)}; see above); the same command goes on from here"
                 ) from error
-            for output in ended:  # whole answers: `enqueue` asks for no parts
+            for output in ended:  # whole answers: `enqueue` does not ask for partial ones
                 ids, reason = output.outputs[0].token_ids, output.outputs[0].finish_reason
                 if reason not in ("stop", "length"):
                     raise HopscotchError(f"vLLM ended an answer by {reason!r}: see above")
                 on_tokens(len(ids))
-                yield Answer(int(output.request_id) - first, list(ids), reason)  # numbered from 0 on
+                yield Answer(int(output.request_id) - first, list(ids), reason)  # counted from 0 in each call
 
 
 ENGINES = {"transformers": TransformersEngine, "vllm": VllmEngine}
 
 
 def _cpu_settings(config, dtype: str, options: EngineOptions, longest: int) -> dict:
-    """What vLLM's defaults do badly on a CPU."""
-    # a process of its own for the engine would take one of few cores from it
+    """Settings for what vLLM's defaults do badly on a CPU."""
+    # a separate process for the engine would take up one of few cores
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     tokens = max(options.max_tokens_per_batch, longest + 256)
     if len(set(attention_types(config))) > 1:
-        tokens += tokens // 4  # vLLM caches each kind in groups of equally many layers, and fills them up
+        tokens += tokens // 4  # vLLM caches each kind of layer in groups of equal size, and pads them
     return {
-        # by default nearly all memory of the machine; VLLM_CPU_KVCACHE_SPACE (GiB) overrides it
+        # the default is nearly all memory of the machine; VLLM_CPU_KVCACHE_SPACE (GiB) overrides it
         "kv_cache_memory_bytes": tokens * kv_bytes_per_token(config, dtype),
-        "gpu_memory_utilization": 0.05,  # checked against free memory, though not used
+        "gpu_memory_utilization": 0.05,  # vLLM checks it against free memory, though it does not use it
         "enforce_eager": True,  # compiling takes minutes for each model and length
     }
 
 
 def kv_bytes_per_token(config, dtype: str) -> int:
-    """Bytes of KV cache a token takes, over all layers."""
+    """Bytes of KV cache per token, over all layers."""
     heads = config.num_key_value_heads or config.num_attention_heads
     dim = head_dim_of(config)
     return 2 * config.num_hidden_layers * heads * dim * getattr(torch, dtype).itemsize
 
 
 def _prepare_vllm() -> None:
-    """vLLM's environment, unless the user set it otherwise: its log off stdout and down to errors; spawn."""
+    """Set vLLM's environment, unless the user did: log only errors, and not to stdout; spawn processes."""
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # transformers asks for CUDA where flash-attn or torchao is installed, and a fork after that cannot use it
+    # with flash-attn or torchao installed, transformers queries CUDA, which a later fork then cannot use
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

@@ -9,11 +9,11 @@ from hopscotch_common.training import IGNORE_INDEX
 
 
 def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[dict]:
-    """The samples {input_ids, labels} of one record: each answer that something asked for counts once.
+    """Return the samples {input_ids, labels} of one record: each answer after a user message counts once.
 
-    One sample as a rule. Where a template leaves the reasoning of earlier answers out, each of these has a
-    sample of its own, as the model said it. placed: (where, record). Raises InputError for what is no
-    conversation that ends with an answer, and for what the chat template refuses or leaves out.
+    A record usually gives one sample. If a template leaves out the reasoning of earlier answers, each of
+    these has a sample of its own, as the model said it. placed: (where, record). Raises InputError unless the
+    record is a conversation that ends with an answer, and for what the chat template refuses or leaves out.
     """
     where, record = placed
     messages = messages_of(record, where)
@@ -42,7 +42,7 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
         start = len(before)
         if not text.startswith(before):
             start = _first_difference(encode(before), encoded)
-            # Without the generation prompt, where a short question may stand as well: "hi" in "<think>".
+            # Not in the generation prompt, in which a short question may also occur: "hi" in "<think>".
             read = os.path.commonprefix([before, render(tokenizer, messages[:index], where)])
             asked = messages[index - 1]["content"].strip()
             if start < read.rfind(asked) + len(asked):
@@ -53,7 +53,7 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
                 )
         reasoning = (message.get("reasoning_content") or "").strip()
         place = text.find(reasoning, start)
-        behind = start if place < 0 else place + len(reasoning)  # where the answer may stand as well
+        behind = start if place < 0 else place + len(reasoning)  # the answer's text may also occur in it
         end = _end_of_turn(encoded, message["content"].strip(), text, behind, (stop_ids, special))
         if whole[:end] == text[:end]:
             spans.append((start, end))
@@ -63,10 +63,10 @@ def samples_of(placed: tuple[str, dict], tokenizer, stop_ids: set[int]) -> list[
 
 
 def _said(record: dict, messages: list[dict], tokenizer, where: str) -> dict:
-    """The sample of an answer of step 1: the tokens that the model read, and those that it said.
+    """Return the sample of an answer of step 1: the tokens that the model read, and those that it said.
 
-    Where the first are left out, because the messages were edited, what the chat template makes of these.
-    Raises InputError for tokens that are not of the messages beside them.
+    If the former were left out, because the messages were edited, the chat template makes them from the
+    messages. Raises InputError for tokens that do not belong to the messages beside them.
     """
     *asked, said = messages
     answer = _ids(record, ANSWER_IDS, where)
@@ -89,8 +89,8 @@ def _ids(record: dict, field: str, where: str) -> list[int]:
 def _check_answer(ids: list[int], reason: str | None, text: str, tokenizer, where: str) -> None:
     """Raise InputError unless the ids of an answer of step 1 are what step 1 decoded to the text beside them.
 
-    Whether it decoded the last one, too, tells the reason why the answer ended. The tokens that ended answers
-    then are not asked for: a model's generation_config.json may have changed since.
+    The reason why the answer ended tells whether step 1 decoded the last id, too. The tokens that ended
+    answers then are not consulted: a model's generation_config.json may have changed since.
     """
     decoded = [ids] if reason == "length" else [ids[:-1], ids]
     if not any(answer_text(tokenizer, part) == text for part in decoded):
@@ -101,9 +101,9 @@ def _check_answer(ids: list[int], reason: str | None, text: str, tokenizer, wher
 
 
 def _check_prompt(ids: list[int], messages: list[dict], tokenizer, where: str) -> None:
-    """Raise InputError unless each of the messages stands in what the ids read, as `render` saw to it then.
+    """Raise InputError unless the decoded ids contain each of the messages, as `render` made sure in step 1.
 
-    Of earlier answers a template may leave parts out, and the tokenizer may normalize what it reads.
+    A template may leave out parts of earlier answers, and the tokenizer may normalize what it reads.
     """
     text = tokenizer.decode(ids)
     for message in messages:
@@ -117,17 +117,18 @@ def _check_prompt(ids: list[int], messages: list[dict], tokenizer, where: str) -
 
 
 def _first_difference(before, encoded) -> int:
-    """Where an answer begins in a text that does not begin with what the model read before it: at the first
-    other token. (A generation prompt may open a <think> that the template writes in no answer.)
+    """Return where an answer begins in a text that does not begin with its prompt: at the first other token.
+
+    A generation prompt may open a <think>, for example, that the template writes in no answer.
     """
     same = len(os.path.commonprefix([before["input_ids"], encoded["input_ids"]]))
     return [*encoded["offset_mapping"], (encoded["offset_mapping"][-1][1],)][same][0]
 
 
 def _end_of_turn(encoded, content: str, text: str, start: int, ends: tuple[set[int], ...]) -> int:
-    """Where in a text whose last answer is `content` that ends: behind the token that ends generation.
+    """Return where the last answer of a text, `content`, ends: after the token that ends generation.
 
-    ends: such tokens; where the template writes none of the first, the next that it does write.
+    ends: sets of such tokens; if the template writes none of the first set, one of the next set is taken.
     """
     place = text.find(content, start)
     content_end = (text.rindex(content) if place < 0 else place) + len(content)
@@ -139,10 +140,10 @@ def _end_of_turn(encoded, content: str, text: str, start: int, ends: tuple[set[i
 
 
 def _sample(encoded, spans: list[tuple[int, int]]) -> dict:
-    """Tokens of which those within a span of characters count."""
+    """Make a sample in which the tokens within a span of characters count."""
 
     def counts(first: int, last: int) -> bool:
-        # Some tokenizers leave spaces out of the offsets; of nothing but spaces, only the end is left then.
+        # Some tokenizers leave spaces out of the offsets; a token of only spaces then has just its end.
         return any(
             last <= end and (first >= start if first < last else first > start) for start, end in spans
         )
@@ -155,9 +156,9 @@ def _sample(encoded, spans: list[tuple[int, int]]) -> dict:
 
 
 def split_reasoning(message: dict, tokenizer) -> dict:
-    """An answer's <think> part as `reasoning_content`, for chat templates that tell the two apart.
+    """Move an answer's <think> part to `reasoning_content`, for chat templates that tell the two apart.
 
-    One that opens no thought has none, unless the generation prompt opens it.
+    An answer that opens no thought has none, unless the generation prompt opens it.
     """
     if message["role"] != "assistant" or message.get("reasoning_content"):
         return message

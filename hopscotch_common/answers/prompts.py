@@ -1,4 +1,4 @@
-"""The prompts of step 1: where they come from, their token ids, and the answers kept while they come."""
+"""The prompts of step 1: where they come from, their token ids, and the answers kept during a run."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ LOCAL_PROMPTS = Path("gsm8k.jsonl")
 HUB_PROMPTS = "openai/gsm8k"
 KIND = "the answers of an earlier run"
 REMEDY = "remove it to start anew, or name another --output_file"
-FLAGS = re.compile("/no_think|/think|/system_override")  # what SmolLM3's template does, and leaves out
+FLAGS = re.compile("/no_think|/think|/system_override")  # SmolLM3's template obeys these, and leaves them out
 ANSWER_IDS, PROMPT_IDS = "answer_token_ids", "prompt_token_ids"  # fields of step 1's answers
 
 
@@ -29,11 +29,11 @@ class Prompt:
 
 
 def render(tokenizer, messages: list[dict], where: str, **options) -> str:
-    """The messages in the tokenizer's chat template, as text.
+    """Return the messages in the tokenizer's chat template, as text.
 
-    A developer's message is a system message where the template knows no developer. Raises InputError for
-    whatever the template raises, and where it leaves out or rewrites what was asked or the last answer, its
-    reasoning included. Of earlier answers, some leave out the reasoning.
+    A developer message becomes a system message if the template knows no developer. Raises InputError for
+    whatever the template raises, and if it leaves out or rewrites what was asked or the last answer,
+    including its reasoning. Some templates leave out the reasoning of earlier answers, which is allowed.
     """
     text = _in_template(tokenizer, messages, where, **options)
     for message in messages:
@@ -56,19 +56,19 @@ def render(tokenizer, messages: list[dict], where: str, **options) -> str:
 
 
 def parts_of(message: dict) -> list[str]:
-    """The content of a message; of a system message, what stands around FLAGS."""
+    """The parts of a message: its content or, for a system message, the text around FLAGS."""
     system = message["role"] in ("system", "developer")
     return [part.strip() for part in (FLAGS.split(message["content"]) if system else [message["content"]])]
 
 
 def _in_template(tokenizer, messages: list[dict], where: str, **options) -> str:
-    """`render`, whatever the template leaves out."""
+    """Do as `render`, but without checking what the template leaves out."""
     if "developer" not in tokenizer.chat_template:
         system = {"role": "system"}
         messages = [m | system if m["role"] == "developer" else m for m in messages]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is code of the model's: it may raise anything
+    except Exception as error:  # a template is the model's code: it may raise anything
         raise InputError(
             f"{where}: the model's chat template refuses it: {reason_of(error)}; "
             "leave it out, or fix the message or the template"
@@ -82,7 +82,7 @@ def prompt_ids(tokenizer, messages: list[dict], where: str) -> list[int]:
 
 
 def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
-    """Raise InputError for a token that the model has no embedding of."""
+    """Raise InputError for a token that the model has no embedding for."""
     if max(token_ids) >= vocab_size:
         raise InputError(
             f"the tokenizer makes token {max(token_ids)}, but the model's vocabulary has {vocab_size}; "
@@ -91,7 +91,7 @@ def check_vocabulary(token_ids: Sequence[int], vocab_size: int) -> None:
 
 
 def prompt_of(record: dict, where: str, field: str | None = None) -> Prompt:
-    """What a record asks, without the answers that it holds; InputError when there is nothing to answer."""
+    """Return what a record asks, without its answers; raise InputError if there is nothing to answer."""
     messages = messages_of(record, where, field, answers=False)
     if not messages:
         raise InputError(f"{where}: only assistant messages, there is nothing to answer")
@@ -109,10 +109,10 @@ def find_prompts(
     field: str | None = None,
     num_samples: int | None = None,
 ) -> list[Prompt]:
-    """The prompts of a file, or of a data set of the hub (or a folder), or else the default ones for a model.
+    """Return the prompts of a file, of a data set on the hub or in a folder, or else a model's default ones.
 
-    field: the one that holds text or messages, where it has a name of its own. num_samples: only the first so
-    many records, and no other is checked.
+    field: the one that holds text or messages, if it has another name. num_samples: read only the first so
+    many records; the others are not checked.
     """
     if dataset is not None:
         records = hub_records(dataset, config, split)
@@ -135,8 +135,8 @@ def find_prompts(
 def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
     """Token ids of each prompt in the chat template, with the generation prompt.
 
-    Raises InputError for one that the template refuses, that holds a token beyond the vocabulary of the
-    model's config, or that leaves no room for an answer in its context.
+    Raises InputError for a prompt that the template refuses, that holds a token beyond the vocabulary of the
+    model's config, or that leaves no room for an answer in the model's context.
     """
     token_ids, context = [], context_length(config)
     for prompt in prompts:
@@ -152,10 +152,10 @@ def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
 
 
 def answer_text(tokenizer, ids: Sequence[int]) -> str:
-    """An answer's tokens, without the stop token, as text, special tokens included: some mark the reasoning.
+    """Decode an answer's tokens, without the stop token; special tokens stay, as some mark the reasoning.
 
-    gpt_oss answers in channels: what it says to the user is the final one, and that is the text; empty where
-    the answer ended before it.
+    gpt_oss answers in channels. Its text is the final channel, which is what it says to the user, and is
+    empty if the answer ended before that.
     """
     channel, message = (tokenizer.added_tokens_encoder.get(mark) for mark in ("<|channel|>", "<|message|>"))
     if channel is None or message is None:
@@ -170,9 +170,9 @@ def answer_text(tokenizer, ids: Sequence[int]) -> str:
 
 
 def kept_answers(log: ResumableLog, prompts: Sequence[Prompt]) -> dict[int, dict]:
-    """What an interrupted run kept, by prompt: {"index": of the prompt, "messages": prompt and answer, ...}.
+    """Return the answers of an interrupted run: index -> {"index": index, "messages": with the answer, ...}.
 
-    log: of KIND. InputError when it had other prompts.
+    log: of KIND. Raises InputError if it is for other prompts.
     """
     found: dict[int, dict] = {}
     for number, record in log.records:

@@ -1,4 +1,4 @@
-"""Records as people have them: files of several kinds, and one function that turns a record into messages."""
+"""Records in their various forms: files of several kinds, and a function that turns records into messages."""
 
 import csv
 import glob
@@ -19,7 +19,7 @@ UNDERSTOOD = (
     "'messages', 'conversations' (from, value), 'prompt' (text or messages; the answer in 'completion'), "
     "'question' ('answer') or 'instruction' with 'input' ('output'), both with 'context'"
 )
-# What a record may say besides its messages that would change what is read or trained on.
+# Fields besides the messages that would change what is read or trained on.
 REFUSED = {
     "unmask": "what is counted for the loss is always the answers",
     "tools": "no tools are given to the chat template",
@@ -34,9 +34,9 @@ OURS = ("prompt_token_ids", "answer_token_ids", "finish_reason", "num_generated_
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of each record of a file: JSONL, a JSON array (or either as .gz, .zst), .parquet, .csv.
+    """Yield (where, record) of each record in a file: JSONL or a JSON array (also .gz, .zst), .parquet, .csv.
 
-    where: the file, and the line or the number of the record from 1. InputError names them.
+    where: the file, and the line or the record's number from 1. An InputError names it.
     """
     if path.suffix.lower() in TABLES:
         check_input(path)
@@ -67,24 +67,24 @@ def _table(path: Path) -> list[dict]:
                 return _cells(csv.DictReader(file, strict=True), path)
         from datasets import load_dataset
 
-        with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing left behind
-            name = glob.escape(str(path))  # it takes patterns
+        with tempfile.TemporaryDirectory() as cache:  # nothing stale is read, and nothing is left behind
+            name = glob.escape(str(path))  # load_dataset takes patterns
             return load_dataset("parquet", data_files=name, split="train", cache_dir=cache).to_list()
     except InputError:
         raise
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except Exception as error:  # whatever the readers of so many formats raise
+    except Exception as error:  # the readers of so many formats may raise anything
         raise InputError(f"{path}: cannot be read ({reason_of(_cause(error))}); name another file") from error
 
 
 def _cause(error: Exception) -> Exception:
-    """The error itself, or what is behind the one that datasets raises for whatever is wrong in a file."""
+    """The error itself, or the cause of the one that datasets raises for anything wrong in a file."""
     return (type(error).__name__ == "DatasetGenerationError" and error.__cause__) or error
 
 
 def _cells(rows: csv.DictReader, path: Path) -> list[dict]:
-    """Rows of text, an empty cell as None; InputError for cells without a column of their own."""
+    """Return rows of text, empty cells as None; raise InputError for cells without a column of their own."""
     csv.field_size_limit(2**31 - 1)
     columns = rows.fieldnames or []
     if len(set(columns)) < len(columns):
@@ -98,7 +98,7 @@ def _cells(rows: csv.DictReader, path: Path) -> list[dict]:
 
 
 def _rows(rows: Sequence[dict], where: str) -> Iterator[tuple[str, dict]]:
-    """Records of a table or an array; what one does not have may be None there."""
+    """Yield the records of a table or an array, without fields that are None."""
     if not len(rows):
         raise InputError(f"{where}: holds no records; name another, or make it again")
     for number, row in enumerate(rows, 1):
@@ -107,16 +107,16 @@ def _rows(rows: Sequence[dict], where: str) -> Iterator[tuple[str, dict]]:
 
 
 def _without_none(value, depth: int = 4):
-    """A record without what is None in it, down to the parts of a message's content."""
+    """Remove None values from a record, down to the parts of a message's content."""
     if depth and isinstance(value, dict):
         return {key: _without_none(part, depth - 1) for key, part in value.items() if part is not None}
     return [_without_none(part, depth - 1) for part in value] if depth and isinstance(value, list) else value
 
 
 def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a data set on the hub, or in a folder; InputError where it cannot be had.
+    """Yield (where, record) of a data set on the hub or in a folder; raise InputError if it cannot be read.
 
-    Of a folder of `save_to_disk`, config says nothing, nor split where only one was saved.
+    For a folder of `save_to_disk`, config has no effect, nor does split if only one was saved.
     """
     from datasets import load_dataset, load_from_disk
     from huggingface_hub.utils.logging import set_verbosity_error
@@ -125,14 +125,14 @@ def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str
         raise InputError(
             f"--dataset {name}: datasets reads {place} as a pattern; rename it without any of [?*"
         )
-    set_verbosity_error()  # without a network it would warn of each of its retries
+    set_verbosity_error()  # without a network, the client would warn of each retry
     try:
         if any(Path(name, saved).is_file() for saved in ("state.json", "dataset_dict.json")):
             rows = load_from_disk(name)
             rows = rows[split] if isinstance(rows, dict) else rows
         else:
             rows = load_dataset(name, config, split=split)
-    except Exception as error:  # whatever the hub's client and the readers of so many formats raise
+    except Exception as error:  # the hub's client and the readers of so many formats may raise anything
         of = "" if Path(name).exists() else " from the Hugging Face hub"
         raise InputError(
             f"{name} cannot be read{of} ({type(error).__name__}: {reason_of(_cause(error))}): give prompts "
@@ -142,11 +142,11 @@ def hub_records(name: str, config: str | None, split: str) -> Iterator[tuple[str
 
 
 def messages_of(record: dict, where: str, field: str | None = None, answers: bool = True) -> list[dict]:
-    """The conversation that a record holds, with its answer where it has one.
+    """Return the conversation in a record, with its answer if it has one.
 
     A message has a role of ROLES and text as its content, and may have `reasoning_content`.
-    field: the one that holds text or messages, if it has another name. answers: False leaves the assistant's
-    messages out, whatever they hold, unless they call tools. InputError says what was found.
+    field: the one that holds text or messages, if it has another name. answers: False leaves out the
+    assistant's messages, whatever they hold, unless they call tools. An InputError says what was found.
     """
     for key, why in REFUSED.items():
         if key != field and record.get(key):
@@ -163,7 +163,7 @@ def messages_of(record: dict, where: str, field: str | None = None, answers: boo
 
 
 def _conversation(record: dict, where: str, field: str | None, answers: bool) -> tuple[list, set[str]]:
-    """(messages, not yet checked; the fields that they are of)."""
+    """Return (unchecked messages, the fields that they come from)."""
     if field is not None:
         if field not in record:
             raise InputError(f"{where}: has no {field!r}, only {_named(record)}; name another --prompt_field")
@@ -202,7 +202,7 @@ def _conversation(record: dict, where: str, field: str | None, answers: bool) ->
 
 
 def _with_input(instruction, about, names: tuple[str, str], where: str):
-    """An instruction and its 'input', or a question and its 'context', each of which may be missing."""
+    """Join an instruction and its 'input', or a question and its 'context'; each of them may be missing."""
     if about is None or isinstance(about, str) and not about.strip():
         return instruction
     if not isinstance(about, str) or not isinstance(instruction, str | None):
@@ -225,7 +225,7 @@ def _as_messages(value, name: str, where: str) -> list:
 
 
 def _message(message, where: str, answers: bool) -> dict | None:
-    """A message, checked; None for an answer where these are left out."""
+    """Check a message; return None for an answer if answers are left out."""
     if isinstance(message, dict) and "from" in message and ("value" in message or "role" not in message):
         role, content = SHAREGPT_ROLES.get(str(message["from"]), message["from"]), message.get("value")
         message = {k: v for k, v in message.items() if k not in ("from", "value")}
@@ -233,7 +233,7 @@ def _message(message, where: str, answers: bool) -> dict | None:
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str):
         raise InputError(f"{where}: each message needs a 'role' and a 'content'")
-    left_out = () if answers else ("weight",)  # says what is trained on
+    left_out = () if answers else ("weight",)  # 'weight' says what is trained on
     message = {k: v for k, v in message.items() if v not in (None, []) and k not in left_out}
     if role == "tool" or "tool_calls" in message or "function_call" in message:
         raise InputError(
@@ -249,7 +249,7 @@ def _message(message, where: str, answers: bool) -> dict | None:
             f"{where}: the {role} message has {min(unknown)!r}, which is not understood; leave it out"
         )
     content = _text(message.get("content"), role, where)
-    if role in ("user", "assistant") and not content.strip():  # an empty system message replaces a default
+    if role in ("user", "assistant") and not content.strip():  # an empty system message replaces the default
         raise InputError(f"{where}: the {role} message has no content")
     return message | {"content": content}
 

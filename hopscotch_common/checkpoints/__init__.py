@@ -11,7 +11,8 @@ A checkpoint folder holds
     tokenizer files, generation_config.json
 
 Checkpoints of one run share the base weights by hard links (copies where links do not work), so an
-epoch costs little more than a tokenizer, and deleting one, or replacing a file of it, never changes another.
+epoch takes little more space than a tokenizer, and deleting one, or replacing one of its files, never changes
+another.
 """
 
 import json
@@ -71,9 +72,9 @@ def save_checkpoint(
     share_with: Path | None = None,
     maps: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint, atomically.
+    """Write a checkpoint atomically.
 
-    values: the scales [layers, width]. maps: what stands in the skipped blocks' place (`scales.maps_of`).
+    values: the scales [layers, width]. maps: those in the skipped blocks' place (`scales.maps_of`).
     run: what goes into hopscotch.json. training_state: optimizer moments for resuming. share_with: an earlier
     checkpoint of the same base and skips, whose weights are linked instead of written again.
     """
@@ -101,7 +102,7 @@ def save_checkpoint(
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a checkpoint is there with all of its weight files, so that another can share them."""
+    """Whether a checkpoint exists with all of its weight files, so that another can share them."""
     try:
         weights.check_names(folder)
     except InputError:
@@ -110,7 +111,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def check_base(base: ModelRef, config) -> None:
-    """Raise InputError now where a model's checkpoint could not be loaded, or would read text otherwise."""
+    """Raise InputError early if a model's checkpoint could not be loaded or would read text differently."""
     if loader.quantized_by(config) == "torchao":
         raise InputError(
             f"{base.source}: its weights are quantised by torchao, which loads them from whole files only, "
@@ -125,13 +126,13 @@ def check_base(base: ModelRef, config) -> None:
 def _write_base(
     target: Path, base: ModelRef, skipped: list[int], values: torch.Tensor, maps: dict[str, torch.Tensor]
 ) -> dict:
-    """Write beside the scales everything that checkpoints of one run share; what hopscotch.json says of it.
+    """Write what the checkpoints of one run share, beside the scales; return its part of hopscotch.json.
 
-    Its `weights` count what is there, removed and added, its `tokenizer` is a `tokenization.probe`.
+    In it, `weights` counts what is there, removed and added; `tokenizer` is a `tokenization.probe`.
     """
     source, stock = base.folder(), loader.read_config(base)
     weights.check_weights(source, stock)
-    if stock.tie_word_embeddings and weights.has_own_head(source):  # vLLM would drop it where the config ties
+    if stock.tie_word_embeddings and weights.has_own_head(source):  # vLLM would drop it if the config ties
         stock.tie_word_embeddings = False
     config = loader.hopscotch_config(stock, sorted(skipped), scales.granularity(values), scales.rank_of(maps))
     _, _, model_class = modeling_hopscotch.family_classes(stock.model_type)
@@ -149,7 +150,7 @@ def _write_base(
         if kept := {key: tensor for key, tensor in tensors.items() if not is_skipped_weight(key, config)}:
             weights.save_tensors(kept, target / name)
     weights.write_index(target)
-    with torch.device("meta"):  # files of quantised weights hold other numbers
+    with torch.device("meta"):  # a quantised model's files hold other counts
         model = AutoModelForCausalLM.from_config(stock)
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     counts = {
@@ -163,14 +164,14 @@ def _write_base(
 
 
 def _keep_generation_parameters(source: Path, target: Path) -> None:
-    """Write what a model's config.json alone says of generation, which is not saved in a config any more."""
+    """Keep generation parameters that only a model's config.json has: configs no longer save them."""
     own, saved = (
         GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
         for folder in (source, target)
     )
     if not (target / GENERATION_CONFIG_NAME).exists() and own != saved:
         own._from_model_config = None
-        own.to_json_file(target / GENERATION_CONFIG_NAME)  # save_pretrained would refuse what loads
+        own.to_json_file(target / GENERATION_CONFIG_NAME)  # save_pretrained would refuse some that load
 
 
 def read_run(folder: Path) -> dict:
@@ -179,11 +180,11 @@ def read_run(folder: Path) -> dict:
 
 
 def load_scales(folder: Path, config=None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(scales [layers, width], maps in skipped blocks' place by state-dict key) of a checkpoint.
+    """Return a checkpoint's (scales [layers, width], maps in skipped blocks' place by state-dict key).
 
-    They stand in a file of their own or, where a model was saved again, and in a folder of the original
-    system, among the weights. config: the checkpoint's, where it is at hand. Raises InputError where a scale
-    is missing, has another size than the config says, or a number is not finite.
+    They are in a file of their own or, if a model was saved again or by the original system, among the
+    weights. config: the checkpoint's, if at hand. Raises InputError if a scale is missing or of another size
+    than the config says, or if a number is not finite.
     """
     config = config or checkpoint_config(folder)
     wanted = scales.as_state_dict(scales.ones(config))
@@ -215,7 +216,7 @@ def load_scales(folder: Path, config=None) -> tuple[torch.Tensor, dict[str, torc
 
 
 def _scale_files(folder: Path) -> list[Path]:
-    """Where a folder's scales stand; where a model was saved again into it, the old file must not be read."""
+    """Return the files that hold a folder's scales, not the old one if a model was saved again into it."""
     own, index = folder / SCALES_FILE, folder / weights.INDEX_FILE
     named = index.is_file() and SCALES_FILE in index.read_text(errors="replace")
     as_made = named and own.is_file() and not (folder / "model.safetensors").exists()
@@ -223,10 +224,10 @@ def _scale_files(folder: Path) -> list[Path]:
 
 
 def checkpoint_config(folder: Path):
-    """The Hopscotch config of a checkpoint, or of a folder that the original system wrote.
+    """Return the Hopscotch config of a checkpoint, or of a folder that the original system wrote.
 
-    The original keeps a stock config and the full weights, with four scales a layer among them;
-    there a skipped block is one whose b_scale_attn is 0. Raises InputError for other folders.
+    The original system keeps a stock config and the full weights, with four scales per layer among them; a
+    block is skipped if its b_scale_attn is 0. Raises InputError for other folders.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -258,21 +259,21 @@ def _skipped_by_original(folder: Path, config) -> list[int]:
 
 
 def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor, dict[str, torch.Tensor]]:
-    """Config, scales and maps (`load_scales`) of a checkpoint; InputError unless its weights are sound."""
+    """Return a checkpoint's config, scales and maps (`load_scales`); raise InputError for unsound weights."""
     config = checkpoint_config(folder)
     _, model_class = loader.hopscotch_classes(config.model_type)
     weights.check_names(folder)
     values, maps = load_scales(folder, config)
-    if not getattr(config, "quantization_config", None):  # then other tensors stand for the weights
+    if not getattr(config, "quantization_config", None):  # then other tensors represent the weights
         weights.check_tensors(folder, model_class, config)
     return config, values, maps
 
 
 def load_checkpoint(folder: Path, **options):
-    """A checkpoint as a model in eval mode; options go to `from_pretrained` (dtype, device_map, …)."""
+    """Load a checkpoint as a model in eval mode; options go to `from_pretrained` (dtype, device_map, …)."""
     config, values, _ = read_checkpoint(folder)
     _, model_class = loader.hopscotch_classes(config.model_type)
     model = loader.load_whole(model_class, folder, config=config, **options)
-    scales.restore(model, values)  # a scale that is missing would have been 1
+    scales.restore(model, values)  # loading sets a missing scale to 1
     scales.freeze_base(model)
     return model

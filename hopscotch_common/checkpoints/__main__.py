@@ -1,8 +1,8 @@
-"""Whether a checkpoint is what it says: its code this project's, its files whole, its scales finite.
+"""Verify a checkpoint: its code is this project's, its files are whole, and its scales are finite.
 
     python -m hopscotch_common.checkpoints verify scaled_smollm_ckpts/smollm_scaled_epoch_9
 
-Nothing of the checkpoint runs: its code is compared byte by byte, never imported.
+No code of the checkpoint runs: it is compared byte by byte, never imported.
 """
 
 import sys
@@ -41,7 +41,7 @@ def verify(folder: Path) -> None:
 
 
 def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
-    """Raise InputError unless all that could run from a folder is a known modeling_hopscotch.py."""
+    """Raise InputError unless the only code that could run from a folder is a known modeling_hopscotch.py."""
     code = folder / CODE.name
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
@@ -60,7 +60,7 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
     if code.read_bytes() != CODE.read_bytes():
         raise InputError(f"{code}: differs from this project's file of that name; do not run it")
     for name, target in (config.get("auto_map") or {}).items():
-        if target != known.get(name):  # "repo--module.Class" is code of another place
+        if target != known.get(name):  # "repo--module.Class" is code from elsewhere
             raise InputError(f"{folder / 'config.json'}: auto_map names {target!r} for {name}; do not run it")
     if config.get("custom_pipelines"):
         raise InputError(

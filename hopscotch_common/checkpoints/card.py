@@ -16,7 +16,7 @@ CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja
 LICENCE_FIELDS = ("license", "license_name", "license_link", "language")
 LIBRARIES = {"checkpoint": "transformers", "folded": "transformers", "nemotron_nas": "vllm"}
-ROWS = {  # of held-out figures; the second title where maps stand in the blocks' place
+ROWS = {  # of held-out figures; the second title is for maps in the blocks' place
     "original": ("original", "original"),
     "unscaled": ("blocks skipped, no scales", "maps in their place, as fitted"),
     "scaled": ("blocks skipped, with scales", "maps and scales, trained"),
@@ -35,13 +35,14 @@ def write_card(
 ) -> None:
     """Write the card of a model into its folder `target`.
 
-    kind: of LIBRARIES. origin: `origin_of`, or an export's `inherited`. config, values: the checkpoint's, and
-    its scales [layers, width]. run: its hopscotch.json. check: how an export compared with it.
+    kind: a key of LIBRARIES. origin: from `origin_of` or, for an export, `inherited`. config, values: the
+    checkpoint's config, and its scales [layers, width]. run: its hopscotch.json. check: how an export
+    compared with it.
     """
     try:
         training = _training(config, values, run)
         rows = _held_out(run.get("held_out") or {}, bool(config.replacement_rank))
-    except (AttributeError, KeyError, TypeError, ValueError):  # edited, or of something else
+    except (AttributeError, KeyError, TypeError, ValueError):  # edited, or from something else
         training, rows = "How its scales were trained is not on record.", []
     present, skipped = len(attention_blocks(config)), sorted(config.skipped_attention_blocks or ())
     # block 0 of nemotron_nas: without a map it stays, and adds zero
@@ -111,7 +112,7 @@ def _training(config, values: torch.Tensor, run: dict) -> str:
 
 
 def _held_out(figures: dict, maps: bool) -> list[str]:
-    """Rows of a table of the figures on held-out answers, as far as there are any."""
+    """Return table rows of the figures on held-out answers, as far as there are any."""
     rows = []
     for key, titles in ROWS.items():
         if found := figures.get(key):
@@ -121,9 +122,9 @@ def _held_out(figures: dict, maps: bool) -> list[str]:
 
 
 def origin_of(base: ModelRef) -> dict:
-    """What a card says of the base model: its id on the hub, if it is known, and its licence and languages.
+    """Return what a card says of the base model: its id on the hub, if known, its licence and its languages.
 
-    They come from the front matter of its own card, or from its GGUF file, or else its licence file.
+    They come from the front matter of its own card, from its GGUF file, or else from its licence file.
     """
     found = {"base_model": base.hub_id} if base.hub_id else {}
     if base.embedded:
@@ -142,14 +143,14 @@ def origin_of(base: ModelRef) -> dict:
 
 
 def inherited(folder: Path, names: tuple[str, ...] = ("base_model", *LICENCE_FIELDS)) -> dict:
-    """These fields of the metadata of a folder's card, as far as it has them; {} without one."""
+    """Return those of the named metadata fields that a folder's card has; {} if there is no card."""
     path = folder / CARD_FILE
     if not path.is_file():
         return {}
     try:
         data = metadata_load(path) or {}
         return {name: data[name] for name in names if _is_words(data.get(name))}
-    except Exception as error:  # of YAML, or of what others wrote in it
+    except Exception as error:  # from YAML, or from what others wrote in it
         logger.warning("%s: its metadata cannot be read (%s), and so no licence", path, reason_of(error))
         return {}
 

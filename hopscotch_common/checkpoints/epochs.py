@@ -1,4 +1,4 @@
-"""Epochs of one training, checkpoints beside one another in a folder: found, and gone on with."""
+"""The epochs of one training, checkpoints side by side in a folder: how to find and resume them."""
 
 import re
 from pathlib import Path
@@ -13,14 +13,15 @@ from hopscotch_common.training.trainer import ScaleState
 
 
 def epoch_folder(output_dir: Path, name: str, epoch: int) -> Path:
-    """Where the checkpoint of an epoch lies."""
+    """Return the folder of an epoch's checkpoint."""
     return output_dir / f"{name}_scaled_epoch_{epoch}"
 
 
 def saved_epochs(output_dir: Path, name: str) -> list[int]:
-    """Numbers of the epochs that a folder holds, in order.
+    """Return the numbers of the epochs that a folder holds, in order.
 
-    What a killed run had moved away is put back, and its locks go. InputError where a run is writing there.
+    Puts back what a killed run had moved away, and removes its locks. Raises InputError if a run is writing
+    there.
     """
     pattern = re.compile(rf"\.?{re.escape(name)}_scaled_epoch_(\d+)(\.old|\.lock)?")
     found = set()
@@ -38,9 +39,9 @@ def saved_epochs(output_dir: Path, name: str) -> list[int]:
 
 
 def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
-    """What the epochs there recorded, in order; InputError unless they have this training's settings.
+    """Return what the saved epochs recorded, in order; raise InputError for settings of another training.
 
-    Each goes on from the one before: epochs that an earlier training left behind these are left out.
+    Each epoch continues the one before it: epochs that an earlier training left behind these are left out.
     """
     runs = []
     for epoch in saved_epochs(output_dir, name):
@@ -62,7 +63,7 @@ def resumable_epochs(output_dir: Path, name: str, settings: dict) -> list[dict]:
 
 
 def load_training_state(folder: Path) -> ScaleState:
-    """What training goes on from; InputError where a checkpoint has none that fits its scales and maps."""
+    """Return the state to resume training from; raise InputError if none fits the scales and maps."""
     remedy = "so training cannot resume from it; train anew into another --output_dir"
     path = next(filter(Path.is_file, (folder / STATE_FILE, folder / OLD_STATE_FILE)), None)
     if path is None:

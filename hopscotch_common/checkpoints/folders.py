@@ -1,4 +1,4 @@
-"""Which files the folder of a checkpoint or an export holds, and whether it may be written again."""
+"""The files in the folder of a checkpoint or an export, and whether the folder may be overwritten."""
 
 import shutil
 from collections.abc import Iterable
@@ -12,15 +12,15 @@ from hopscotch_common.files import check_name
 from hopscotch_common.loading.weights import INDEX_FILE
 from hopscotch_common.scales.modeling_hopscotch import CODE, SCALES_FILE
 
-STATE_FILE = "training_state.adam"  # in the safetensors format; by that suffix, engines would load it, too
+STATE_FILE = "training_state.adam"  # in safetensors format; with that suffix engines would load it, too
 OLD_STATE_FILE = "training_state.safetensors"
 RUN_FILE = "hopscotch.json"
 OWN_FILES = (SCALES_FILE, STATE_FILE, OLD_STATE_FILE, RUN_FILE, CARD_FILE)  # of each checkpoint
 SHARED_FILES = "base-*.safetensors"
-DESCRIPTION_FILES = ("config.json", CODE.name, INDEX_FILE)  # alike in all checkpoints of a run
+DESCRIPTION_FILES = ("config.json", CODE.name, INDEX_FILE)  # the same in all checkpoints of a run
 # Left by `hf download --local-dir`, the hub, macOS, notebooks, file servers and Windows.
 HARMLESS = (".cache", ".gitattributes", ".DS_Store", "._*", ".ipynb_checkpoints", ".nfs*", "Thumbs.db")
-# Not all that a folder of a model may hold: Mistral's tekken.json would hide tokenizer.json.
+# Not every file of a model folder: Mistral's tekken.json would hide tokenizer.json.
 COMPANION_FILES = (
     GENERATION_CONFIG_NAME,
     "tokenizer*.json",
@@ -58,9 +58,9 @@ def check_replaceable(folder: Path) -> None:
 
 
 def check_only(folder: Path, own: Iterable[str], remedy: str) -> None:
-    """Raise InputError, naming one, where a folder holds what would be lost if it were written again.
+    """Raise InputError, naming a file, if overwriting a folder would lose files that do not belong in it.
 
-    own: patterns of files that are written there, besides a tokenizer's and the other COMPANION_FILES.
+    own: patterns of the files that are written there, besides COMPANION_FILES such as a tokenizer's.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         known = any(path.match(pattern) for pattern in (*own, *COMPANION_FILES)) and path.is_file()
@@ -72,13 +72,13 @@ def check_only(folder: Path, own: Iterable[str], remedy: str) -> None:
 
 
 def holds_templates(folder: Path) -> bool:
-    """Whether a folder is where transformers keeps a tokenizer's further chat templates, and nothing else."""
+    """Whether a folder is the one where transformers keeps further chat templates, and holds nothing else."""
     if folder.name != CHAT_TEMPLATE_DIR or not folder.is_dir():
         return False
     return all(path.suffix == ".jinja" and not path.is_symlink() for path in folder.iterdir())
 
 
 def check_outside(output: Path, checkpoint: Path) -> None:
-    """Raise InputError for an export's output within the checkpoint's own folder."""
+    """Raise InputError for an export's output inside the checkpoint's own folder."""
     if output.absolute().parent.resolve().is_relative_to(checkpoint.resolve()):
         raise InputError(f"--output {output}: lies in the checkpoint; name a place elsewhere")

@@ -9,10 +9,11 @@ Formats:
                   loads anywhere, and is no faster
     nemotron_nas  the DeciLM format of vLLM and others: skipped blocks are not computed and take no
                   KV cache
-    gguf          a file for llama.cpp, rewritten from the GGUF that its converter makes of `folded`
+    gguf          a file for llama.cpp, rewritten from the GGUF that its converter makes from `folded`
 
-Folders are compared with their source on real tokens; past the tolerance an export is refused, and leaves
-nothing behind. A GGUF is rewritten tensor by tensor, and refused unless skipped blocks add zero in it.
+An exported folder is compared with its checkpoint on real tokens. If the error exceeds the tolerance, the
+export is refused and leaves nothing behind. A GGUF is rewritten tensor by tensor, and refused unless its
+skipped blocks add zero.
 """
 
 import argparse

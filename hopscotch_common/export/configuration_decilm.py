@@ -9,7 +9,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 
 class Block(dict):
-    """A dictionary whose keys are attributes too, and which JSON writes as what it is."""
+    """A dictionary whose keys are also attributes, and which JSON writes as a plain dictionary."""
 
     def __getattr__(self, name: str):
         try:

@@ -1,9 +1,9 @@
 """The DeciLM format (`nemotron_nas`), which vLLM and others load: its config, and reading it back.
 
-A block without attention is `block_configs[layer].attention.no_op`; it has no weights and takes no
-KV cache. The MLP's width is `ffn_mult`, in units of 1.5 hidden sizes, rounded up to a multiple of 256:
-all that SGLang, TensorRT-LLM and mlx-lm read. A width between two multiples is therefore filled up with
-channels that are zero, which change nothing.
+A block without attention is marked `block_configs[layer].attention.no_op`; it has no weights and takes no
+KV cache. The MLP's width is `ffn_mult`, in units of 1.5 hidden sizes, rounded up to a multiple of 256,
+which is all that SGLang, TensorRT-LLM and mlx-lm read. A width between two multiples is therefore padded with
+zero channels, which change nothing.
 
 formats.py calls `check`, `prepare` and `load` for this format.
 """
@@ -35,7 +35,7 @@ from hopscotch_common.scales.modeling_hopscotch import PREFIX, REPLACEMENT_NAMES
 CODE = Path(configuration_decilm.__file__)
 LLAMA_SHAPED = ("llama", "mistral", "qwen2", "granite")
 WIDTH_STEP = 256
-# What the format says of a block beyond what a Llama layer needs; some runtimes read them all.
+# The format's fields for a block beyond what a Llama layer needs; some runtimes read them all.
 ATTENTION_DEFAULTS = {
     "no_op": False,
     "replace_with_linear": False,
@@ -81,10 +81,10 @@ def check(config, replacement_rank: int) -> None:
 
 
 def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> dict:
-    """config.json of the DeciLM form of a Hopscotch config, Granite's multipliers all 1.
+    """Return the config.json of a Hopscotch config's DeciLM form, with Granite's multipliers all 1.
 
-    skipped: the blocks that are no_op; not block 0, which runtimes cannot leave out. replaced: those that a
-    matrix stands in the place of.
+    skipped: the no_op blocks, without block 0, which runtimes cannot leave out. replaced: the blocks with a
+    matrix in their place.
     """
     assert 0 not in skipped
     bias = bool(getattr(config, "attention_bias", False))
@@ -105,7 +105,7 @@ def decilm_config(config, skipped: set[int], replaced: Collection[int] = ()) -> 
         "attention_bias": bias,
         "qkv_bias": bias or config.model_type.endswith("qwen2"),
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),
-        "transformers_version": transformers.__version__,  # else it warns of the tokenizer
+        "transformers_version": transformers.__version__,  # else transformers warns about the tokenizer
         "dtype": str(config.dtype).removeprefix("torch."),
         **old_names(config),
         "block_configs": [
@@ -125,9 +125,9 @@ def write_config(config: dict, target: Path) -> None:
 
 
 def as_hopscotch_config(values: dict):
-    """The Hopscotch config that computes what a DeciLM config.json says, all its scales 1.
+    """Return the Hopscotch config that computes what a DeciLM config.json says, with all scales 1.
 
-    It follows the format, not how this project fills it in, so it checks the export.
+    It follows the format, not the way this project fills it in, and so checks the export.
     """
     blocks = values["block_configs"]
     replaced = [i for i, block in enumerate(blocks) if block["attention"]["replace_with_linear"]]
@@ -157,7 +157,7 @@ def ffn_width(ffn_mult: float, hidden_size: int) -> int:
 
 
 def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
-    """Write the DeciLM config and its class; what its weights are."""
+    """Write the DeciLM config and its class; return what its weights are."""
     skipped = skipped_blocks(config)
     replaced = skipped if maps else []
     if 0 in skipped and not maps:
@@ -178,7 +178,7 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
 
 
 def load(folder: Path, **options):
-    """An export as a transformers model; every tensor must be read, and none be missing."""
+    """Load an export as a transformers model; every tensor must be read and none may be missing."""
     shaped = as_hopscotch_config(json.loads((folder / "config.json").read_text()))
     _, model_class = hopscotch_classes(shaped.model_type)
     # A matrix in attention's place is a map of full rank, whose other half is the identity.

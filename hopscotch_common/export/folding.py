@@ -1,19 +1,20 @@
 """Fold the scales into the weights, file by file: the same function, computed by a model without scales.
 
 A norm's output does not change when its input is multiplied by a positive constant (up to its eps). So the
-residual stream may be stored divided by a running factor C, which starts at 1. At each residual
+residual stream may be stored divided by a running factor C, which starts at 1. At each residual connection
 
     C *= s;  stored = (b * branch + s * C_before * stored_before) / C = (b / C) * branch + stored_before
 
-and what a branch adds takes the factor b / C: in the weight of the norm behind the branch, where there is
-one (Gemma's norms multiply by 1 + weight), or else in its last matrix with bias (o_proj, down_proj, those
-of all experts): all of it where b is a number, row i the factor b[i] / C where b has one a channel. Where
-C is negative, the norm that reads the stream changes the sign of its weight. Where no norm does
-(OLMo 2), the first matrices of the branch take the factor C, and read what they always did.
+and what a branch adds takes the factor b / C. The factor goes into the weight of the norm after the branch,
+if there is one (Gemma's norms multiply by 1 + weight), or else into the branch's last matrix with its bias
+(o_proj, down_proj, those of all experts): into all of it if b is a number, or as b[i] / C into row i if b has
+a value per channel. If C is negative, the norm that reads the stream changes the sign of its weight. If no
+norm reads the stream (OLMo 2), the first matrices of the branch take the factor C, and so read what they
+always did.
 
-`fold_factors` makes StreamFactors (C and b / C of each layer) of the scales; a Folding says from these what
-becomes of each tensor (a Product); a format's `prepare` puts it into a Target, with what differs in that
-format; `write_weights` writes the tensors so.
+`fold_factors` turns the scales into StreamFactors (C and b / C of each layer). From these, a Folding says
+what becomes of each tensor (a Product). A format's `prepare` puts the Folding into a Target, with what
+differs in that format, and `write_weights` writes the tensors accordingly.
 
 formats.py calls `check`, `prepare` and `load` for the format `folded`, and `write_weights` for both formats.
 """
@@ -47,9 +48,9 @@ from hopscotch_common.scales.modeling_hopscotch import (
     stock_type,
 )
 
-SMALLEST_S = 1e-3  # below it the residual stream is as good as gone
+SMALLEST_S = 1e-3  # below it the residual stream is all but wiped out
 
-Factor = float | torch.Tensor  # a number, or float64 [1], or [hidden], one a channel
+Factor = float | torch.Tensor  # a number, or float64 [1], or [hidden], one per channel
 
 # Tensors of a layer as weight files name them, and the axis along which they hold the hidden channels.
 # Experts are stored one by one, or all in one tensor [experts, hidden, width].
@@ -65,12 +66,12 @@ MLP_OUTPUTS = {
 TRANSPOSED_EXPERTS = {r"mlp\.experts\.down_proj": 2, r"mlp\.experts\.down_proj_bias": 1}
 TRANSPOSING = ("gpt_oss",)  # [experts, width, hidden]
 PHI3_FACTORS = ("short_factor", "long_factor")  # of longrope
-ONE_PLUS = ("gemma", "gemma2", "gemma3_text", "qwen3_next", "qwen3_5_text")  # norms times 1 + weight
+ONE_PLUS = ("gemma", "gemma2", "gemma3_text", "qwen3_next", "qwen3_5_text")  # norms multiply by 1 + weight
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """A layer's scales, folded: C where a branch reads the stream, and what multiplies what it adds."""
+    """A layer's scales, folded: C where a branch reads the stream, and the factor of what it adds."""
 
     attention_reads: float
     attention_adds: Factor
@@ -80,7 +81,7 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class StreamFactors:
-    """The factors of all layers, and C where the last norm reads."""
+    """The factors of all layers, and C where the last norm reads the stream."""
 
     layers: tuple[LayerFactors, ...]
     last_reads: float
@@ -88,7 +89,7 @@ class StreamFactors:
 
 @dataclass(frozen=True)
 class Product:
-    """What becomes of a tensor w: (added + w) * factor - added, a factor a channel going along `axis`."""
+    """What becomes of a tensor w: (added + w) * factor - added; a factor per channel runs along `axis`."""
 
     factor: Factor
     axis: int = 0
@@ -96,7 +97,7 @@ class Product:
 
 
 def check(config, replacement_rank: int) -> None:
-    """Raise InputError for maps, which stock classes have no place for; scales of every family fold."""
+    """Raise InputError for maps, which stock classes have no place for; the scales of every family fold."""
     if replacement_rank:
         raise InputError(
             "folded has no place for maps (--replacement_rank), as the stock class has none; export "
@@ -111,12 +112,12 @@ def fold_factors(
     residual_multiplier: float = 1.0,
     replaced: Collection[int] = (),
 ) -> StreamFactors:
-    """What the scales become.
+    """Turn the scales into the factors of all layers.
 
-    values: the scales [layers, width], finite. skipped: blocks without attention, of which `replaced` have
-    a map in their place, and b_attn is the map's. residual_multiplier: taken into the weights as well, for a
-    target that has none of its own (Granite's); a map has it already. Raises InputError for an s too close
-    to 0 to divide by.
+    values: the scales [layers, width], finite. skipped: blocks without attention; those in `replaced` have a
+    map in their place, and b_attn is the map's. residual_multiplier: folded into the weights as well, for a
+    target that has none of its own (Granite's); a map includes it already. Raises InputError for an s too
+    close to 0 to divide by.
     """
     skipped = set(skipped) - set(replaced)
     carried, layers = 1.0, []
@@ -136,7 +137,7 @@ def fold_factors(
 
 
 def as_one_matrix(block: int, maps: dict[str, torch.Tensor], factors: StreamFactors) -> torch.Tensor:
-    """up down of a block's map [hidden, hidden], float64, row i times the factor that its channel i has."""
+    """Return a block's map up down as one float64 [hidden, hidden], row i times the factor of channel i."""
     down, up = (maps[f"model.layers.{block}.{name}"].double() for name in REPLACEMENT_NAMES)
     return torch.as_tensor(factors.layers[block].attention_adds).double().view(-1, 1) * (up @ down)
 
@@ -151,12 +152,11 @@ def _check_scales(layer: int, row: dict[str, torch.Tensor]) -> None:
 
 
 def granite_multipliers(config) -> dict[str, float]:
-    """Factors, by tensor, that take Granite's other multipliers into the weights: all are 1 afterwards.
+    """Return factors, by tensor, that fold Granite's other multipliers into the weights; then all are 1.
 
-    The embeddings take theirs, the queries that of attention (over the usual 1 / sqrt(head_dim)),
-    and the final norm takes the logits' scaling: lm_head may be tied to the embeddings, and a tied
-    one is undone what the embeddings took. config: any family's; those without multipliers change
-    nothing.
+    The embeddings take theirs, the queries that of attention (over the usual 1 / sqrt(head_dim)), and the
+    final norm takes the logits' scaling, as lm_head may be tied to the embeddings. If it is, the final norm
+    also undoes the embeddings' factor. config: any family's; one without multipliers changes nothing.
     """
     head_dim = head_dim_of(config)
     embedding = getattr(config, "embedding_multiplier", 1.0)
@@ -174,10 +174,10 @@ def granite_multipliers(config) -> dict[str, float]:
 
 
 class Folding:
-    """What every tensor of a model is multiplied by; those that it does not know stay as they are.
+    """The factor of every tensor of a model; tensors that it does not know stay unchanged.
 
-    config: the model's, stock or Hopscotch. more: further factors by a tensor's name, for norms and
-    matrices that are stored as they multiply.
+    config: the model's, stock or Hopscotch. more: further factors by tensor name, for norms and matrices
+    that multiply as they are stored.
     """
 
     def __init__(self, config, factors: StreamFactors, more: dict[str, float] | None = None):
@@ -189,7 +189,7 @@ class Folding:
         self.more = more or {}
 
     def product(self, key: str) -> Product:
-        """What becomes of a tensor of this name (in a weight file, or a state dict)."""
+        """Return what becomes of a tensor of this name (in a weight file or a state dict)."""
         product = Product(1.0)
         if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", key):
             products = self.layers[int(layer[1])]
@@ -201,14 +201,14 @@ class Folding:
         return Product(product.factor * self.more.get(key, 1.0), product.axis, product.added)
 
     def fold(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor with the scales in it, in its own dtype; InputError where that cannot hold it."""
+        """Fold the scales into a tensor, in its own dtype; raise InputError if that cannot hold it."""
         return multiplied(key, tensor, self.product(key))
 
 
 def _layer_products(
     family: Family, factors: LayerFactors, added: float, experts: dict[str, int]
 ) -> dict[str, Product]:
-    """Pattern of a tensor's name in its layer -> what becomes of it."""
+    """Return what becomes of a layer's tensors, by patterns of their names in the layer."""
     found = {}
     for norm, inputs, reads in (
         (family.norm_before_attention, ATTENTION_INPUTS, factors.attention_reads),
@@ -230,7 +230,7 @@ def _layer_products(
 
 
 def multiplied(key: str, tensor: torch.Tensor, product: Product) -> torch.Tensor:
-    """A tensor's product: taken in float64, then its own dtype. InputError where that cannot hold it."""
+    """Apply a product in float64, then cast to the tensor's dtype; raise InputError if that overflows."""
     factor = torch.as_tensor(product.factor, dtype=torch.float64)
     if bool((factor == 1.0).all()):
         return tensor
@@ -252,10 +252,10 @@ def multiplied(key: str, tensor: torch.Tensor, product: Product) -> torch.Tensor
 
 @dataclass(frozen=True)
 class Target:
-    """What an export's weights are: what becomes of each, and all that it needs.
+    """An export's weights: what becomes of each tensor, and which tensors it needs.
 
-    renamed: whether weight files name some tensors otherwise than the model does (experts). linear: matrices
-    [hidden, hidden], by name, that stand in attention's place.
+    renamed: whether weight files name some tensors differently from the model (experts). linear: matrices
+    [hidden, hidden] in attention's place, by name.
     """
 
     folding: Folding
@@ -270,7 +270,7 @@ def skipped_blocks(config) -> list[int]:
 
 
 def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Tensor]) -> Target:
-    """Write the config of the stock architecture; what its weights are. It has no place for maps."""
+    """Write the stock architecture's config, which has no place for maps; return what its weights are."""
     assert not maps
     own = ("model_type", "architectures", "auto_map", "skipped_attention_blocks", "scale_granularity")
     own += ("replacement_rank", "transformers_version")
@@ -283,7 +283,7 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
     stock.save_pretrained(folder)
     path = folder / "config.json"
     written = json.loads(path.read_text()) | old_names(stock)
-    if tuple(getattr(stock, "time_step_limit", None) or ()) == (0.0, math.inf):  # the default, and no JSON
+    if tuple(getattr(stock, "time_step_limit", None) or ()) == (0.0, math.inf):  # the default, but not JSON
         written.pop("time_step_limit", None)
     path.write_text(json.dumps(written, indent=2) + "\n")
     folding = Folding(stock, fold_factors(values, skipped_blocks(config)))
@@ -292,7 +292,7 @@ def prepare(folder: Path, config, values: torch.Tensor, maps: dict[str, torch.Te
 
 
 def old_names(config) -> dict:
-    """What readers from before transformers 5 look for in a config.json, and else take a default for."""
+    """Return what readers from before transformers 5 look for in a config.json instead of taking defaults."""
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"torch_dtype": str(config.dtype).removeprefix("torch.")}
     if config.model_type == "gemma3_text":
@@ -301,7 +301,7 @@ def old_names(config) -> dict:
     if "rope_theta" in rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         scaled = scaling.get("rope_type", "default") != "default"
-        if config.model_type == "phi3" and scaled:  # these three alone were allowed
+        if config.model_type == "phi3" and scaled:  # only these three were allowed
             scaling = {"type": scaling["rope_type"]} | {key: scaling[key] for key in PHI3_FACTORS}
         found |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
         found |= {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
@@ -315,7 +315,7 @@ def old_names(config) -> dict:
 
 
 def shapes_of(model) -> dict[str, torch.Size]:
-    """The tensors that a model (on the meta device) reads from its weight files."""
+    """Return the shapes of the tensors that a model (on the meta device) reads from its weight files."""
     return {
         key: tensor.shape
         for key, tensor in model.state_dict().items()
@@ -324,7 +324,7 @@ def shapes_of(model) -> dict[str, torch.Size]:
 
 
 def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> None:
-    """Fold the weights, file by file: one file of the checkpoint is in memory at a time."""
+    """Write the folded weights file by file, with one file of the checkpoint in memory at a time."""
     sources = [p for p in weights.weight_files(checkpoint) if p.name != SCALES_FILE]
     family = target.folding.family
     beside = f".{family.norm_before_mlp or family.norm_after_mlp}.weight"  # every layer has one
@@ -349,11 +349,11 @@ def write_weights(checkpoint: Path, folder: Path, config, target: Target) -> Non
 
 
 def _filled_up(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:
-    """A tensor with zeros behind its rows and columns, where the target's MLP is wider.
+    """Append zeros to a tensor's rows and columns if the target's MLP is wider.
 
-    Channels that gate, up and down projection hold zeros for add nothing. A tensor that is larger than
-    the target's stays as it is: the check of the export names it. shape: None where the target names its
-    tensors otherwise, and is no wider.
+    Channels whose gate, up and down projections are zero add nothing. A tensor larger than the target's stays
+    unchanged; the check of the export names it. shape: None if the target names its tensors differently, and
+    is no wider.
     """
     if shape is None:
         return tensor
@@ -364,7 +364,7 @@ def _filled_up(tensor: torch.Tensor, shape: torch.Size | None) -> torch.Tensor:
 
 
 def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, torch.Tensor]:
-    """The attention weights of a skipped block, where the target has them all the same: it adds 0."""
+    """Return attention weights that add 0, for a skipped block if the target still has its attention."""
     keys = [k for k in target.shapes if k.startswith(f"model.layers.{layer}.")]
     return {
         key: (torch.ones if re.search(r"norm\.weight$", key) else torch.zeros)(
@@ -376,7 +376,7 @@ def _unused_attention(layer: int, target: Target, config, dtype) -> dict[str, to
 
 
 def load(folder: Path, **options):
-    """An export as a transformers model; every tensor must be read, and none be missing."""
+    """Load an export as a transformers model; every tensor must be read and none may be missing."""
     if FAMILIES[AutoConfig.from_pretrained(folder).model_type].caps_attention:
         options |= {"attn_implementation": "eager"}
     return load_whole(AutoModelForCausalLM, folder, **options)

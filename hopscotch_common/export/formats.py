@@ -40,14 +40,14 @@ CONVERSATIONS = (
 TOLERANCE = 1e-2  # relative logit error in float32, which folding adds
 
 
-# Each has `prepare`, which writes a format's config and says what its weights are; `check`, which raises
-# InputError for a (stock or Hopscotch) config and a `replacement_rank` that it cannot hold; and `load`, an
-# export as a model, with options of `from_pretrained`.
+# Each has `prepare`, which writes a format's config and returns what its weights are; `check`, which raises
+# InputError for a (stock or Hopscotch) config and a `replacement_rank` that the format cannot hold; and
+# `load`, which loads an export as a model, with options of `from_pretrained`.
 FORMATS = {"folded": folding, "nemotron_nas": decilm}
 
 
 def check_exports(formats: Sequence[str], config, target: Path, replacement_rank: int = 0) -> None:
-    """Raise InputError where `run_exports` is bound to fail for a model of this (stock) config."""
+    """Raise InputError if `run_exports` is bound to fail for a model of this (stock) config."""
     for name in formats:
         check_export_folder(export_folder(target, name))
         _check_format(name, config, replacement_rank)
@@ -67,7 +67,7 @@ def export_folder(target: Path, format: str) -> Path:
 
 
 def run_exports(formats: Sequence[str], checkpoint: Path, target: Path, device: str = "auto") -> dict:
-    """Export a checkpoint to `{target}_{format}` for each format; the exports' reports by format."""
+    """Export a checkpoint to `{target}_{format}` for each format; return the exports' reports by format."""
     results = {}
     for name in dict.fromkeys(formats):  # each once
         folder = export_folder(target, name)
@@ -97,13 +97,12 @@ def export_checkpoint(
     device: str = "auto",
     without_maps: bool = False,
 ) -> dict:
-    """Export a checkpoint to the folder `output`, atomically, and check it; the report.
+    """Export a checkpoint to the folder `output`, atomically, and check it; return the report.
 
-    format: one of FORMATS. tolerance: the largest relative logit error in float32 (None: TOLERANCE, and
-    for 16-bit weights the error that computing in 16 bits makes anyway). device: where the check
-    runs. without_maps: leave the maps out, which a GGUF made of the export gets back. Raises InputError for a
-    checkpoint or scales that cannot be exported, and for an export past the tolerance; nothing is left
-    behind then.
+    format: one of FORMATS. tolerance: the largest relative logit error in float32 (None: TOLERANCE, plus the
+    error of computing in 16 bits for 16-bit weights). device: where the check runs. without_maps: leave out
+    the maps, which a GGUF made from the export gets back. Raises InputError for a checkpoint or scales that
+    cannot be exported, and for an export whose error exceeds the tolerance; it then leaves nothing behind.
     """
     config, values, maps = checkpoints.read_checkpoint(checkpoint)
     if without_maps and not config.replacement_rank:
@@ -155,7 +154,7 @@ def _check(
     device: str,
     without_maps: bool,
 ) -> dict:
-    """Compare the export with its source in float32; the figures. One model is in memory at a time."""
+    """Compare the export with its source in float32, one model in memory at a time; return the figures."""
     transformers_logging.disable_progress_bar()
     place = device_map(resolve_device(device))
     prompts, real_text = check_prompts(folder, config.vocab_size)
@@ -190,9 +189,9 @@ class Comparison:
     """How far an export is from its source.
 
     relative_logit_error: ||export - source|| / ||source|| over all logits of all positions, after
-    each position's mean logit is taken off (it changes no probability). top1_agreement: share of
-    positions with the same most likely token. equal_continuations: share of equal greedy tokens
-    before the first that differs.
+    each position's mean logit is subtracted (it changes no probability). top1_agreement: share of
+    positions with the same most likely token. equal_continuations: share of greedy tokens that are
+    equal before the first that differs.
     """
 
     relative_logit_error: float
@@ -210,9 +209,9 @@ class Comparison:
 
 
 def check_prompts(folder: Path, vocab_size: int) -> tuple[list[tuple[list[int], int]], bool]:
-    """(token ids, length of the question) of each prompt, and whether they are real text.
+    """Return (token ids, length of the question) of each prompt, and whether they are real text.
 
-    Random token ids stand in where the folder has no tokenizer that fits the model.
+    Random token ids take their place if the folder has no tokenizer that fits the model.
     """
     try:
         tokenizer = read_tokenizer(folder)
@@ -240,7 +239,7 @@ def _conversation_ids(tokenizer, question: str, answer: str) -> tuple[list[int],
 
 @torch.inference_mode()
 def ask(model, prompts: list[tuple[list[int], int]]) -> list[tuple[torch.Tensor, list[int]]]:
-    """What a model says to each prompt: its logits [tokens, vocab], and a greedy answer to the question."""
+    """Return a model's logits [tokens, vocab] for each prompt, and its greedy answer to the question."""
     ends = model.generation_config.eos_token_id
     stop_ids = set(ends) if isinstance(ends, list) else {ends} - {None}
     questions, limits = [ids[:length] for ids, length in prompts], [CONTINUATION_TOKENS] * len(prompts)
@@ -254,7 +253,7 @@ def ask(model, prompts: list[tuple[list[int], int]]) -> list[tuple[torch.Tensor,
 
 
 def compare(source: Sequence[tuple], exported: Sequence[tuple], real_text: bool) -> Comparison:
-    """The figures of an export against its source, of what they say to the same prompts (`ask`)."""
+    """Compare an export with its source by what they say to the same prompts (`ask`)."""
     difference = norm = 0.0
     same = positions = equal = total = 0
     for (theirs, wanted), (ours, said) in zip(source, exported, strict=True):
@@ -270,7 +269,7 @@ def compare(source: Sequence[tuple], exported: Sequence[tuple], real_text: bool)
 
 
 def check_tolerance(comparison: Comparison, tolerance: float, what: str) -> None:
-    """Raise InputError when the logits are further apart than the tolerance, or not numbers."""
+    """Raise InputError if the logits differ by more than the tolerance, or are not numbers."""
     error = comparison.relative_logit_error
     if not (error <= tolerance and math.isfinite(error)):
         raise InputError(

@@ -3,12 +3,12 @@
     python llama.cpp/convert_hf_to_gguf.py folded --outfile folded.gguf      # then quantise, if you like
     python -m hopscotch_common.export CKPT --format gguf --from folded.gguf --output skipped.gguf
 
-llama.cpp's converter makes `folded.gguf` of the `folded` export, whose skipped blocks add zero. Its
+llama.cpp's converter makes `folded.gguf` from the `folded` export, whose skipped blocks add zero. Its
 `deci` architecture is `llama` with heads and widths given layer by layer: a layer with 0 heads has
 no attention and takes no KV cache. So the metadata is rewritten, the skipped blocks' attention
-tensors are left out, and every other tensor passes through as it is, quantised or not.
+tensors are left out, and every other tensor passes through unchanged, quantised or not.
 
-A layer with heads and no KV heads has its norm and output matrix alone ("linear attention"), and takes no KV
+A layer with heads but no KV heads has only its norm and output matrix ("linear attention"), and takes no KV
 cache either. That is where maps go, each multiplied out to [hidden, hidden]; `folded` is then written with
 `--without_maps`.
 """
@@ -49,7 +49,7 @@ UNQUANTISED = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizat
 
 
 def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
-    """Write `output`: `folded_gguf`, made of this checkpoint's folded export, without its skipped blocks.
+    """Write `output`: `folded_gguf`, made from this checkpoint's folded export, without its skipped blocks.
 
     The file is written atomically. Returns a report: blocks skipped, KV cache, tensors and bytes saved.
     Raises InputError for a file that is not the folded export of the checkpoint, and for a model that
@@ -83,7 +83,7 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
 
 
 def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None:
-    """Raise InputError unless `output` is a new file, or an earlier GGUF that is no input."""
+    """Raise InputError unless `output` is a new file, or an earlier GGUF that is not an input."""
     check_output(output, "--output", [folded_gguf])
     check_outside(output, checkpoint)
     if output.exists() and output.open("rb").read(4) != b"GGUF":
@@ -91,9 +91,9 @@ def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None
 
 
 def _maps(checkpoint: Path, config, reader, path: Path) -> dict:
-    """The output matrices of the file, by name, that become a map [hidden, hidden] in attention's place.
+    """Return the file's output matrices that become maps [hidden, hidden] in attention's place, by name.
 
-    In the type that they have or, where it is a quantised one, Q8_0: maps are few.
+    They keep their type or, if it is a quantised one, take Q8_0: maps are few.
     """
     if not config.replacement_rank:
         return {}
@@ -112,9 +112,10 @@ def _maps(checkpoint: Path, config, reader, path: Path) -> dict:
 
 
 def _check_scales(checkpoint: Path, config, factors: StreamFactors, reader) -> None:
-    """Raise InputError where a file was made with other scales: of another epoch, say, than the maps are.
+    """Raise InputError if a file was made with other scales: those of another epoch, say, than the maps.
 
-    Its last down projection tells, which all s are in and the last b; but not where weights are quantised.
+    The file's last down projection shows it, as all s and the last b are in it, unless its weights are
+    quantised.
     """
     layer = config.num_hidden_layers - 1
     stored = _tensors(reader)[f"blk.{layer}.ffn_down.weight"]
@@ -135,9 +136,9 @@ def _check_scales(checkpoint: Path, config, factors: StreamFactors, reader) -> N
 class _Layers:
     """What each layer of the rewritten file has: its head counts, and which tensors it loses.
 
-    maps: of `_maps`. Block 0 is special: llama.cpp takes the size of a head from the number of heads of layer
-    0, so that cannot be 0. Without a map it keeps its output matrix alone, which is zero, or where that is
-    not square, its attention, which adds zero.
+    maps: from `_maps`. Block 0 is special: llama.cpp takes the size of a head from the number of heads of
+    layer 0, which therefore cannot be 0. Without a map, block 0 keeps only its output matrix, which is zero,
+    or, if that is not square, its attention, which adds zero.
     """
 
     def __init__(self, reader, skipped: list[int], maps: dict):
@@ -167,9 +168,9 @@ class _Layers:
         return name in self.kept or not name.startswith(self.removed)
 
     def data(self, tensor) -> np.ndarray:
-        """A tensor's data for `deci`: as it is, or with the rows of a q or k matrix in another order.
+        """Return a tensor's data for `deci`: unchanged, or with the rows of a q or k matrix reordered.
 
-        Rows are quantised one by one, so to reorder them changes none of their bytes.
+        Rows are quantised one by one, so reordering them changes none of their bytes.
         """
         name = tensor.name.split(".")
         if self.architecture not in HALF_ROTATED or name[0] != "blk" or name[2] not in ("attn_q", "attn_k"):
@@ -230,7 +231,7 @@ def _check_skipped_add_zero(reader, path: Path, num_layers: int, skipped: list[i
         if weight is None:
             raise InputError(f"{path}: {name}.weight is missing: {remedy}")
         if layer not in skipped:
-            # One row tells: no row of a trained matrix is all zero.
+            # One row is enough to tell: no row of a trained matrix is all zero.
             if _is_zero(weight, path, rows=1) and _is_zero(weight, path):
                 raise InputError(f"{path}: {name}.weight is zero, but block {layer} is not skipped: {remedy}")
         elif not _is_zero(weight, path) or (bias is not None and not _is_zero(bias, path)):
@@ -249,8 +250,8 @@ def _is_zero(tensor, path: Path, rows: int | None = None) -> bool:
 
 
 def _write(reader, layers: _Layers, path: Path) -> int:
-    """Write the rewritten file; the number of tensors in it."""
-    # The writer puts version, counts and general.architecture itself.
+    """Write the rewritten file; return the number of tensors in it."""
+    # The writer adds version, counts and general.architecture itself.
     writer = GGUFWriter(path, ARCHITECTURE, endianess=reader.endianess)
     writer.data_alignment = int(reader.alignment)
     per_layer = {

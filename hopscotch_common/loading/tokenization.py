@@ -1,10 +1,10 @@
-"""Tokenizers: a model's own, and one in a checkpoint or export that every reader takes for the same.
+"""Tokenizers: a model's own, and its copy in a checkpoint or export, which every reader reads as the same.
 
-transformers chooses a tokenizer's class by the config's model type and the hub id where it knows these,
-and by `tokenizer_class` otherwise; some classes then build the tokenizer anew, whatever tokenizer.json says.
-Where that is another one than a byte-level tokenizer.json (`byte_level_file`), the file is read as it is. A
-type of ours would be read by yet another rule. So a checkpoint gets what the base's tokenizer effectively
-is, in a tokenizer.json, under the one class that takes that file as it is.
+transformers chooses a tokenizer's class by the config's model type and the hub id if it knows these, and by
+`tokenizer_class` otherwise. Some classes then rebuild the tokenizer, whatever tokenizer.json says. If the
+result differs from a byte-level tokenizer.json (`byte_level_file`), the file is read as it is. Our own model
+types would be read by yet another rule. So a checkpoint gets the tokenizer that the base effectively has, in
+a tokenizer.json, under the one class that takes that file as it is.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from hopscotch_common.scales.modeling_hopscotch import PREFIX
 
 AS_IT_IS = "PreTrainedTokenizerFast"  # TokenizersBackend's name before transformers 5, still understood
 TOKENIZER_CONFIG = "tokenizer_config.json"
-QUESTION = {"role": "user", "content": "?"}  # of a conversation that shows what a chat template writes
+QUESTION = {"role": "user", "content": "?"}  # for a conversation that shows what a chat template writes
 PROBE = "In 2023, 650,841 apples;  two spaces,\ta tab\n\nand lines: naïve café, 你好 😀 don't x_1=3.14e-5 "
 
 
 def load_tokenizer(ref: ModelRef):
-    """The model's tokenizer; InputError without a chat template, which tells prompts and answers apart."""
+    """Load the model's tokenizer; raise InputError if no chat template tells prompts and answers apart."""
     folder = ref.folder(weights=False)
     try:
         tokenizer = read_tokenizer(folder, ref.source)
     except InputError:
         raise
-    except Exception as error:  # whatever the libraries raise at a file that is broken or missing
+    except Exception as error:  # the libraries may raise anything for a broken or missing file
         reason = reason_of(error)
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason}); check its files") from error
-    if isinstance(tokenizer.chat_template, dict):  # with further ones, for tools
+    if isinstance(tokenizer.chat_template, dict):  # it holds further templates, for tools
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
         raise InputError(f"{ref.source}: its tokenizer has no chat template; give an instruction-tuned model")
@@ -47,9 +47,10 @@ def load_tokenizer(ref: ModelRef):
 
 
 def stop_token_ids(folder: Path, tokenizer) -> set[int]:
-    """Tokens that end an answer: the tokenizer's end of sequence, the generation config's, and the turn's.
+    """Return the tokens that end an answer: the tokenizer's EOS, the generation config's, and the turn's.
 
-    Without a generation config those of the config, as transformers does it. InputError for what is no id.
+    Without a generation config, the config's are used, as in transformers. Raises InputError for anything
+    that is not an id.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
@@ -62,9 +63,9 @@ def stop_token_ids(folder: Path, tokenizer) -> set[int]:
 
 
 def end_of_turn(tokenizer) -> int | None:
-    """The special token that the chat template writes behind an answer; None where it writes none.
+    """Return the special token that the chat template writes after an answer; None if it writes none.
 
-    Files of models often name the end of a text alone, and a model that ends its turn otherwise would go on.
+    Model files often name only the end of a text, and a model that ends its turn differently would go on.
     """
     answer = "Ω"
     text = _in_template(tokenizer, QUESTION, {"role": "assistant", "content": answer})
@@ -75,24 +76,24 @@ def end_of_turn(tokenizer) -> int | None:
 
 
 def leaves_out_beginning(tokenizer) -> bool:
-    """Whether the chat template does not write the token that begins a text, though there is one."""
+    """Whether the chat template leaves out the token that begins a text, though there is one."""
     text = _in_template(tokenizer, QUESTION) if tokenizer.bos_token else ""
     return bool(text) and not text.lstrip().startswith(tokenizer.bos_token)
 
 
 def _in_template(tokenizer, *messages: dict) -> str:
-    """A conversation as text; empty where the chat template refuses it, or there is none."""
+    """Return a conversation as text; empty if the chat template refuses it, or there is none."""
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False)
-    except Exception:  # a template is code of the model's: it may raise anything
+    except Exception:  # a template is the model's code: it may raise anything
         return ""
 
 
 def read_tokenizer(folder: Path, source: str | None = None):
-    """The tokenizer of a base model or checkpoint; no code in the folder runs. source: the model's hub id.
+    """Read the tokenizer of a base model or checkpoint; no code in the folder runs.
 
-    Raises what the libraries raise at files that are broken or missing, and OSError where transformers would
-    make up a tokenizer without files, of special tokens alone.
+    source: the model's hub id. Raises what the libraries raise for broken or missing files, and OSError if
+    transformers would make up a tokenizer of only special tokens, without files.
     """
     values = read_json(folder / "config.json")
     kind = str(values.get("model_type"))
@@ -100,11 +101,11 @@ def read_tokenizer(folder: Path, source: str | None = None):
     as_it_is = named.is_file() and read_json(named).get("tokenizer_class") == AS_IT_IS
     if stock_kind not in CONFIG_MAPPING or (kind != stock_kind and as_it_is):
         config = PreTrainedConfig()
-    else:  # of a checkpoint that was made before, the class is the base's
+    else:  # in an older checkpoint, the class is the base's
         config = CONFIG_MAPPING[stock_kind]()
         config.tokenizer_class = values.get("tokenizer_class")
     config._name_or_path = source or str(folder)  # transformers has rules for some ids
-    # Mistral's own tokenizer, which transformers prefers where that is installed, has no chat template
+    # Mistral's own tokenizer, which transformers prefers if it is installed, has no chat template
     options = {"config": config, "trust_remote_code": False, "mistral_format": False}
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
@@ -113,11 +114,11 @@ def read_tokenizer(folder: Path, source: str | None = None):
 
 
 def byte_level_file(folder: Path, tokenizer):
-    """The tokenizer of a byte-level tokenizer.json as it is, where `tokenizer`, built anew from it, differs.
+    """Return the tokenizer of a byte-level tokenizer.json as it is, if `tokenizer`, rebuilt from it, differs.
 
-    As transformers 4 read it. DeepSeek-R1-Distill-Llama names LlamaTokenizerFast, which version 5 builds in
-    sentencepiece's manner, so that each space is lost. None where they agree, and for files that are not
-    byte-level: there the classes know what a file does not say.
+    This is how transformers 4 read it. DeepSeek-R1-Distill-Llama names LlamaTokenizerFast, which version 5
+    builds in sentencepiece's manner, so that each space is lost. Returns None if the two agree, and for files
+    that are not byte-level: their classes know what the file does not say.
     """
     file = folder / "tokenizer.json"
     built_anew = isinstance(tokenizer, TokenizersBackend) and type(tokenizer) is not TokenizersBackend
@@ -134,13 +135,13 @@ def byte_level_file(folder: Path, tokenizer):
     return TokenizersBackend.from_pretrained(folder)
 
 
-@functools.cache  # once for each folder
+@functools.cache  # one warning for each folder
 def _warn_of_class(folder: Path, name: str) -> None:
     logger.warning("%s: tokenizer.json is read as it is; as a %s it would split text otherwise", folder, name)
 
 
 def probe(tokenizer) -> dict:
-    """What tells tokenizers apart: a text with the special tokens, its ids, and what the ends are called."""
+    """Return what tells tokenizers apart: a text with the special tokens, its ids, and BOS, EOS and PAD."""
     text = PROBE + " ".join(tokenizer.all_special_tokens)
     return {"text": text, "ids": tokenizer.encode(text), "ends": _ends(tokenizer)}
 
@@ -152,7 +153,7 @@ def _ends(tokenizer) -> dict:
 def fingerprint(tokenizer) -> str:
     """SHA-256 of a text's ids: equal for tokenizers that read text alike.
 
-    Without special tokens, whose list differs between copies of one tokenizer: a GGUF's names fewer.
+    Special tokens are left out, as their list differs between copies of one tokenizer: a GGUF's names fewer.
     """
     ids = tokenizer.encode(PROBE, add_special_tokens=False)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
@@ -166,10 +167,10 @@ def template_fingerprint(tokenizer) -> str:
 def copy_tokenizer(
     source: Path, folder: Path, hub_id: str | None = None, wanted: dict | None = None
 ) -> dict | None:
-    """Give `folder`, which has a config.json, the tokenizer of `source`, as any reader takes it for the same.
+    """Write the tokenizer of `source` into `folder`, which has a config.json, so that readers agree on it.
 
-    Returns its `probe`, None where `source` has no tokenizer. wanted: the base's, where `source` holds a copy
-    itself. Raises InputError, naming a token, where what is read back gives other ids or another text.
+    Returns its `probe`, None if `source` has no tokenizer. wanted: the base's, if `source` holds a copy
+    itself. Raises InputError, naming a token, if what is read back gives other ids or another text.
     """
     try:
         tokenizer = read_tokenizer(source, hub_id)
@@ -185,10 +186,10 @@ def copy_tokenizer(
 
 
 def save_as_it_is(tokenizer, folder: Path) -> None:
-    """Write a tokenizer's files so that readers build the same one, whatever else lies in the folder.
+    """Write a tokenizer's files so that readers build the same one, whatever else is in the folder.
 
-    Without `added_tokens_decoder`, which transformers leaves out, a reader would take the special tokens of a
-    special_tokens_map.json instead, and that of a base model may be an old one.
+    Without `added_tokens_decoder`, which transformers leaves out, a reader would instead take the special
+    tokens of a special_tokens_map.json, and a base model's may be an old one.
     """
     try:
         tokenizer.save_pretrained(folder)
@@ -198,7 +199,7 @@ def save_as_it_is(tokenizer, folder: Path) -> None:
         raise
     path = folder / TOKENIZER_CONFIG
     values = read_json(path)
-    values.pop("auto_map", None)  # names code that does not travel
+    values.pop("auto_map", None)  # names code that is not copied
     if isinstance(tokenizer, TokenizersBackend):
         added = {str(i): token.__getstate__() for i, token in tokenizer.added_tokens_decoder.items()}
         values |= {"tokenizer_class": AS_IT_IS, "added_tokens_decoder": added}
@@ -206,7 +207,7 @@ def save_as_it_is(tokenizer, folder: Path) -> None:
 
 
 def check_tokens(folder: Path, wanted: dict, decoded: str | None = None) -> None:
-    """Raise InputError unless a folder's tokenizer, as a stranger reads it, gives a `probe`'s ids."""
+    """Raise InputError unless a folder's tokenizer, as other tools read it, gives a `probe`'s ids."""
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = found.encode(wanted["text"])
@@ -231,7 +232,7 @@ def check_tokens(folder: Path, wanted: dict, decoded: str | None = None) -> None
 
 
 def check_copies(ref: ModelRef) -> None:
-    """Raise InputError now where a checkpoint of a model could not have its tokenizer."""
+    """Raise InputError early if a checkpoint of a model could not have its tokenizer."""
     folder = ref.folder()
     with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(OSError):
         kind = read_json(folder / "config.json").get("model_type")

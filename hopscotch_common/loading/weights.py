@@ -20,16 +20,16 @@ from hopscotch_common.loading.loader import load_whole
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, stock_type
 
 INDEX_FILE = "model.safetensors.index.json"
-# Of several, transformers reads the first that is there.
+# transformers reads the first of these that is there.
 WEIGHT_NAMES = ("model.safetensors", INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_FILE = "adapter_config.json"
 SAMPLE_BYTES = 4096
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read as the umask allows."""
+    """Write a safetensors file that others may read if the umask allows it."""
     stored, unshared = set(), {}
-    for key, tensor in tensors.items():  # tied weights are one storage, which the format cannot say
+    for key, tensor in tensors.items():  # tied weights share one storage, which the format cannot express
         place = tensor.untyped_storage().data_ptr()
         unshared[key] = tensor.clone() if place in stored else tensor.contiguous()
         stored.add(place)
@@ -45,9 +45,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A model folder's weight files, the ones that transformers reads: one file, or what an index names.
+    """Return the weight files of a model folder that transformers reads: one file, or those in an index.
 
-    Raises InputError for a folder without weights, an index that is none or names what is not there, a file
+    Raises InputError for a folder without weights, an index that is not one or names missing files, a file
     without read permission, and an adapter, which transformers would add to the weights.
     """
     if (folder / ADAPTER_FILE).exists():
@@ -58,7 +58,7 @@ def weight_files(folder: Path) -> list[Path]:
     found = _weights_or_index(folder)
     is_index = found.suffix == ".json"
     paths = [folder / name for name in sorted(set(weight_map(found).values()))] if is_index else [found]
-    for path in paths:  # safetensors would say that it is missing
+    for path in paths:  # safetensors would call an unreadable file missing
         check_input(path, "make it readable, or give another folder")
     return paths
 
@@ -73,7 +73,7 @@ def _weights_or_index(folder: Path) -> Path:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file} of an index, every file checked to be there, in the index's own folder."""
+    """Return {tensor: file} of an index; every file is checked to be there, in the index's own folder."""
     names = read_json(index, "fetch the model again").get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise InputError(f"{index}: names no weight files in its 'weight_map'; fetch the model again")
@@ -89,7 +89,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of a model folder's config and of both ends and the middle of each of its tensors: quick."""
+    """SHA-256 of a model folder's config and, to be quick, of only the ends and the middle of each tensor."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
         for key, tensor in sorted(read_tensors(path).items()):
@@ -102,7 +102,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def save_in_shards(folder: Path, plan: StateDictSplit, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write a model's tensors to the weight files of a plan, each once all that is in it has come."""
+    """Write a model's tensors to the weight files of a plan, each file once all its tensors have arrived."""
     held: dict[str, dict[str, torch.Tensor]] = {name: {} for name in plan.filename_to_tensors}
     for key, tensor in tensors:
         name = plan.tensor_to_filename[key]
@@ -123,7 +123,7 @@ def write_index(folder: Path) -> None:
 
 
 def _plain_name(key: str) -> str:
-    """A tensor's name, without what qwen3_5_text has in it where a vision-language model was saved."""
+    """A tensor's name, without what qwen3_5_text adds to it when saved as a vision-language model."""
     return key.replace("model.language_model.", "model.", 1)
 
 
@@ -142,14 +142,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a folder's first weights: what a config that names none leaves open."""
+    """The dtype of a folder's first weights, for a config that names none."""
     return next(t.dtype for t in read_tensors(weight_files(folder)[0]).values() if t.is_floating_point())
 
 
 def has_own_head(folder: Path) -> bool:
-    """Whether the LM head in a folder's weight files is another matrix than the embeddings.
+    """Whether the LM head in a folder's weight files is a different matrix from the embeddings.
 
-    transformers keeps both then, also where the config says that they are tied.
+    transformers then keeps both, even if the config says that they are tied.
     """
     found = {}
     for path in weight_files(folder):
@@ -161,7 +161,7 @@ def has_own_head(folder: Path) -> bool:
 def check_weights(folder: Path, config, attn_implementation: str = "auto") -> None:
     """Raise InputError unless a folder's weight files hold exactly what its (stock) config says.
 
-    And unless the attention kernel that the model shall run with is installed.
+    Also raises it unless the attention kernel that the model is to run with is installed.
     """
     options = {} if attn_implementation == "auto" else {"attn_implementation": attn_implementation}
     family = FAMILIES[stock_type(config)]
@@ -171,9 +171,9 @@ def check_weights(folder: Path, config, attn_implementation: str = "auto") -> No
             "so it would be another model; give eager, flash_attention_2 or flex_attention"
         )
     if quantization := getattr(config, "quantization_config", None):
-        from transformers.quantizers.auto import AutoHfQuantizer  # prints what torchao says
+        from transformers.quantizers.auto import AutoHfQuantizer  # it prints torchao's messages
 
-        # Other tensors stand for the weights then. Of an unknown kind, transformers would make up all.
+        # Other tensors then represent the weights. For an unknown kind, transformers would make up all.
         if isinstance(quantization, dict) and "quant_method" in quantization:
             if AutoHfQuantizer.supports_quant_method(quantization):
                 return
@@ -184,7 +184,7 @@ def check_weights(folder: Path, config, attn_implementation: str = "auto") -> No
 
 
 def check_tensors(folder: Path, model_class, config, **options) -> None:
-    """Raise InputError unless a folder's weights are all that a model has, of the shapes that it has.
+    """Raise InputError unless a folder's weights are exactly those that a model has, with its shapes.
 
     transformers loads them as it will later, but to no device, so that it reads none.
     """
@@ -194,7 +194,7 @@ def check_tensors(folder: Path, model_class, config, **options) -> None:
             f"{folder / 'config.json'}: transformers_weights names weight files of other names, which "
             "is not supported; give them their usual names"
         )
-    options |= {"config": config, "device_map": "meta", "ignore_mismatched_sizes": True}  # told all the same
+    options |= {"config": config, "device_map": "meta", "ignore_mismatched_sizes": True}  # reported anyway
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -205,10 +205,11 @@ def check_tensors(folder: Path, model_class, config, **options) -> None:
 
 
 def check_names(folder: Path, more_in_index: bool = False) -> None:
-    """Raise InputError unless each of a folder's weights lies in the file that its index, if any, says.
+    """Raise InputError unless each of a folder's weights is in the file that its index, if any, says.
 
-    And where they are named as those of a model without a head are, which transformers takes for the same.
-    more_in_index: whether the index may name others, which are in no file: old ones do (rotary_emb.inv_freq).
+    Also raises it for the names of a model without a head, which transformers takes for the same.
+    more_in_index: whether the index may name others, which are in no file, as old ones do
+    (rotary_emb.inv_freq).
     """
     index = _weights_or_index(folder)
     is_index = index.suffix == ".json"

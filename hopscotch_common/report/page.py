@@ -1,4 +1,4 @@
-"""One self-contained HTML page of any number of runs: tables and pictures, no script, no network."""
+"""One self-contained HTML page for any number of runs: tables and pictures, no script, no network."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ TEMPLATE = "page.html.jinja"
 
 
 def build_page(runs: Sequence[Run]) -> str:
-    """The page, as HTML; runs in the order given."""
+    """Return the page as HTML, with the runs in the order given."""
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -46,11 +46,11 @@ def build_page(runs: Sequence[Run]) -> str:
 
 
 def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
-    """A picture as an <svg> element for a page.
+    """Return a picture as an <svg> element for a page.
 
-    All ids begin with the prefix, so that those of several pictures do not collide. The colours of
-    THEME become the page's variables, so that the picture follows the window's light or dark. label:
-    what a screen reader says.
+    All ids begin with the prefix, so that those of several pictures do not collide. The colours of THEME
+    become the page's variables, so that the picture follows the window's light or dark mode. label: what a
+    screen reader says.
     """
 
     def adapt(tag: re.Match) -> str:
@@ -58,5 +58,5 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
         return re.sub("|".join(THEME), lambda color: f"var({THEME[color[0]]})", text)
 
     svg = plots.render(figure, ".svg").decode()
-    svg = re.sub("<[^>]*>", adapt, svg[svg.index("<svg") :])  # names, which are between tags, stay
+    svg = re.sub("<[^>]*>", adapt, svg[svg.index("<svg") :])  # names, which are between tags, stay unchanged
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(tables.plain_text(label))}"', 1))

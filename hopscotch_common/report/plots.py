@@ -1,7 +1,7 @@
 """The pictures of a run, and how every picture is drawn: colours, fonts, formats, names as plain text.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; what they say is also
-said by shapes and lines, so that it survives a grey print.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Shapes and lines say the
+same as the colours, so that nothing is lost in a grey print.
 """
 
 import io
@@ -22,7 +22,7 @@ from hopscotch_common.report import BEND_RULE, find_bend
 from hopscotch_common.report.reading import IterationRecord, Run, ScalingRun, SearchRun, parse
 from hopscotch_common.report.tables import plain_text
 
-# A page may give these four other values in a dark window.
+# In a dark window, a page may give these four other values.
 INK, MUTED, FAINT, PAPER = "#1a1a1a", "#6a6a6a", "#dcdcdc", "#ffffff"
 ON_LIGHT, ON_DARK = "#000001", "#fffffe"  # on a coloured cell, whatever the window
 BLUE, VERMILION, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8c8c8c"
@@ -33,14 +33,14 @@ STYLE = {
     **dict.fromkeys(["axes.edgecolor", "hatch.color", "xtick.color", "ytick.color"], MUTED),
     **dict.fromkeys(["axes.facecolor", "figure.facecolor", "savefig.facecolor"], PAPER),
     **dict.fromkeys(["axes.spines.right", "axes.spines.top", "legend.frameon"], False),
-    **dict.fromkeys(["text.parse_math", "text.usetex"], False),  # names are no formulas
+    **dict.fromkeys(["text.parse_math", "text.usetex"], False),  # names are not formulas
     **dict.fromkeys(["axes.titlesize", "figure.titlesize", "font.size"], 10),
     **dict.fromkeys(["grid.linewidth", "hatch.linewidth"], 0.6),
     **{"axes.axisbelow": True, "axes.grid": True, "axes.titlelocation": "left", "grid.color": FAINT},
     **{"font.family": "sans-serif", "legend.fontsize": 9, "svg.fonttype": "none"},
     "svg.hashsalt": "hopscotch",  # the same ids each time
 }
-styled = mpl.rc_context(STYLE)  # a decorator of what draws, whatever matplotlib is set to outside
+styled = mpl.rc_context(STYLE)  # decorates what draws, whatever matplotlib's settings outside are
 CROSS_ENTROPY = "cross entropy\n(nats per token)"
 UNITS = {
     **dict.fromkeys(["loss", "ce", "cross_entropy"], CROSS_ENTROPY),
@@ -59,7 +59,7 @@ CAPTIONS = {
     "scales": "The four scales of each layer; 1 is the untrained value. Where a scale is a value a channel, "
     "its mean, and below it the standard deviation over the channels.",
 }
-DECIDED_BY = {  # how points are named, by criterion, or by the picture of one that looks at no loss
+DECIDED_BY = {  # labels of points, by criterion or, if that uses no loss, by picture
     "trained": "whole epoch",
     "untrained": "before training",
     "distances": "how far a block turns the stream",
@@ -68,7 +68,7 @@ DECIDED_BY = {  # how points are named, by criterion, or by the picture of one t
 
 
 def pictures(run: Run) -> dict[str, Figure]:
-    """The pictures of a run, by their names in CAPTIONS; none where there is nothing to draw."""
+    """Draw the pictures of a run, by their names in CAPTIONS; none if there is nothing to draw."""
     found = {}
     if isinstance(run, SearchRun):
         found[_what_is_shown(run)] = search_figure(run)
@@ -84,13 +84,13 @@ def pictures(run: Run) -> dict[str, Figure]:
 def plot_search(path: Path, report: dict) -> None:
     """Draw every candidate's loss of a block_selection.py report into a file; its suffix is the format.
 
-    The file is written whole or not at all. Raises ValueError for a report that is none.
+    The file is written whole or not at all. Raises ValueError for an invalid report.
     """
     write_atomic(path, render(search_figure(parse(SearchRun, report, path)), path.suffix))
 
 
 def render(figure: Figure, suffix: str) -> bytes:
-    """The picture as the bytes of a .png, .pdf or .svg file, the same for the same figure."""
+    """Return the picture as the bytes of a .png, .pdf or .svg file, the same for the same figure."""
     buffer, kind = io.BytesIO(), suffix.lower().lstrip(".")
     undated = {"pdf": {"CreationDate": None}, "svg": dict.fromkeys(["Date", "Format", "Type", "Creator"])}
     with mpl.rc_context(STYLE):
@@ -99,7 +99,7 @@ def render(figure: Figure, suffix: str) -> bytes:
 
 
 def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One legend for all panels, below them."""
+    """Draw one legend for all panels, below them."""
     found = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
     by_label = {label: handle for pairs in found for handle, label in pairs}
     figure.legend(by_label.values(), by_label.keys(), loc="outside lower left", ncols=2)
@@ -108,7 +108,7 @@ def legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
 def _panels(
     run: Run, what: str, height: float, x_label: str, heights: Sequence[int] = (1,)
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with a title, and below one another its axes, over whole numbers."""
+    """Make a figure with a title and, one below another, axes over whole numbers."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle(f"{plain_text(run.model, 28)}: {what}", x=0.01, ha="left")
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -118,12 +118,12 @@ def _panels(
 
 
 def _loss_label(run: Run) -> str:
-    """What the run's training loss is, with its unit."""
+    """Name the run's training loss, with its unit."""
     return UNITS.get(str(run.arguments.get("loss")), CROSS_ENTROPY)
 
 
 def _what_is_shown(run: SearchRun) -> str:
-    """Of the candidates of a search: the name of its picture, in CAPTIONS."""
+    """Return the name, in CAPTIONS, of the picture of a search's candidates."""
     if run.criterion != "cosine":
         return "candidates"
     return "map_errors" if run.arguments.get("replacement_rank") else "distances"
@@ -131,11 +131,11 @@ def _what_is_shown(run: SearchRun) -> str:
 
 @styled
 def search_figure(run: SearchRun) -> Figure:
-    """Every candidate's loss by layer, a panel a pick; of a search by cosine, its distance.
+    """Draw every candidate's loss by layer, one panel per pick; for a search by cosine, its distance.
 
-    The pick is a star. Whole-epoch losses are filled circles; candidates that a race dropped are grey
-    rings at their mean loss until then, with the number of batches after which they fell; losses
-    before any training are crosses.
+    The pick is a star. Whole-epoch losses are filled circles. Candidates that a race dropped are grey rings
+    at their mean loss until then, with the number of batches after which they dropped out. Losses before any
+    training are crosses.
     """
     count = len(run.iterations)
     what, unit = {
@@ -167,7 +167,7 @@ def _draw_candidates(axes: Axes, pick: IterationRecord, criterion: str, decided_
     top = max(top, chosen)
 
     def draw(losses: dict[int, float], **look) -> None:
-        """Losses as points; those above the panel, or not finite, as arrowheads at its edge."""
+        """Draw losses as points, and those above the panel or not finite as arrowheads at its edge."""
         inside = {block: loss for block, loss in losses.items() if loss <= top}
         if losses:
             axes.plot(list(inside), list(inside.values()), linestyle="none", **look)
@@ -182,7 +182,7 @@ def _draw_candidates(axes: Axes, pick: IterationRecord, criterion: str, decided_
     ring = dict(marker="o", color=GREY, markersize=11, markerfacecolor=PAPER, markeredgewidth=1.1)
     ring["label"] = "dropped after so many batches: mean loss until then"
     for order, (block, drop) in enumerate(fallen.items()):
-        above_last = 3 + order * 1e-3  # a ring hides the number of one that it overlaps, too
+        above_last = 3 + order * 1e-3  # a ring also hides the number of one that it overlaps
         draw({block: drop.mean_loss}, zorder=above_last, **ring)
         if drop.mean_loss <= top:
             size = 7 if drop.after_batches < 100 else 5
@@ -198,7 +198,7 @@ def _draw_candidates(axes: Axes, pick: IterationRecord, criterion: str, decided_
 
 
 def _top(losses: Iterable[float]) -> float:
-    """Where a panel ends: what lies far above most losses would squeeze them into a line."""
+    """Return where a panel ends: values far above most losses would squeeze these into a line."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     low, median, high = min(finite), float(np.median(finite)), max(finite)
     limit = low + 2.5 * (median - low)
@@ -207,7 +207,7 @@ def _top(losses: Iterable[float]) -> float:
 
 @styled
 def blocks_figure(run: SearchRun) -> Figure:
-    """The picks' losses over the number of blocks skipped, with the bend."""
+    """Draw the picks' losses over the number of blocks skipped, with the bend."""
     losses = run.losses_by_count()
     bend = find_bend(losses)
     what = "loss over blocks skipped" + ("" if bend else " (no bend)")
@@ -230,9 +230,9 @@ def blocks_figure(run: SearchRun) -> Figure:
 
 @styled
 def epochs_figure(run: ScalingRun) -> Figure:
-    """Training and held-out figures by epoch; the original's and the unscaled model's as lines.
+    """Draw training and held-out figures by epoch, with lines for the original's and the unscaled model's.
 
-    A panel for each figure that is measured on the held-out answers, the loss first.
+    There is one panel for each figure measured on the held-out answers, the loss first.
     """
     measures = run.measures or ["loss"]
     trained = "kl" if run.arguments.get("loss") == "kl" else "cross_entropy"
@@ -290,10 +290,10 @@ def _draw_baselines(axes: Axes, run: ScalingRun, measure: str) -> None:
 
 @styled
 def scales_figure(run: ScalingRun) -> Figure:
-    """The scales of the best epoch by layer, and for those that are vectors their spread.
+    """Draw the best epoch's scales by layer and, for those that are vectors, their spread.
 
-    Values below 1 carry a minus, for those who see no colour; the attention of skipped blocks, whose
-    b_attn is 0 and not trained, is hatched.
+    Values below 1 carry a minus, for readers who see no colour. The attention of skipped blocks, whose b_attn
+    is 0 and not trained, is hatched.
     """
     assert run.scales is not None, "an earlier report has no map"
     skipped = list(run.skipped_blocks)
@@ -325,7 +325,7 @@ def scales_figure(run: ScalingRun) -> Figure:
 
 
 def _draw_heat_map(axes: Axes, values: dict[str, np.ma.MaskedArray], label: str, **look) -> None:
-    """Cells around whole numbers, a row a name, the first on top; what is masked is hatched."""
+    """Draw cells around whole numbers, one row per name, the first on top; masked cells are hatched."""
     cells = np.ma.stack(list(values.values()))
     rows, layers = cells.shape
     edges = np.arange(layers + 1) - 0.5, np.arange(rows + 1) - 0.5

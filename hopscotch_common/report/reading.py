@@ -1,8 +1,8 @@
-"""Reports read back, as records that hold what tables and pictures need.
+"""Reports read back into records that hold what tables and pictures need.
 
-What `read_report` takes is whatever lies on a disk, so everything is checked here, once, against the
-types of the records: a report that cannot be read is an InputError that names the file, what is wrong
-and what to do.
+`read_report` takes whatever is on a disk, so everything is checked here, once, against the types of
+the records. A report that cannot be read raises an InputError that names the file, what is wrong and
+what to do.
 """
 
 import itertools
@@ -29,13 +29,13 @@ REMEDY = "make it again, or give a report of one of the scripts, or the output f
 
 
 def _by_measure(value: object) -> object:
-    """Held-out figures, without those that are null (errors, of a single answer); null is none of them."""
+    """Return held-out figures without null errors (of a single answer); null itself means no figures."""
     if not isinstance(value, Mapping):
         return {} if value is None else value
     return {k: v for k, v in value.items() if v is not None or not str(k).endswith(ERROR)}
 
 
-Count = Annotated[int, Field(ge=0, lt=10**15)]  # and the index of a block
+Count = Annotated[int, Field(ge=0, lt=10**15)]  # also the index of a block
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]  # null: diverged
 LossByBlock = dict[Count, Loss]
@@ -43,23 +43,23 @@ Measures = Annotated[dict[str, Finite], BeforeValidator(_by_measure)]
 
 
 def measures_of(*figures: Mapping[str, float]) -> list[str]:
-    """What held-out figures measure: their names, but for those of errors."""
+    """Return what held-out figures measure: their names, except those of errors."""
     return [name for name in dict.fromkeys(itertools.chain(*figures)) if not name.endswith(ERROR)]
 
 
 class Record(BaseModel):
-    """Part of a report. A number is no text and no truth value; keys that are not named are left out."""
+    """Part of a report. Types are strict: a number is neither text nor Boolean; unknown keys are left out."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
 
 class Run(Record):
-    """What every report tells of its run."""
+    """What every report says of its run."""
 
     model: str
     arguments: dict[str, object] = {}
     versions: dict[str, object] = {}
-    path: Path = Path()  # where it was read
+    path: Path = Path()  # where it was read from
 
 
 class CountsRun(Run):
@@ -77,16 +77,16 @@ class Drop(Record):
 
 
 class IterationRecord(Record):
-    """One pick. Losses are by block; one that is not finite is of a candidate that diverged."""
+    """One pick. Losses are by block; one that is not finite belongs to a candidate that diverged."""
 
     skipped_before: tuple[Count, ...]
     block: Count
     loss: Finite
-    losses: LossByBlock  # of a whole epoch, and of the diverged
+    losses: LossByBlock  # of a whole epoch; infinite for those that diverged
     diverged: dict[Count, object] = {}
     dropped: dict[Count, Drop]
     untrained_losses: LossByBlock
-    distances: LossByBlock = {}  # of the residual stream, where they decided
+    distances: LossByBlock = {}  # of the residual stream, if they decided
     candidate_epochs: Finite
     held_out: Measures = {}  # empty where nothing was held out
 
@@ -97,7 +97,7 @@ class IterationRecord(Record):
 
     @property
     def count(self) -> int:
-        """Blocks that are skipped once this one is."""
+        """The number of blocks that are skipped once this one is."""
         return len(self.skipped_before) + 1
 
     @property
@@ -106,12 +106,12 @@ class IterationRecord(Record):
 
     @property
     def blocks(self) -> set[int]:
-        """All that are named."""
+        """All blocks that the record names."""
         return {self.block, *self.skipped_before, *self.candidates, *self.untrained_losses}
 
 
 class SearchRun(Run):
-    """Step 3."""
+    """A run of step 3."""
 
     num_layers: Count
     skipped_blocks: tuple[Count, ...]
@@ -132,7 +132,7 @@ class SearchRun(Run):
 
     @property
     def criterion(self) -> str:
-        """What decided: the loss after training ("trained"), or before it ("untrained"), or "cosine"."""
+        """What decided: the loss after training ("trained") or before it ("untrained"), or "cosine"."""
         search = self.arguments.get("search")
         return search if search in ("untrained", "cosine") else "trained"
 
@@ -149,16 +149,16 @@ class Epoch(Record):
 
     @property
     def scaled(self) -> dict[str, float]:
-        """Held-out figures with the scales as they are."""
+        """Held-out figures with the scales as trained so far."""
         return self.held_out.get("scaled", {})
 
 
 class Weights(Record):
-    """What a checkpoint counts."""
+    """Counts of a checkpoint's parameters and KV cache blocks."""
 
     parameters: Count = Field(gt=0)
     parameters_removed: Count
-    parameters_added: Count = 0  # by scales and maps; earlier files do not tell
+    parameters_added: Count = 0  # by scales and maps; earlier files do not say
     kv_cache_blocks: Count = Field(gt=0)
     kv_cache_blocks_removed: Count
 
@@ -167,11 +167,11 @@ class Spread(Record):
     """Mean and standard deviation of a scale over the channels, of each layer."""
 
     mean: tuple[Finite, ...] = Field(min_length=1)
-    deviation: tuple[Finite, ...]  # empty where it is a number a layer
+    deviation: tuple[Finite, ...]  # empty if the scale is one number per layer
 
 
 class Scales(Record):
-    """The four scales of a training; each tells as many layers as the others."""
+    """The four scales of a training, all for the same number of layers."""
 
     b_attn: Spread
     s_attn: Spread
@@ -191,7 +191,7 @@ class Scales(Record):
 
 
 class ScalingRun(Run):
-    """Step 4a. checkpoint, weights and scales: of the best epoch; earlier reports do not tell them."""
+    """A run of step 4a. checkpoint, weights and scales are the best epoch's; earlier reports lack them."""
 
     skipped_blocks: tuple[Count, ...]
     best_epoch: Count
@@ -215,7 +215,7 @@ class ScalingRun(Run):
 
     @property
     def baselines(self) -> dict[str, dict[str, float]]:
-        """Held-out figures of the models that are compared with: original, unscaled."""
+        """Held-out figures of the models to compare with: original, unscaled."""
         found = {
             name: figures for epoch in self.epochs for name, figures in epoch.held_out.items() if figures
         }
@@ -223,7 +223,7 @@ class ScalingRun(Run):
 
     @property
     def compared(self) -> dict[str, str]:
-        """What `baselines` are, in words: with maps, these as fitted are what training starts at."""
+        """The names of `baselines` in words; with maps, training starts at the maps as fitted."""
         before = "maps as fitted" if self.arguments.get("replacement_rank") else "skips without scales"
         return {"original": "original model", "unscaled": before}
 
@@ -237,7 +237,7 @@ Parsed = TypeVar("Parsed", bound=Record)
 
 
 def read_report(path: Path) -> Run:
-    """The run that `path` tells of: a JSON report, or a folder that holds report.json.
+    """Read the run that `path` holds: a JSON report, or a folder with a report.json or data_report.json.
 
     Raises InputError for anything else.
     """
@@ -261,9 +261,9 @@ def read_report(path: Path) -> Run:
 
 
 def parse(kind: type[Parsed], content: Mapping, path: Path = Path()) -> Parsed:
-    """A record from JSON, read or about to be written; InputError says what is wrong.
+    """Make a record from JSON, read or about to be written; an InputError says what is wrong.
 
-    As text, because there keys are texts and sequences lists, whoever made the content.
+    It is parsed as text, because there keys are strings and sequences lists, whoever made the content.
     """
     try:
         record = kind.model_validate_json(json.dumps(content))
@@ -276,10 +276,10 @@ def parse(kind: type[Parsed], content: Mapping, path: Path = Path()) -> Parsed:
 
 
 def join_searches(runs: Sequence[Run]) -> list[Run]:
-    """The runs, with a search that goes on from another one's picks joined to it.
+    """Return the runs, each search that continues from another one's picks joined to that one.
 
-    Two are of one search where model, data and what the losses are is the same, and the second began
-    with the blocks that the first had skipped at its end.
+    Two runs are one search if model, data and the kind of losses are the same, and the second began with the
+    blocks that the first had skipped at its end.
     """
     joined: list[Run] = []
     for run in runs:

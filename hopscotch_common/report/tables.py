@@ -1,4 +1,4 @@
-"""The figures of a run as tables: data first, and as text for the terminal."""
+"""The figures of a run as tables: as data, and as text for the terminal."""
 
 import json
 import math
@@ -14,13 +14,13 @@ NUMBER = re.compile(r"([-+]?[\d,]*\.?\d+( ± [\d.]+)?|skipped)?")
 
 
 def plain_text(name: object, most: int = 70) -> str:
-    """A name as one printable line of at most so many characters."""
+    """A name as one printable line of at most `most` characters."""
     return printable(str(name), most)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are in the reports. header: one cell a column, or none for names and values."""
+    """Cells as they are in the reports. header: one cell per column, or none for names and values."""
 
     title: str
     rows: Sequence[tuple[str, ...]]
@@ -28,7 +28,7 @@ class Table:
 
     @property
     def is_number(self) -> list[bool]:
-        """Whether a column holds numbers, and so is set to the right on the page."""
+        """For each column, whether it holds numbers, which the page aligns right."""
         columns = zip(*self.rows, strict=True)
         return [bool(self.header) and all(map(NUMBER.fullmatch, column)) for column in columns]
 
@@ -41,10 +41,10 @@ class Table:
 
 
 def decisions(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What a decision needs, two lines a run: what skipping the blocks lost, and what it gained.
+    """Return what a decision needs, two lines per run: what skipping the blocks lost, and what it gained.
 
-    They are of each training of the scales, or else of each search. Of several, each line begins with
-    the run's model and file.
+    The runs are the trainings of the scales or, if there are none, the searches. With several runs, each line
+    begins with the run's model and file.
     """
     shown = [run for run in runs if isinstance(run, ScalingRun)]
     shown = shown or [run for run in runs if isinstance(run, SearchRun)]
@@ -81,9 +81,9 @@ def _lost_and_gained(run: ScalingRun | SearchRun) -> tuple[str, str]:
 
 
 def _saved(run: ScalingRun) -> dict[str, tuple[int, int]]:
-    """(total, saved) by what the checkpoint lacks; empty where the report does not tell.
+    """Return (total, saved) by what the checkpoint lacks; empty if the report does not say.
 
-    Fewer than 0 parameters are saved where scales and maps have more than the skipped blocks had.
+    The saved parameters are fewer than 0 if scales and maps have more than the skipped blocks had.
     """
     found = run.weights
     if found is None:
@@ -95,7 +95,7 @@ def _saved(run: ScalingRun) -> dict[str, tuple[int, int]]:
 
 
 def summary(run: Run) -> Table:
-    """What a run came to, in a few rows."""
+    """Return the results of a run, in a few rows."""
     if isinstance(run, SearchRun):
         return Table("search", _search_rows(run))
     if isinstance(run, ScalingRun):
@@ -147,7 +147,7 @@ def details(run: Run) -> list[Table]:
 
 
 def folded(run: Run) -> list[Table]:
-    """What the page shows to those who ask: long tables, arguments, versions."""
+    """What the page shows on request: long tables, arguments, versions."""
     found = [scales(run)] if isinstance(run, ScalingRun) and run.scales is not None else []
     for title, named in (("arguments", run.arguments), ("versions", run.versions)):
         if named:
@@ -206,7 +206,7 @@ def _held_out_header(measures: Sequence[str]) -> list[str]:
 
 
 def scales(run: ScalingRun) -> Table:
-    """A row for each layer with its scales; of vectors mean ± standard deviation over the channels."""
+    """A row for each layer with its scales; for vectors, mean ± standard deviation over the channels."""
     assert run.scales is not None
 
     def cell(layer: int, name: str, found: Spread) -> str:
@@ -222,7 +222,7 @@ def scales(run: ScalingRun) -> Table:
 
 
 def exports(run: ScalingRun) -> Table:
-    """A row for each export: where it lies, and what its check found."""
+    """A row for each export: where it is, and what its check found."""
     rows = []
     for name, content in run.exports.items():
         found = content if isinstance(content, Mapping) else {"": content}

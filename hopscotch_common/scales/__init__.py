@@ -1,17 +1,17 @@
 """The scales of each decoder layer: which parameters they are, and what is done to them.
 
-Decided here once, for search, training, saving and export: what a scale is, which scales train,
+This module decides once, for search, training, saving and export, what a scale is, which scales train,
 and what skipping an attention block does to them.
 
-Outside of a model all scales are one float32 tensor [layers, width]. A row holds a layer's scales one
-after another in SCALE_NAMES order: 4 numbers where each is a scalar, and 2 * hidden + 2 where b is a
-vector (`scale_granularity: channel`). `columns` takes it apart.
+Outside a model all scales are one float32 tensor [layers, width]. A row holds a layer's scales one
+after another in SCALE_NAMES order: 4 numbers if each is a scalar, and 2 * hidden + 2 if b is a
+vector (`scale_granularity: channel`). `columns` splits it by name.
 
 A block is skipped in one of three ways:
 
     in search and training   `reset` sets the layer's switch and b_attn to 0; the block stays in memory
     in a checkpoint          the config names it (`skipped_attention_blocks`); the block is not even made
-    with maps                a config with a `replacement_rank`: a low-rank map is where the block was,
+    with maps                the config has a `replacement_rank`: a low-rank map is where the block was,
                              and b_attn is the map's
 """
 
@@ -25,14 +25,14 @@ from hopscotch_common.scales.recomputation import recompute_elementwise
 
 
 def named_scales(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(state-dict key, parameter [1] or [hidden]) of every scale, layer by layer, in SCALE_NAMES order."""
+    """Yield (state-dict key, parameter [1] or [hidden]) of every scale, by layer and in SCALE_NAMES order."""
     for index, layer in enumerate(model.model.layers):
         for name in SCALE_NAMES:
             yield f"model.layers.{index}.{name}", getattr(layer, name)
 
 
 def named_maps(model) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(state-dict key, parameter) of skipped blocks' maps: down [rank, hidden], up [hidden, rank]."""
+    """Yield (state-dict key, parameter) of skipped blocks' maps: down [rank, hidden], up [hidden, rank]."""
     for index, layer in enumerate(model.model.layers):
         if layer.skip_attention and layer.replacement_up is not None:
             for name in REPLACEMENT_NAMES:
@@ -45,12 +45,12 @@ def maps_of(model) -> dict[str, torch.Tensor]:
 
 
 def rank_of(maps: dict[str, torch.Tensor]) -> int:
-    """The config's `replacement_rank` of maps by state-dict key: 0 where there are none."""
+    """The config's `replacement_rank` for maps by state-dict key: 0 if there are none."""
     return next((len(tensor) for key, tensor in maps.items() if key.endswith(REPLACEMENT_NAMES[0])), 0)
 
 
 def freeze_base(model) -> None:
-    """Freeze every parameter but the scales; of those, b_scale_attn where attention's place is empty.
+    """Freeze every parameter but the scales, and b_scale_attn if attention's place is empty.
 
     Norms and gated MLPs change their class, to keep less for the backward pass (`recompute_elementwise`).
     """
@@ -63,12 +63,12 @@ def freeze_base(model) -> None:
 
 
 def _empty(layer) -> bool:
-    """Whether nothing stands in the place of a layer's attention."""
+    """Whether nothing is in the place of a layer's attention."""
     return layer.skip_attention and layer.replacement_up is None
 
 
 def skippable_blocks(model, skipped) -> list[int]:
-    """The attention blocks of which each could be skipped besides `skipped`."""
+    """The attention blocks that could each be skipped in addition to `skipped`."""
 
     def possible(block: int) -> bool:
         try:
@@ -84,9 +84,9 @@ def skippable_blocks(model, skipped) -> list[int]:
 def reset(model, skipped=()) -> None:
     """Set all scales to 1 and skip exactly the attention blocks in `skipped`. Maps stay as they are.
 
-    Skipping is b_attn = 0, fixed, with attention not computed; or where the model has maps, b_attn = 1 of the
-    map. s_attn of that layer stays trainable: with s_attn = 0 too, the residual stream would be wiped out.
-    The base is frozen already (`freeze_base`).
+    A skipped block has b_attn fixed at 0 and its attention not computed or, if the model has maps, b_attn = 1
+    for the map. s_attn of that layer stays trainable: if it were 0 as well, the residual stream would be
+    wiped out. The base is already frozen (`freeze_base`).
     """
     skipped = set(skipped)
     for index, layer in enumerate(model.model.layers):
@@ -101,10 +101,10 @@ def reset(model, skipped=()) -> None:
 
 @contextlib.contextmanager
 def neutral(model) -> Iterator[None]:
-    """Within it the model is the original one: all scales 1, no block skipped. Then it is as it was.
+    """Make the model the original one within the context: all scales 1, no block skipped. Then restore it.
 
-    The parameters are exchanged and not written to, so that a graph through the present ones can
-    still run backward. For models whose skips are switches, not a checkpoint without the weights.
+    The parameters are exchanged, not overwritten, so that a graph through the present ones can still run
+    backward. Only for models whose skips are switches, not for a checkpoint without the weights.
     """
     assert not model.config.skipped_attention_blocks, "the skipped blocks' weights are not there"
     layers = model.model.layers
@@ -127,7 +127,7 @@ def neutral(model) -> Iterator[None]:
 
 
 def columns(values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The scales [layers, width] by name: [layers, 1] or [layers, hidden] each, views."""
+    """Split the scales [layers, width] by name into views, [layers, 1] or [layers, hidden] each."""
     b_size = (values.shape[1] - 2) // 2
     sizes = [b_size if name.startswith("b") else 1 for name in SCALE_NAMES]
     return dict(zip(SCALE_NAMES, values.split(sizes, dim=1), strict=True))
@@ -140,7 +140,7 @@ def ones(config) -> torch.Tensor:
 
 
 def granularity(values: torch.Tensor) -> str:
-    """The config's `scale_granularity` of scales [layers, width]."""
+    """The config's `scale_granularity` for scales [layers, width]."""
     return "layer" if values.shape[1] == len(SCALE_NAMES) else "channel"
 
 
@@ -159,7 +159,7 @@ def restore(model, values: torch.Tensor) -> None:
 
 
 def as_state_dict(values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A snapshot [layers, width] as the tensors [1] or [hidden] of a checkpoint, by state-dict key."""
+    """Return a snapshot [layers, width] as a checkpoint's tensors [1] or [hidden], by state-dict key."""
     by_name = columns(values)
     return {
         f"model.layers.{layer}.{name}": by_name[name][layer].clone()
@@ -169,7 +169,7 @@ def as_state_dict(values: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def from_state_dict(tensors: dict[str, torch.Tensor], num_layers: int) -> torch.Tensor:
-    """The reverse of `as_state_dict`; KeyError names a scale that is missing."""
+    """Do the reverse of `as_state_dict`; a KeyError names a missing scale."""
     rows = [
         torch.cat([tensors[f"model.layers.{layer}.{name}"].reshape(-1).float() for name in SCALE_NAMES])
         for layer in range(num_layers)

@@ -3,18 +3,18 @@
     x1   = b_attn * Attention(Norm(x_in)) + s_attn * x_in
     xout = b_mlp  * MLP(Norm(x1))         + s_mlp  * x1           (arXiv 2506.03303)
 
-Where attention is skipped, its place is empty (b_attn = 0), or a low-rank map of the same input stands
-there: x1 = b_attn * up down Norm(x_in) + s_attn * x_in, down: [rank, hidden], up: [hidden, rank].
+If attention is skipped, its place is empty (b_attn = 0) or taken by a low-rank map of the same input:
+x1 = b_attn * up down Norm(x_in) + s_attn * x_in, down: [rank, hidden], up: [hidden, rank].
 
 A copy of this file travels in every saved checkpoint, so that `AutoModelForCausalLM.from_pretrained(
-path, trust_remote_code=True)` works where this project is not installed. It therefore imports torch
-and transformers only, and nothing of its own package; of transformers' models, it imports those of
-the one family that is asked for.
+path, trust_remote_code=True)` works where this project is not installed. It therefore imports only
+torch and transformers, and nothing from its own package. Of transformers' models, it imports only
+those of the requested family.
 
-`FAMILIES` describes each family's decoder layer, and one forward follows the description. From a
-stock `LlamaConfig`, `LlamaModel` and `LlamaForCausalLM` come `HopscotchLlamaConfig`,
+`FAMILIES` describes each family's decoder layer, and a single forward method follows the description.
+From a stock `LlamaConfig`, `LlamaModel` and `LlamaForCausalLM` come `HopscotchLlamaConfig`,
 `HopscotchLlamaModel` and `HopscotchLlamaForCausalLM`, made when this module is first asked for them.
-A family whose layer has Llama's shape is one name in `LLAMA_SHAPED`.
+A family whose layer has Llama's shape needs only its name in `LLAMA_SHAPED`.
 """
 
 import functools
@@ -55,23 +55,23 @@ RECURRENT_TYPES = ("linear_attention",)  # layers of these types have no attenti
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's decoder layer keeps what: attribute names, None for what it does not have.
+    """Attribute names for the parts of a family's decoder layer, None for parts that it does not have.
 
-    The defaults are Llama's. A `residual_multiplier` of the layer needs no mention, nor does what
-    else a module returns besides its output (attention weights, router logits).
+    The defaults are Llama's. A `residual_multiplier` of the layer needs no mention, nor does anything that a
+    module returns besides its output (attention weights, router logits).
     """
 
     norm_before_attention: str | None = "input_layernorm"
     attention: str = "self_attn"
     norm_after_attention: str | None = None
     norm_before_mlp: str | None = "post_attention_layernorm"
-    mlp: tuple[str, ...] = ("mlp",)  # their outputs are added; a layer may have some of them only
+    mlp: tuple[str, ...] = ("mlp",)  # their outputs are added; a layer may have only some of them
     norm_after_mlp: str | None = None
     recurrent: str | None = None  # what layers without attention have in its place
-    caps_attention: bool = False  # attention's logits, softly; sdpa would leave that out
+    caps_attention: bool = False  # caps attention's logits softly, which sdpa would leave out
 
     def skipped_modules(self, replaced: bool) -> tuple[str, ...]:
-        """What a layer with skipped attention does without; `replaced`: a map reads the normed input."""
+        """The modules that a layer with skipped attention lacks. replaced: a map reads the normed input."""
         before = None if replaced else self.norm_before_attention
         names = (before, self.attention, self.norm_after_attention)
         return tuple(name for name in names if name is not None)
@@ -108,24 +108,24 @@ REFUSED = dict.fromkeys(("cohere", "cohere2", "falcon", "gpt_neox", "gptj", "phi
 
 
 def rows_at_once(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A tensor [..., features] in parts of a few rows each, [rows, features]; views if it is contiguous.
+    """Split a tensor [..., features] into parts of a few rows, [rows, features]; views if it is contiguous.
 
-    Few enough that what is made of a part in float32 takes little memory, and no fewer, since each
-    part costs the start of all its kernels.
+    Rows are few enough that what is made of a part in float32 takes little memory, and no fewer, since each
+    part costs the launch of all its kernels.
     """
     elements = 2**20 if tensor.device.type == "cpu" else 2**23
     return tensor.reshape(-1, tensor.shape[-1]).split(max(1, elements // tensor.shape[-1]))
 
 
 def product(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`scale * tensor`, taken in float32 and rounded once to the tensor's dtype."""
+    """`scale * tensor`, computed in float32 and rounded once to the tensor's dtype."""
     if tensor.device.type == "cpu" and scale.numel() == 1 and not torch.compiler.is_compiling():
         return tensor * scale.view(())  # the same in one pass: the CPU's kernel multiplies in float32
     return (scale * tensor).to(tensor.dtype)
 
 
 class Scaled(torch.autograd.Function):
-    """`product(tensor, scale)`, which saves the tensor as it is, without a copy in float32.
+    """`product(tensor, scale)`, which saves the tensor itself, without a copy in float32.
 
     The scale's gradient is a sum over all that it multiplies, in float32, a few rows at a time.
     """
@@ -152,7 +152,7 @@ class Scaled(torch.autograd.Function):
 def scaled(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`scale * tensor` for activations [..., hidden] and a float32 scale, [1] or [hidden].
 
-    Has the tensor's dtype; a scale of 1 changes nothing, bit for bit.
+    The result has the tensor's dtype; a scale of 1 changes nothing, bit for bit.
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and scale.requires_grad):
         return product(tensor, scale)
@@ -160,13 +160,13 @@ def scaled(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def output_of(module: nn.Module, *args, **kwargs) -> torch.Tensor:
-    """A module's output, without what some return besides it."""
+    """Return a module's output, without what some modules return besides it."""
     output = module(*args, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
 class ScaledDecoderLayer:
-    """Mixin over a stock decoder layer: float32 scales, all 1, and `skip_attention`."""
+    """Mixin for a stock decoder layer: float32 scales, all 1, and `skip_attention`."""
 
     family: Family
 
@@ -179,23 +179,23 @@ class ScaledDecoderLayer:
         size = self.b_scale_attn.shape
         self.skip_attention = layer_idx in (config.skipped_attention_blocks or ())
         rank, hidden = config.replacement_rank, config.hidden_size
-        # Where blocks are still to be skipped, each may need its map.
+        # If blocks are still to be skipped, each may need its map.
         has_map = rank and (
             self.skip_attention
             or (config.new_scales and getattr(self, self.family.attention, None) is not None)
         )
-        if self.skip_attention and not has_map:  # a 0 that multiplies nothing is no trainable thing
+        if self.skip_attention and not has_map:  # a 0 that multiplies nothing cannot train
             del self.b_scale_attn
             self.register_buffer("b_scale_attn", torch.zeros(size, dtype=torch.float32))
         for name, shape in zip(REPLACEMENT_NAMES, ((rank, hidden), (hidden, rank)), strict=True):
             made = nn.Parameter(torch.zeros(shape, dtype=torch.float32)) if has_map else None
             self.register_parameter(name, made)
-        if self.skip_attention:  # a checkpoint's skip is for good: no weights are held for it
+        if self.skip_attention:  # a checkpoint's skip is permanent: it keeps no weights for it
             for name in self.family.skipped_modules(bool(rank)):
                 delattr(self, name)
 
     def _apply(self, fn, recurse=True):
-        """As the stock layer, but scales and maps stay float32 where `model.to(torch.bfloat16)` casts."""
+        """Do as the stock layer, but keep scales and maps float32 when `model.to(torch.bfloat16)` casts."""
         own = dict(self.named_parameters(recurse=False)) | dict(self.named_buffers(recurse=False))
         exact = {name: tensor.detach() for name, tensor in own.items()}
         super()._apply(fn, recurse)
@@ -206,12 +206,12 @@ class ScaledDecoderLayer:
         return self
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """One decoder layer. hidden_states: [batch, sequence, hidden]; kwargs go to attention."""
+        """Run the decoder layer. hidden_states: [batch, sequence, hidden]; kwargs go to attention."""
         stream = self.after_attention(hidden_states, **kwargs)
         return scaled(stream, self.s_scale_mlp) + scaled(self._mlp_branch(stream), self.b_scale_mlp)
 
     def after_attention(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The residual stream between the layer's two blocks; same arguments and shape as the layer's."""
+        """Return the residual stream between the layer's two blocks; arguments and shape are the layer's."""
         stream = scaled(hidden_states, self.s_scale_attn)
         if not self.skip_attention:
             branch = self.attention_branch(hidden_states, kwargs)
@@ -222,17 +222,17 @@ class ScaledDecoderLayer:
         return stream + scaled(branch, self.b_scale_attn)
 
     def attention_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the attention block, or the map in its place, reads of a stream [batch, sequence, hidden]."""
+        """Return what attention, or the map in its place, reads from a stream [batch, sequence, hidden]."""
         return self._normed(self.family.norm_before_attention, hidden_states)
 
     def _replacement(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """up down Norm(x) in the activations' dtype; the maps themselves are float32, as the scales are."""
+        """Return up down Norm(x) in the activations' dtype; the maps are float32, as the scales are."""
         normed = self.attention_input(hidden_states)
         down, up = self.replacement_down.to(normed.dtype), self.replacement_up.to(normed.dtype)
         return linear(linear(normed, down), up)
 
     def attention_branch(self, hidden_states: torch.Tensor, kwargs: dict) -> torch.Tensor:
-        """What the layer's attention adds to the stream at b_attn = 1, same shape as the stream."""
+        """Return what the layer's attention adds to the stream at b_attn = 1, in the stream's shape."""
         family = self.family
         normed = self.attention_input(hidden_states)
         attention = getattr(self, family.attention, None)
@@ -259,17 +259,17 @@ class ScaledDecoderLayer:
         return hidden_states if name is None else getattr(self, name)(hidden_states)
 
     def _multiplied(self, branch: torch.Tensor) -> torch.Tensor:
-        """Granite multiplies both branches by a constant before they join the residual stream."""
+        """Multiply a branch by Granite's constant, if there is one, before it joins the residual stream."""
         multiplier = getattr(self, "residual_multiplier", None)
         return branch if multiplier is None else branch * multiplier
 
 
 class HopscotchConfig:
-    """Mixin over a stock config: `skipped_attention_blocks`, `scale_granularity`, `replacement_rank`.
+    """Mixin for a stock config: `skipped_attention_blocks`, `scale_granularity`, `replacement_rank`.
 
-    new_scales: whether the weights that will be read have no scales yet, so that these start at 1. It
-    holds for a base model's weights. in_vllm_plugin: whether vLLM builds the model by this project's
-    plugin. uncached_layers: those that a model skips at present. These three are never saved.
+    new_scales: whether the weights to be read have no scales yet, so that these start at 1, as with a base
+    model's weights. in_vllm_plugin: whether vLLM builds the model through this project's plugin.
+    uncached_layers: those that a model skips at present. These three are never saved.
     """
 
     new_scales = False
@@ -277,9 +277,9 @@ class HopscotchConfig:
     uncached_layers = None
 
     def get_text_config(self, decoder=None, **options):
-        """The config or, for a cache (`decoder`), a view of the layers that keep anything.
+        """Return the config or, for a cache (`decoder`), a view of the layers that keep anything.
 
-        transformers' caches (cache_utils) call it with `decoder=True`, and have as many layers as it says.
+        transformers' caches (cache_utils) call it with `decoder=True`, and get as many layers as it says.
         """
         if not decoder or self.in_vllm_plugin or not self._uncached():
             return super().get_text_config(decoder=decoder, **options)
@@ -292,9 +292,9 @@ class HopscotchConfig:
         return tuple(self.skipped_attention_blocks or ()) if now is None else now
 
     def to_json_file(self, json_file_path, *arguments, **options):
-        """As the stock class, and beside the file this one, which `auto_map` names.
+        """Write the config as the stock class, and beside it a copy of this file, which `auto_map` names.
 
-        Configs and models are saved by it, before anything is uploaded, and only where files are written.
+        Configs and models are saved through it, before anything is uploaded, and only if files are written.
         """
         self.auto_map = auto_map(stock_type(self))
         super().to_json_file(json_file_path, *arguments, **options)
@@ -312,9 +312,9 @@ class HopscotchConfig:
 
 
 def cached_layers_config(config_class: type) -> type:
-    """A config class whose layers are those of another one's that have a slot in the cache.
+    """Make a config class with only those layers of another one that have a slot in the cache.
 
-    With 4 layers, of which block 1 is skipped, the model sees `num_hidden_layers` 4, and a cache 3.
+    With 4 layers, of which block 1 is skipped, the model sees `num_hidden_layers` 4, and a cache sees 3.
     """
 
     def kept(config) -> list[int]:
@@ -341,13 +341,13 @@ class HopscotchPreTrained:
     _keep_in_fp32_modules_strict = SCALE_NAMES + REPLACEMENT_NAMES
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As the stock class; ValueError for the folder of a checkpoint, whose index would stay."""
+        """Save as the stock class; raise ValueError for a checkpoint's folder, whose index would remain."""
         if (Path(save_directory) / SCALES_FILE).is_file():
             raise ValueError(f"{save_directory}: holds a checkpoint with {SCALES_FILE}; name a new folder")
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _init_weights(self, module):
-        """Raises ValueError for weights without scales, unless `config.new_scales` expects just that."""
+        """Raise ValueError for weights without scales, unless `config.new_scales` expects just that."""
         super()._init_weights(module)
         if not isinstance(module, ScaledDecoderLayer):
             return
@@ -365,7 +365,7 @@ class HopscotchPreTrained:
 
 
 class HopscotchModel(HopscotchPreTrained):
-    """Mixin over a stock base model: its decoder layers become scaled ones."""
+    """Mixin for a stock base model: its decoder layers become scaled ones."""
 
     family: Family
 
@@ -375,7 +375,7 @@ class HopscotchModel(HopscotchPreTrained):
         self.post_init()
 
     def scale_layers(self) -> None:
-        """Make scaled layers of the stock ones, and leave out skipped attention blocks."""
+        """Turn the stock layers into scaled ones, and leave out skipped attention blocks."""
         config = self.config
         if config._attn_implementation == "vllm" and not config.in_vllm_plugin:
             raise ValueError(
@@ -405,10 +405,10 @@ class HopscotchModel(HopscotchPreTrained):
         self.number_cache_slots()
 
     def number_cache_slots(self) -> None:
-        """Number the layers that have something to keep 0, 1, 2, …: a cache has no slot for a skipped block.
+        """Number the layers that keep anything 0, 1, 2, …: a cache has no slot for a skipped block.
 
-        transformers reads the past length from the cache's first slot (of each attention type, where a model
-        mixes full and sliding attention), and does to all slots alike what it does to a cache.
+        transformers reads the past length from the cache's first slot (of each attention type, if a model
+        mixes full and sliding attention), and treats all slots of a cache alike.
         """
         skipped = [i for i, layer in enumerate(self.layers) if layer.skip_attention]
         check_skipped_blocks(skipped, self.config)
@@ -420,18 +420,21 @@ class HopscotchModel(HopscotchPreTrained):
 
 
 class HopscotchForCausalLM(HopscotchPreTrained):
-    """Mixin over a stock causal LM, with a scaled base model."""
+    """Mixin for a stock causal LM, with a scaled base model."""
 
     base_class: type
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = None  # the stock one goes first, so that memory never holds two
+        self.model = None  # drops the stock one first, so that memory never holds two
         self.model = self.base_class(config)
         self.post_init()
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As the stock class, which would mix up full and sliding layers: it knows them by their numbers."""
+        """Do as the stock class; raise ValueError if it would mix up full and sliding layers.
+
+        It knows them by their numbers.
+        """
         if self.config._uncached() and len(set(attention_types(self.config))) > 1:
             raise ValueError(
                 "transformers' continuous batching cannot skip blocks of a model that mixes full and sliding "
@@ -488,7 +491,7 @@ def scaled_layer_class(stock: type, family: Family) -> type:
 
 
 def known_families() -> list[str]:
-    """The described families that this version of transformers has."""
+    """The families in FAMILIES that this version of transformers has."""
     return [name for name in FAMILIES if name in CONFIG_MAPPING_NAMES and name in MODEL_MAPPING_NAMES]
 
 
@@ -502,37 +505,37 @@ def stock_names(model_type: str) -> tuple[str, str, str]:
 
 @functools.cache
 def family_config(model_type: str) -> type:
-    """The config class over that of a stock family; no model code is imported."""
+    """Return the Hopscotch config class of a stock family; no model code is imported."""
     stock = getattr(transformers, stock_names(model_type)[0])
     kinds = {"skipped_attention_blocks": list[int] | None, "scale_granularity": str, "replacement_rank": int}
     defaults = {"skipped_attention_blocks": None, "scale_granularity": "layer", "replacement_rank": 0}
     members = {"__annotations__": kinds, "model_type": PREFIX + model_type, **defaults}
     made = type(f"{CLASS_PREFIX}{stock.__name__}", (HopscotchConfig, stock), members)
-    made.cached_layers = cached_layers_config(made)  # here, as torch.compile traces no making of classes
+    made.cached_layers = cached_layers_config(made)  # here, as torch.compile cannot trace making a class
     return made
 
 
 @functools.cache
 def family_classes(model_type: str) -> tuple[type, type, type]:
-    """(config, base model, causal LM) classes over those of a stock family."""
+    """Return the Hopscotch (config, base model, causal LM) classes of a stock family."""
     family, config = FAMILIES[model_type], family_config(model_type)
     stock_base, stock_causal = (getattr(transformers, name) for name in stock_names(model_type)[1:])
     members = {"family": family, "config_class": config}
-    # transformers looks for it in the source of a class's own module; without it experts run one by one
+    # transformers looks for it in the source of a class's own module; without it, experts run one by one
     members["_can_set_experts_implementation_cached_value"] = stock_causal._can_set_experts_implementation()
     if family.caps_attention:
         members["_supports_sdpa"] = False
     base = type(f"{CLASS_PREFIX}{stock_base.__name__}", (HopscotchModel, stock_base), members)
     members = members | {"base_class": base}
     causal = type(f"{CLASS_PREFIX}{stock_causal.__name__}", (HopscotchForCausalLM, stock_causal), members)
-    conversion = get_checkpoint_conversion_mapping(model_type)  # how a hub's weights are read: experts
+    conversion = get_checkpoint_conversion_mapping(model_type)  # how weights from the hub are read: experts
     if conversion is not None:
         register_checkpoint_conversion_mapping(PREFIX + model_type, conversion, overwrite=True)
     return config, base, causal
 
 
 def auto_map(model_type: str) -> dict[str, str]:
-    """What a checkpoint's config says of its code, by the stock model type."""
+    """Return what a checkpoint's config says of its code, for a stock model type."""
     names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     return {
         name: f"{CODE.stem}.{CLASS_PREFIX}{stock}"
@@ -541,7 +544,7 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def __getattr__(name: str) -> type:
-    """Classes of the families by name, as a checkpoint's `auto_map` asks for them."""
+    """Return a family's class by name, as a checkpoint's `auto_map` asks for it."""
     for model_type in known_families() if name.startswith(CLASS_PREFIX) else ():
         names = [CLASS_PREFIX + stock for stock in stock_names(model_type)]
         if name in names:

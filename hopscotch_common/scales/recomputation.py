@@ -1,8 +1,8 @@
-"""What backward can compute again from less is not kept for it.
+"""Recomputation in the backward pass of what can be made from less than the stock modules keep.
 
-The weights are frozen, so a norm's and a gated MLP's elementwise part have no gradients but those of
-their inputs. The stock modules keep float32 copies and intermediate products for these; here only
-the inputs are kept, in their own dtype, and the rest is made again in backward, a few rows at a time.
+The weights are frozen, so norms and the elementwise part of gated MLPs have gradients only for their
+inputs. The stock modules keep float32 copies and intermediate products for these. Here only the inputs
+are kept, in their own dtype, and the rest is recomputed in the backward pass, a few rows at a time.
 """
 
 import functools
@@ -20,7 +20,7 @@ class RMSNorm(torch.autograd.Function):
     """A frozen RMS norm of tensors [..., features] with weights [features]; only the tensor is saved.
 
     With r = 1 / rms(x) and h = weight * upstream, the gradient is r * h - r^3 * mean(h * x) * x,
-    made in float32, `rows_at_once` rows at a time.
+    computed in float32, `rows_at_once` rows at a time.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Gated(torch.autograd.Function):
-    """`act(gate) * up`, which saves gate and up [..., features], and not act(gate)."""
+    """`act(gate) * up`, which saves gate and up [..., features], but not act(gate)."""
 
     @staticmethod
     def forward(ctx, act, gate, up):
@@ -63,7 +63,7 @@ class Gated(torch.autograd.Function):
 
 
 def _saves(module: torch.nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether autograd would save anything, and all of it for the tensor's gradient.
+    """Whether autograd would save anything, and save it only for the tensor's gradient.
 
     Within torch.compile the compiler chooses what to keep.
     """
@@ -76,7 +76,7 @@ def _saves(module: torch.nn.Module, tensor: torch.Tensor) -> bool:
 
 
 class RecomputedNorm:
-    """Mixin over a stock RMSNorm. weight_offset: what the class adds to its weights (Gemma: 1)."""
+    """Mixin for a stock RMSNorm. weight_offset: what the class adds to its weights (Gemma: 1)."""
 
     weight_offset: float
 
@@ -89,7 +89,7 @@ class RecomputedNorm:
 
 
 class RecomputedGatedMLP:
-    """Mixin over a stock MLP of `gate_proj`, `up_proj`, `down_proj` and `act_fn`."""
+    """Mixin for a stock MLP of `gate_proj`, `up_proj`, `down_proj` and `act_fn`."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not _saves(self.act_fn, hidden_states) or self.training:
@@ -104,9 +104,9 @@ def _eps(norm: torch.nn.Module) -> float | None:
 
 @torch.no_grad()
 def _weight_offset(norm: torch.nn.Module) -> float | None:
-    """What a norm adds to its weights, 0 or 1, told from what it computes; None if it is neither."""
+    """What a norm adds to its weights, 0 or 1, inferred from what it computes; None if it is neither."""
     weight, eps = getattr(norm, "weight", None), _eps(norm)
-    if weight is None or weight.is_meta or eps is None:  # meta: offloaded, which hooks see to
+    if weight is None or weight.is_meta or eps is None:  # meta: offloaded, which hooks handle
         return None
     row = torch.linspace(-2, 3, len(weight), device=weight.device, dtype=weight.dtype)[None]
     normed = row.float() * torch.rsqrt(row.float().square().mean() + eps)
@@ -122,7 +122,7 @@ def _recomputing_class(mixin: type, stock: type, **attributes) -> type:
 
 
 def recompute_elementwise(model: torch.nn.Module) -> None:
-    """Let RMSNorms and gated MLPs of a model in eval mode save their inputs only.
+    """Make RMSNorms and gated MLPs of a model in eval mode save only their inputs.
 
     Their outputs stay the same bit for bit. Calling it again changes nothing.
     """
@@ -140,5 +140,5 @@ def recompute_elementwise(model: torch.nn.Module) -> None:
 
 def _become(module: torch.nn.Module, new_class: type) -> None:
     module.__class__ = new_class
-    if hasattr(module, "_old_forward"):  # what accelerate's hooks of a split model call
+    if hasattr(module, "_old_forward"):  # accelerate's hooks of a split model call it
         module._old_forward = types.MethodType(new_class.forward, module)

@@ -1,4 +1,4 @@
-"""One loaded model that trains candidates, or judges them before training: all that a search asks of it."""
+"""One loaded model on which a search trains candidates, or judges them before training."""
 
 import functools
 import math
@@ -50,7 +50,7 @@ class CandidateTrainer:
         if options.loss == "kl":
             self._originals.keep(self.batches.epoch())
         self._originals.keep(self._held_out)
-        self._wrong: dict[int, float] = {}  # by block, once maps are fitted
+        self._wrong: dict[int, float] = {}  # by block, once the maps are fitted
 
     def fit_maps(self) -> None:
         """Fit the map of every block, for when it is skipped."""
@@ -60,13 +60,13 @@ class CandidateTrainer:
         )
 
     def candidates(self, skipped: Sequence[int]) -> list[int]:
-        """The blocks of which each could be skipped next."""
+        """The blocks that could each be skipped next."""
         return scales.skippable_blocks(self.model, skipped)
 
     def train(
         self, skipped: Sequence[int], candidate: Candidate, look: int, group: Group, on_batch: Callable
     ) -> Candidate:
-        """The candidate after `look` batches of the epoch, from where it is; marked if it diverged."""
+        """Return the candidate after `look` batches of the epoch, from where it is; marked if it diverged."""
         losses, done = list(candidate.losses), len(candidate.losses)
         trainer = ScaleTrainer(
             self.model,
@@ -97,7 +97,7 @@ class CandidateTrainer:
     def screen(
         self, skipped: Sequence[int], blocks: Sequence[int], index: int, on_screened: Callable[[float], None]
     ) -> dict[int, float]:
-        """Each block's loss on one of the batches before any training (`untrained_losses`)."""
+        """Return each block's loss on one batch before any training (`untrained_losses`)."""
         batch, where = self._part(0, 1)[index], f"screening, batch {index}"
         return untrained_losses(
             self.model,
@@ -111,9 +111,9 @@ class CandidateTrainer:
         )
 
     def distances(self, skipped: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
-        """How far each block turns the residual stream, over all batches (`stream_distances`).
+        """Return how far each block turns the residual stream, over all batches (`stream_distances`).
 
-        With maps: the share of the stream behind a block that its map gets wrong (`fit_maps`).
+        With maps, return the share of the stream after a block that its map gets wrong (`fit_maps`).
         """
         if self._wrong:
             return {block: self._wrong[block] for block in blocks}
@@ -122,7 +122,7 @@ class CandidateTrainer:
         )
 
     def original_loss(self) -> float:
-        """Mean cross entropy of the batches with nothing skipped, as a candidate's loss is."""
+        """Return the mean cross entropy of the batches with nothing skipped, as a candidate's loss is."""
         scales.reset(self.model)
         return statistics.fmean(
             evaluate(
@@ -132,7 +132,7 @@ class CandidateTrainer:
         )
 
     def held_out(self, skipped: Sequence[int], state: ScaleState | None = None) -> HeldOut | None:
-        """Figures of the held-out samples, if there are any, with exactly `skipped` skipped.
+        """Return the figures of the held-out samples, if any, with exactly `skipped` skipped.
 
         state: None for scales of 1.
         """
@@ -155,15 +155,14 @@ def untrained_losses(
     runner: MinibatchRunner | None = None,
     originals: Originals | None = None,
 ) -> dict[int, float]:
-    """The batch's mean loss with each of `blocks` skipped besides `skipped`, at scales of 1.
+    """Return the batch's mean loss with each of `blocks` skipped besides `skipped`, at scales of 1.
 
-    The same as the loss of a first training step on that batch, for a fraction of its cost; infinite
-    where it is not finite. Candidates differ only in the one layer whose attention they skip. What lies
-    below that layer is the same for all of them and is computed once: half of the work.
-    originals: the loss is the divergence from them; None: cross entropy.
-    where: named in the errors, for example "screening, batch 3". on_screened gets the share of the
-    batch that a block was run on, each time. Raises TrainingError when a single answer does not fit
-    into memory.
+    This is the loss of a first training step on that batch, at a fraction of its cost; infinite if it is not
+    finite. Candidates differ only in the one layer whose attention they skip. What is below that layer is the
+    same for all of them and is computed once: half of the work. originals: the loss is the divergence from
+    them; None: cross entropy. where: named in the errors, for example "screening, batch 3". on_screened gets
+    the share of the batch that was run, summed over the blocks, each time. Raises TrainingError if a single
+    answer does not fit into memory.
     """
     scales.reset(model, skipped)
     totals, layers = torch.zeros(len(blocks), device=model.device), model.model.layers
@@ -171,7 +170,7 @@ def untrained_losses(
     num_samples = sum(len(minibatch.samples) for minibatch in minibatches)
 
     def loss_without(block: int, calls: list[tuple], minibatch: Minibatch, original) -> torch.Tensor:
-        """Summed loss with one attention block more skipped, from that block's layer on."""
+        """Return the summed loss with one more attention block skipped, from that block's layer on."""
         hidden, _ = calls[block]
         layers[block].skip_attention = True
         try:
@@ -203,12 +202,12 @@ def stream_distances(
     runner: MinibatchRunner,
     reduce: Reduce | None = None,
 ) -> dict[int, float]:
-    """How much each block changes what passes through it, with `skipped` skipped and scales of 1.
+    """Return how much each block changes what passes through it, with `skipped` skipped and scales of 1.
 
-    1 - the cosine similarity of the residual stream before and after the block, a mean over all tokens,
-    as in LLM-Drop (arXiv 2406.15786): a criterion without any loss. A block that hardly turns the stream
-    is taken to matter little. reduce: sums over the processes, which have a part of every batch each.
-    Raises TrainingError when a single answer does not fit into memory.
+    The measure is 1 - the cosine similarity of the residual stream before and after the block, a mean over
+    all tokens, as in LLM-Drop (arXiv 2406.15786): a criterion without any loss. A block that hardly turns the
+    stream is assumed to matter little. reduce: sums over the processes, which have a part of every batch
+    each. Raises TrainingError if a single answer does not fit into memory.
     """
     scales.reset(model, skipped)
     total = torch.zeros(len(blocks) + 1, dtype=torch.float64)  # the last counts tokens

@@ -1,4 +1,4 @@
-"""What a search has computed, so that an interrupted one goes on and another schedule uses it again."""
+"""What a search has computed, so that an interrupted one can resume and another schedule can reuse it."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +14,10 @@ REMEDY = "name another --output, or delete the journal"
 class Journal:
     """The losses of candidates: one record for each batch of a screening and each candidate and look.
 
-    It serves any number of iterations, as what it holds is found by the blocks skipped before.
-    records: (place, record) of an earlier run's. append: keeps a record for good (`ResumableLog.append`).
+    It serves any number of iterations, as records are found by the blocks skipped before.
+    records: (place, record) of an earlier run's. append: saves a record (`ResumableLog.append`).
     num_batches: of an epoch; no candidate has more losses.
-    Raises InputError, with the place, for a record that is none.
+    Raises InputError, with the place, for an invalid record.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Journal:
         self._append = append
         # (blocks skipped before, block) -> batches trained -> the candidate then
         self._trained: dict[tuple[tuple, int], dict[int, Candidate]] = {}
-        self._diverged: dict[tuple[tuple, int], Candidate] = {}  # in the batch behind its losses
+        self._diverged: dict[tuple[tuple, int], Candidate] = {}  # in the batch after its losses
         # (blocks skipped before, batch) -> block -> loss before training
         self._untrained: dict[tuple[tuple, int], dict[int, float]] = {}
         for place, record in records:
@@ -69,31 +69,31 @@ class Journal:
         self._keep(record)
 
     def find(self, skipped: Sequence[int], block: int, done: int, look: int) -> Candidate | None:
-        """The candidate after `look` batches or, where that is not known, after the most that are.
+        """Return the candidate after `look` batches or, if that is not known, after the most that are.
 
-        None where no training of more than `done` batches is known. A longer training tells the
-        losses at a look, too, but not the state then. A candidate that diverged stays so, but not at a look
-        that it passed: the same race over its journal is the same race.
+        Returns None if no training of more than `done` batches is known. A longer training also tells the
+        losses at a look, but not the state then. A candidate that diverged stays so, but not at a look that
+        it passed: the same race over its journal is the same race.
         """
         key = tuple(sorted(skipped)), block
         known, diverged = self._trained.get(key, {}), self._diverged.get(key)
-        if look in known:  # the very look
+        if look in known:  # exactly this look
             return known[look]
         if diverged is not None:
             if len(diverged.losses) <= look:  # it had ended by then
                 return diverged
             known = {len(diverged.losses): diverged} | known
         longer = [count for count in known if count >= look]
-        if longer:  # it went further: that tells the losses of this look, but not the state
+        if longer:  # it went further, which tells the losses at this look, but not the state
             return Candidate(block, known[min(longer)].losses[:look])
         shorter = [count for count in known if done < count < look and known[count].state is not None]
-        return known[max(shorter)] if shorter else None  # to go on from
+        return known[max(shorter)] if shorter else None  # to continue from
 
     def add_untrained(self, skipped: Sequence[int], batch: int, losses: dict[int, float]) -> None:
-        """losses: by block; an infinite one is that of a block without which nothing finite comes out."""
+        """Add losses by block; a loss is infinite if nothing finite comes out without that block."""
         as_json = {str(block): loss if loss < float("inf") else None for block, loss in losses.items()}
         self._keep({"skipped": list(skipped), "batch": batch, "untrained": as_json})
 
     def find_untrained(self, skipped: Sequence[int], batch: int) -> dict[int, float]:
-        """Losses by block on a batch before training, as far as they are known."""
+        """Return the known losses by block on a batch before training."""
         return dict(self._untrained.get((tuple(sorted(skipped)), batch), {}))

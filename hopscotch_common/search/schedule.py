@@ -1,14 +1,14 @@
 """The schedules of the search: which candidates go on, and how far each is trained.
 
-`full` gives every candidate a whole epoch (the paper's search). A race first screens: candidates
-are compared by their losses on the first batches before any training, which is cheap, and only the
-best go on. Those advance together over the same batches and are looked at again and again. At most
-a share goes on that falls as the batches add up (in the spirit of successive halving, arXiv
-1502.07943), which bounds the cost whatever the data, and those whose loss is worse than the
-leader's beyond doubt drop out sooner. Finalists run the whole epoch, so the winner's loss is the
-number that `full` gives. Both are one rule: `full` has a single look, after the last batch.
+`full` gives every candidate a whole epoch (the paper's search). A race first screens: it compares
+candidates by their losses on the first batches before any training, which is cheap, and only the best
+go on. Those advance together over the same batches and are compared at one look after another. The
+share that may go on falls as the batches add up (in the spirit of successive halving, arXiv
+1502.07943), which bounds the cost whatever the data. Those whose loss is worse than the leader's beyond
+doubt drop out sooner. Finalists run the whole epoch, so the winner's loss is the number that `full`
+gives. Both follow one rule: `full` has a single look, after the last batch.
 Two more schedules train nothing: they pick by the loss before training, or by cosine distance.
-Of candidates that are alike, the block nearest to the input wins, everywhere.
+In every schedule, ties go to the block nearest to the input.
 """
 
 import math
@@ -23,11 +23,11 @@ MIN_BATCHES = 4  # a standard deviation of fewer losses says little
 SHARE_POWER = 0.9
 # A race's first look, in epochs: the losses of more batches cost more than they tell.
 FIRST_LOOK = 1 / 32
-# Standard errors that are beyond doubt in a race. With 2, one of the recorded picks was worse (0.6 %); with
-# 1, two were (up to 6.6 %, benchmarks/README.md).
+# Standard errors that count as beyond doubt in a race. With 2, one of the recorded picks was worse (0.6 %);
+# with 1, two were (up to 6.6 %, benchmarks/README.md).
 CONFIDENCE = 3.0
-# Of a training step on the same batch: no backward pass, half of the layers on average, and the LM
-# head. More where samples share a long prefix, which training computes once a batch.
+# Share of a training step on the same batch: no backward pass, half of the layers on average, and the LM
+# head. More if samples share a long prefix, which training computes once per batch.
 SCREENING_COST = 1 / 3
 
 
@@ -36,9 +36,9 @@ class Candidate:
     """A block that might be skipped next, and how far its training has come."""
 
     block: int
-    losses: list[float] = field(default_factory=list)  # one a batch
+    losses: list[float] = field(default_factory=list)  # one per batch
     state: ScaleState | None = None
-    known_loss: float | None = None  # given by --prev, or before any training: nothing to train
+    known_loss: float | None = None  # from --prev, or before any training: nothing to train
     diverged: str | None = None  # where its loss ceased to be finite: nothing more to train
 
     @property
@@ -53,13 +53,12 @@ class Candidate:
 class Schedule:
     """When candidates are compared, and which of them go on.
 
-    first_look: batches before the first comparison, after which about half of all go on at most, and
-    about 1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to
-    the leader that count as beyond doubt; math.inf drops nobody sooner. screening: the share that
-    is trained at all (at least two), by the losses on the first_look batches before training; 1
-    screens nobody. criterion: what decides: "trained", the loss after training; "untrained", the
-    loss before it; or "cosine", how far a block turns the residual stream. Without training the other
-    fields have no effect.
+    first_look: batches before the first comparison, after which at most about half go on, and at most about
+    1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to the leader
+    that count as beyond doubt; with math.inf nobody drops out sooner. screening: the share that is trained
+    at all (at least two), by the losses on the first_look batches before training; 1 screens nobody.
+    criterion: what decides: "trained", the loss after training; "untrained", the loss before it; or
+    "cosine", how far a block turns the residual stream. Without training, the other fields have no effect.
     """
 
     first_look: int
@@ -77,33 +76,36 @@ class Schedule:
         return min(self.first_look, num_batches) if drops else 0
 
     def looks(self, num_batches: int) -> list[int]:
-        """Numbers of batches after which to compare: the first look, then every next batch or,
-        where there are many, every further eighth; always ends with num_batches."""
+        """Return the numbers of batches after which to compare.
+
+        First comes the first look, then every next batch or, if there are many, every further eighth;
+        num_batches is always last.
+        """
         looks = [min(self.first_look, num_batches)]
         while looks[-1] < num_batches:
             looks.append(min(looks[-1] + max(1, looks[-1] // 8), num_batches))
         return looks
 
     def most_survivors(self, num_candidates: int, batches: int) -> int:
-        """How many of the candidates that began may go on after a look at so many batches."""
+        """How many of the initial candidates may go on after a look at this many batches."""
         if batches < self.first_look:
             return num_candidates
         share = self.first_look / (self.first_look + batches)
         return max(1, int(num_candidates * share**SHARE_POWER))
 
     def survivors(self, candidates: Sequence[Candidate], num_candidates: int, look: int) -> list[Candidate]:
-        """Those of the candidates, of which none diverged, that go on after a look.
+        """Return the candidates that go on after a look, by block; none of those given has diverged.
 
-        By block. num_candidates: how many the search began with. look: after so many batches.
+        num_candidates: how many the search began with. look: the number of batches.
         """
         most = self.most_survivors(num_candidates, look)
         best = sorted(not_ruled_out(candidates, self.confidence), key=_by_loss)[:most]
         return sorted(best, key=lambda candidate: candidate.block)
 
     def longest(self, num_candidates: int, num_batches: int, processes: int = 1) -> float:
-        """The most time that the search of one block can take on so many processes.
+        """Return the most time that the search for one block can take on this many processes.
 
-        In training steps of one process; screening counts at its cost.
+        The unit is a training step of one process; screening counts at its cost.
         """
         if self.criterion == "cosine":
             return 2 * num_batches * SCREENING_COST  # all blocks' distances, and the loss of one of them
@@ -125,15 +127,15 @@ COSINE = Schedule(first_look=NEVER, confidence=math.inf, criterion="cosine")
 
 
 def named(search: str, num_batches: int, screening: float) -> Schedule:
-    """The schedule of `--search` over epochs of so many batches. screening: of a race."""
+    """Return the schedule of `--search` for epochs of this many batches. screening: of a race."""
     race = Schedule(max(1, int(num_batches * FIRST_LOOK)), CONFIDENCE, screening)
     return {"full": FULL, "race": race, "untrained": UNTRAINED, "cosine": COSINE}[search]
 
 
 def rounds(num_candidates: int, processes: int) -> list[tuple[int, float]]:
-    """(candidates that train at once, time of a batch then) of each round over so many candidates.
+    """Return (candidates that train at once, time of a batch then) for each round over the candidates.
 
-    Each process has a candidate of its own, and in the last round, where there are fewer, several
+    Each process has a candidate of its own. In the last round, if there are fewer candidates, several
     processes share one: the smallest group of them decides the time.
     """
     whole, rest = divmod(num_candidates, processes)
@@ -150,11 +152,12 @@ def leader(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Candidate]:
-    """The candidates, of which none diverged, whose loss is not beyond doubt worse than the leader's.
+    """Return the candidates whose loss is not beyond doubt worse than the leader's.
 
-    All have seen the same batches, so the losses are compared in pairs, which takes out how hard a
-    batch is. The noise of a paired difference is taken as at least its median over the candidates:
-    with few batches, some look far too sure by chance. With fewer than MIN_BATCHES all are in doubt.
+    None of those given has diverged. All have seen the same batches, so the losses are compared in pairs,
+    which takes out how hard a batch is. The noise of a paired difference is taken as at least its median over
+    the candidates: with few batches, some look far too certain by chance. With fewer than MIN_BATCHES
+    batches, all are in doubt.
     """
     best = leader(candidates)
     count = len(best.losses)

@@ -1,4 +1,4 @@
-"""The greedy search: which block to skip next, given those that are, and what that costs."""
+"""The greedy search: which block to skip next, given those already skipped, and what that costs."""
 
 import functools
 import math
@@ -19,18 +19,18 @@ from hopscotch_common.training.trainer import ScaleState
 
 @dataclass
 class Iteration:
-    """What one iteration of the search found; the search fills it in while it runs. Dictionaries: by block.
+    """What one iteration of the search found, filled in while it runs. Dictionaries are by block.
 
-    block, loss, state: the pick, its loss and its scales after training; None where there was none.
-    losses: full-epoch means, of the finalists (all candidates of `full`, `untrained`).
-    dropped: after how many batches of training, the mean loss and the leader's then (before any
-    training: of the untrained_losses). diverged: where the loss ceased to be finite.
+    block, loss, state: the pick, its loss and its scales after training; None if there was none.
+    losses: full-epoch means of the finalists (all candidates with `full` and `untrained`).
+    dropped: after how many batches of training, with the mean loss and the leader's at that point (before
+    any training: from the untrained_losses). diverged: where the loss ceased to be finite.
     untrained_losses: means of the screened batches; empty without a screening.
-    skipped_before: the blocks that are skipped besides. batch_losses: one a batch, of what trained.
+    skipped_before: the blocks skipped already. batch_losses: one per batch, of the candidates that trained.
     distances: of the residual stream, by which `cosine` picks; else empty.
-    candidate_epochs, elapsed_epochs: in epochs of one candidate, screening at SCREENING_COST, of an iteration
-    that finds nothing in its journal: the work of all processes together, and the time.
-    held_out, loss_increase: by `Picks`; None where no answers are held out, and no increase is limited.
+    candidate_epochs, elapsed_epochs: the work of all processes together, and the time, of an iteration that
+    finds nothing in its journal, in epochs of one candidate, with screening at SCREENING_COST.
+    held_out, loss_increase: from `Picks`; None if no answers are held out, or no increase is limited.
     """
 
     skipped_before: list[int]
@@ -50,11 +50,11 @@ class Iteration:
 
 
 class Search:
-    """Finds one block after the other.
+    """Finds one block after another.
 
-    trainer: trains and screens candidates; only what the journal lacks is asked of it. With several
-    processes each trains other candidates over the same batches, or shares one where there are fewer,
-    and `next_block` returns the same in all.
+    trainer: trains and screens candidates, but only what the journal lacks. With several processes, each
+    trains a different candidate over the same batches, or shares one if there are fewer, and `next_block`
+    returns the same in all.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class Search:
         self.bar = SearchBar(1, schedule, self.processes, show=False) if bar is None else bar
 
     def next_block(self, skipped: Sequence[int], known_losses: dict[int, float] | None = None) -> Iteration:
-        """The next block to skip, given those that are.
+        """Find the next block to skip, given those already skipped.
 
         known_losses: full-epoch losses of this iteration that need no training (`--prev`). Raises
-        TrainingError when every candidate diverges.
+        TrainingError if every candidate diverges.
         """
         found = Iteration(list(skipped))
-        self._work = self._time = 0.0  # training steps: of all processes; and one after the other
+        self._work = self._time = 0.0  # in training steps: of all processes, and one after another
         blocks = self.trainer.candidates(skipped)
         if self.schedule.criterion == "trained":
             finalists = self._train(found, blocks, known_losses or {})
@@ -94,7 +94,7 @@ class Search:
         return found
 
     def _train(self, found: Iteration, blocks: list[int], known_losses: dict[int, float]) -> list[Candidate]:
-        """The candidates that have a full epoch's loss, after the schedule's looks."""
+        """Train by the schedule's looks; return the candidates that have a full epoch's loss."""
         known = [Candidate(b, known_loss=known_losses[b]) for b in blocks if b in known_losses]
         unknown = [block for block in blocks if block not in known_losses]
         num_batches = self.trainer.num_batches
@@ -116,12 +116,12 @@ class Search:
         return racing + known
 
     def _judge_untrained(self, found: Iteration, blocks: Sequence[int]) -> list[Candidate]:
-        """Candidates with their losses before training: all of them, or of `cosine` the one that it picks."""
+        """Return candidates with their losses before training: all, or for `cosine` the one it picks."""
         num_batches = self.trainer.num_batches
         self.bar.start_iteration(len(blocks), len(blocks), num_batches)
         if self.schedule.criterion == "cosine":
             distances = self.trainer.distances(found.skipped_before, blocks)
-            distances = self.processes.gather(distances)[0]  # all must pick alike
+            distances = self.processes.gather(distances)[0]  # all must pick the same
             found.distances = _finite(found, distances, "what passes through it is not finite")
             self.bar.move(num_batches * SCREENING_COST)
             self._work = self._time = num_batches * SCREENING_COST
@@ -130,7 +130,7 @@ class Search:
         return [Candidate(block, known_loss=loss) for block, loss in losses.items()]
 
     def _screen(self, found: Iteration, blocks: Sequence[int], num_batches: int) -> dict[int, float]:
-        """Mean loss of each block on the first batches before any training, where it is finite."""
+        """Return each block's mean loss on the first batches before any training, if it is finite."""
         skipped, rank, count = found.skipped_before, self.processes.rank, self.processes.count
         seen = []
         for index in range(num_batches):
@@ -151,7 +151,7 @@ class Search:
         return _finite(found, means, "the loss is not finite before any training")
 
     def _best_untrained(self, found: Iteration, blocks: Sequence[int], num_batches: int) -> list[int]:
-        """The blocks that the screening leaves, in order."""
+        """Return the blocks that the screening leaves, in order."""
         losses = found.untrained_losses = self._screen(found, blocks, num_batches)
         best = sorted(losses, key=lambda block: (losses[block], block))
         most = self.schedule.most_trained(len(blocks))
@@ -160,9 +160,9 @@ class Search:
         return sorted(best[:most])
 
     def _advance(self, found: Iteration, racing: list[Candidate], done: int, look: int) -> list[Candidate]:
-        """The candidates, trained from `done` to `look` batches as far as the journal does not know them.
+        """Train the candidates from `done` to `look` batches, unless the journal knows the result.
 
-        By block, and without those that diverge on the way.
+        Returns them by block, without those that diverge on the way.
         """
         skipped, count = found.skipped_before, self.processes.count
         advanced, waiting = [], []
@@ -182,7 +182,7 @@ class Search:
                     self.journal.add(skipped, candidate)
                     advanced.append(candidate)
             waiting = waiting[together:]
-            if done == 0 or not waiting:  # else only the last look knows a leader
+            if done == 0 or not waiting:  # else the leader is still the last look's
                 self.bar.advanced(len(racing), leader(advanced))
         advanced.sort(key=lambda candidate: candidate.block)
         found.batch_losses |= {candidate.block: candidate.losses for candidate in advanced}
@@ -199,7 +199,7 @@ def _drop(after_batches: int, loss: float, leader_loss: float) -> dict:
 
 
 def _finite(found: Iteration, values: dict[int, float], where: str) -> dict[int, float]:
-    """Those of some blocks' values that are finite; `where` the others diverged is noted."""
+    """Return the blocks' values that are finite; note `where` the others diverged."""
     for block, value in values.items():
         if not math.isfinite(value):
             _note_diverged(found, block, where)
@@ -212,11 +212,11 @@ def _note_diverged(found: Iteration, block: int, where: str) -> None:
 
 
 class Picks:
-    """One pick after the other, each judged where answers are held out, until one would cost too much.
+    """Picks one block after another, judged on held-out answers if there are any, until one costs too much.
 
-    most_increase: what the loss may rise above the original model's, or None; the held-out loss where the
-    search's trainer holds answers out, else that of the training. original: the original model's held-out
-    figures. Several processes get the same numbers, rank 0's.
+    most_increase: how far the loss may rise above the original model's, or None. It is the held-out loss if
+    the search's trainer holds answers out, else that of the training. original: the original model's held-out
+    figures. All processes get the same numbers, rank 0's.
     """
 
     def __init__(self, search: Search, most_increase: float | None = None):
@@ -226,7 +226,7 @@ class Picks:
         self._original_loss = None if most_increase is None else self._loss_of_original()
 
     def next(self, skipped: Sequence[int], known_losses: dict[int, float]) -> Iteration:
-        """The next block, given those that are skipped; arguments and errors are `Search.next_block`'s."""
+        """Find the next block, given those skipped; arguments and errors are `Search.next_block`'s."""
         found = self.search.next_block(skipped, known_losses)
         found.held_out = self._held_out([*skipped, found.block], found.state)
         if self.most_increase is not None:
@@ -235,7 +235,7 @@ class Picks:
         return found
 
     def increase(self, loss: float) -> float:
-        """As a share of the original's loss; of one that is 0 there, as KL is, the loss itself."""
+        """Return the increase as a share of the original's loss or, if that is 0 (as for KL), the loss."""
         return (loss - self._original_loss) / self._original_loss if self._original_loss else loss
 
     def costs_too_much(self, pick: Iteration) -> bool:
@@ -245,7 +245,7 @@ class Picks:
         return self.search.processes.gather(self.search.trainer.held_out(skipped, state))[0]
 
     def _loss_of_original(self) -> float:
-        if self._measure == "kl":  # to itself; what is measured may be off by rounding
+        if self._measure == "kl":  # to itself; a measured one may be off by rounding
             return 0.0
         if self.original is not None:
             return getattr(self.original, self._measure)

@@ -1,4 +1,4 @@
-"""Processed samples, the batches and minibatches that they train in, and halves of what does not fit."""
+"""Processed samples, their batches and minibatches, and the halving of those that do not fit into memory."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from hopscotch_common.errors import InputError, TrainingError, is_out_of_memory,
 from hopscotch_common.files import read_jsonl
 from hopscotch_common.training import IGNORE_INDEX, TrainingOptions
 
-MIN_SHARED = 0.2  # of a batch's tokens: less is not worth a pass of its own
+MIN_SHARED = 0.2  # share of a batch's tokens: less is not worth a pass of its own
 
 Result = TypeVar("Result")
 
@@ -54,7 +54,7 @@ def load_samples(
     max_tokens: int | None = None,
     max_samples: int | None = None,
 ) -> list[Sample]:
-    """Read and check processed data (`input_ids`, `labels` on each line), to max_samples or the end.
+    """Read and check processed data (`input_ids`, `labels` on each line), at most max_samples lines.
 
     Raises InputError, with the line, for anything that training could not use: other fields,
     lengths that differ, ids beyond the vocabulary, a label other than its token or -100, no
@@ -120,7 +120,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def describe(samples: Sequence[Sample], path: Path) -> dict:
-    """What a report tells of the samples that were used, and of the file that they are from."""
+    """Return what a report says of the samples that were used, and of their file."""
     return {
         "path": str(path),
         "sha256": fingerprint(samples),
@@ -133,10 +133,10 @@ def describe(samples: Sequence[Sample], path: Path) -> dict:
 def split_samples(
     samples: Sequence[Sample], validation_split: float, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """(training, held-out) samples; at least one of each when the split is not 0.
+    """Return (training, held-out) samples; at least one of each if the split is not 0.
 
-    Samples that ask the same, or go on from it, stay together: held out is what was not trained on. Raises
-    InputError when there are too few to split.
+    Samples that ask the same, or go on from it, stay together, so that nothing held out was trained on.
+    Raises InputError if there are too few to split.
     """
     if validation_split <= 0:
         return list(samples), []
@@ -159,15 +159,15 @@ def split_samples(
 
 
 def _asking_the_same(samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of the samples in groups: what one reads before its first answer, the others begin with."""
+    """Group the samples by index: all of a group begin with what one reads before its first answer."""
 
     def asked(index: int) -> list[int]:
         ids, start = samples[index].input_ids, _first_counted(samples[index])
-        return ids[:start] if start > 1 else ids  # else a text that counts from its start
+        return ids[:start] if start > 1 else ids  # else the text counts from its start
 
     groups: list[list[int]] = []
     first: list[int] = []
-    for index in sorted(range(len(samples)), key=asked):  # what begins with another stands behind it
+    for index in sorted(range(len(samples)), key=asked):  # a prompt comes after those that it begins with
         prompt = asked(index)
         if not groups or prompt[: len(first)] != first:
             groups.append([])
@@ -181,8 +181,8 @@ class Minibatch:
     """A part of a batch that runs at once, without the first `prefix_length` tokens of its samples.
 
     packed: its samples are joined into one row, for attention kernels that take sequence borders (flash
-    attention); otherwise they are a row each, padded on the right, which nothing looks up.
-    inputs: what the base model takes: input_ids [rows, length] and, where rows are padded, an
+    attention); otherwise each is a row, padded on the right, where nothing attends.
+    inputs: what the base model takes: input_ids [rows, length] and, if rows are padded, an
     attention_mask [rows, length]; for packed rows position_ids [1, length] and their borders as flash
     attention takes them.
     predicting: indices into the flattened [rows * length] positions whose next token counts for
@@ -198,7 +198,7 @@ class Minibatch:
 
     @staticmethod
     def of(samples: Sequence[Sample], packed: bool = False, prefix_length: int = 0) -> "Minibatch":
-        """The tensors of some samples, by transformers' and instructlab-training's collate functions."""
+        """Make a minibatch of samples by transformers' and instructlab-training's collate functions."""
         from instructlab.training.sampler import padded_mb_collate_fn
 
         items = [
@@ -218,7 +218,7 @@ class Minibatch:
             if not bool(item["attention_mask"].all()):  # else the kernel's own causal mask is faster
                 inputs["attention_mask"] = item["attention_mask"]
         next_labels = torch.full_like(labels, IGNORE_INDEX)
-        next_labels[:, :-1] = labels[:, 1:]  # a packed sample's first label is -100: none crosses
+        next_labels[:, :-1] = labels[:, 1:]  # a packed sample's first label is -100: none crosses a border
         next_labels = next_labels.flatten()
         predicting = (next_labels != IGNORE_INDEX).nonzero().squeeze(1)
         return Minibatch(tuple(samples), prefix_length, packed, inputs, predicting, next_labels[predicting])
@@ -233,7 +233,7 @@ class Minibatch:
         return self.inputs.get("attention_mask")
 
     def split(self) -> list["Minibatch"]:
-        """Two minibatches of half the samples each."""
+        """Split it into two minibatches of half the samples each."""
         half = len(self.samples) // 2
         return [
             Minibatch.of(part, self.packed, self.prefix_length)
@@ -245,7 +245,7 @@ class Minibatch:
         return Minibatch.of(self.samples, self.packed) if self.prefix_length else self
 
     def to(self, device) -> "Minibatch":
-        """On a device; with CUDA the copies do not wait for the work that is queued there."""
+        """Copy it to a device; with CUDA, the copies do not wait for the work that is queued there."""
         tensors = (self.inputs, self.predicting, self.targets)
         is_cuda = torch.device(device).type == "cuda"
         if is_cuda:
@@ -259,7 +259,7 @@ class Batch:
     """One optimizer step: this process's minibatches, and the loss-counted tokens of all processes.
 
     prefix: token ids [1, tokens] that every sample begins with, none of which is predicted for the
-    loss and none of which the minibatches hold; None where they hold whole samples.
+    loss and none of which the minibatches hold; None if they hold whole samples.
     """
 
     minibatches: list[Minibatch]
@@ -300,13 +300,13 @@ def make_batches(
     packed: bool = False,
     share_prefix: bool = False,
 ) -> Batches:
-    """An epoch's batches, in the order that (options.seed, epoch) gives.
+    """Make an epoch's batches, in the order that (options.seed, epoch) gives.
 
-    instructlab-training's packers split each batch of samples into minibatches of at most max_tokens
-    tokens (padding included; of more where a sample is longer), of similar length, and spread them over
-    processes. How it is split changes memory and speed, not the batch's loss or gradient.
-    share_prefix: tokens that all samples of a batch begin with become its `prefix`, where that
-    saves enough; they still count in each row, which attends to them.
+    instructlab-training's packers split each batch of samples into minibatches of similar length and of at
+    most max_tokens tokens (padding included; more if a sample is longer), and spread them over processes.
+    How it is split changes memory and speed, not the batch's loss or gradient.
+    share_prefix: tokens that all samples of a batch begin with become its `prefix`, if that saves enough;
+    they still count in each row, which attends to them.
     """
     from instructlab.training.batch_packer import batch_lengths_to_minibatches_lpt
     from instructlab.training.padded_batch_packer import batch_lengths_to_minibatches_padded
@@ -320,10 +320,10 @@ def make_batches(
         prefix = shared_prefix(chosen) if share_prefix else []
         lengths = [len(sample) for sample in chosen]
         most = max_tokens
-        if world_size > 1 and not packed:  # that packer deals out whole minibatches: a few would not go round
+        if world_size > 1 and not packed:  # the packer deals out whole minibatches: a few would not go round
             most = min(most, math.ceil(sum(lengths) / (4 * world_size)))
         rows = pack(lengths, max(most, *lengths), world_size, rank)
-        parts = [[chosen[i] for i in indices if i >= 0] for indices in rows]  # -1: nothing for this one
+        parts = [[chosen[i] for i in indices if i >= 0] for indices in rows]  # -1: nothing for this process
         return Batch(
             [Minibatch.of(part, packed, len(prefix)) for part in parts if part],
             sum(sample.num_loss_counted_tokens for sample in chosen),
@@ -337,9 +337,9 @@ def make_batches(
 
 
 def shared_prefix(samples: Sequence[Sample]) -> list[int]:
-    """The first tokens that all samples share and that predict nothing for the loss.
+    """Return the first tokens that all samples share and that predict nothing for the loss.
 
-    Empty where sharing them would save little: a pass of its own and masked attention cost time too.
+    Empty if sharing them would save little: a pass of its own and masked attention cost time, too.
     """
     predict_nothing = max(0, min(_first_counted(sample) for sample in samples) - 1)
     prefix = os.path.commonprefix([sample.input_ids for sample in samples])[:predict_nothing]
@@ -352,10 +352,10 @@ def _first_counted(sample: Sample) -> int:
 
 
 class MinibatchRunner:
-    """Runs minibatches one by one, and halves of those that do not fit into memory.
+    """Runs minibatches one by one, and halves those that do not fit into memory.
 
-    A loss or gradient is a sum over samples, so how they are split does not change it. What turned
-    out too large once is split beforehand from then on.
+    A loss or gradient is a sum over samples, so how they are split does not change it. A size that was once
+    too large is split beforehand from then on.
     """
 
     def __init__(self):
@@ -364,10 +364,10 @@ class MinibatchRunner:
     def run(
         self, minibatches: Sequence[Minibatch], function: Callable[[Minibatch], Result], where: str
     ) -> Iterator[tuple[Minibatch, Result]]:
-        """(minibatch, function(minibatch)) of each minibatch, or of its parts.
+        """Yield (minibatch, function(minibatch)) for each minibatch, or for its parts.
 
         where: named in errors, for example "epoch 0, batch 3". Raises TrainingError, naming the
-        answer, when a single one does not fit.
+        answer, if a single one does not fit.
         """
         for minibatch in minibatches:
             alone, result = len(minibatch.samples) == 1, None
@@ -394,7 +394,7 @@ class MinibatchRunner:
 
 
 def _unless_out_of_memory(function: Callable[[Minibatch], Result], minibatch: Minibatch) -> Result | None:
-    """The function's result; None when memory ran out, with all that it had made freed."""
+    """Return the function's result; None if memory ran out, after freeing all that the function made."""
     try:
         return function(minibatch)
     except RuntimeError as error:

@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from hopscotch_common.errors import HopscotchError, InputError, reason_of
 from hopscotch_common.loading.loader import resolve_device
 
-# One process may wait for another's whole epoch, as where its own candidate diverged in the first batch. One
-# that ends does not make the others wait: its connections close.
+# A process may wait for another's whole epoch, for example if its own candidate diverged in the first batch.
+# One that ends does not make the others wait: its connections close.
 TIMEOUT = timedelta(days=1)
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes, in place
@@ -25,7 +25,7 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums a tensor over processes,
 class Group:
     """Processes that share each batch. index: which of the groups; rank and size: in the group.
 
-    reduce: sums a tensor over the group, in place; None where a process is alone.
+    reduce: sums a tensor over the group, in place; None if a process is alone.
     """
 
     index: int = 0
@@ -36,13 +36,13 @@ class Group:
 
 @dataclass
 class Processes:
-    """This process among those that a launcher started. gather: one object a process -> all, in all."""
+    """This process among those that a launcher started. gather: one object per process -> all, in all."""
 
     rank: int = 0
     count: int = 1
     gather: Callable[[object], list] = lambda item: [item]
     _groups: dict[int, Group] = field(default_factory=dict)
-    _made: dict[int, object] = field(default_factory=dict)  # torch's group by number, while they are together
+    _made: dict[int, object] = field(default_factory=dict)  # torch's groups by number, until they part
 
     def check_alike(self, settings: dict) -> None:
         """Raise InputError, in all processes, unless these settings are the same in all."""
@@ -61,7 +61,7 @@ class Processes:
         return self.group(1)
 
     def group(self, number: int) -> Group:
-        """This process's group where all are spread over so many groups, 1 to `count`.
+        """Return this process's group when all are spread over `number` groups, 1 to `count`.
 
         All processes must ask for the same numbers in the same order.
         """
@@ -82,12 +82,12 @@ class Processes:
         return tensor
 
     def leave(self) -> None:
-        """Let go of torch's groups, whose threads live as long as something holds them."""
+        """Release torch's groups, whose threads live as long as something holds them."""
         self._made.clear()
 
 
 def check_launch(device: str) -> None:
-    """Raise InputError where a launcher's processes would all use the same GPUs."""
+    """Raise InputError if a launcher's processes would all use the same GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (device == "split" or device.startswith("cuda:")):
         raise InputError(
             f"--device {device} with a launcher would put every process's model on the same GPUs; leave "
@@ -97,13 +97,13 @@ def check_launch(device: str) -> None:
 
 @contextlib.contextmanager
 def join_processes(device: str) -> Iterator[Processes]:
-    """This process's place among those that accelerate launched; they part on leaving.
+    """Join the processes that accelerate launched, and yield this one's place; part on leaving.
 
-    device: `--device`. Processes talk over NCCL, or over gloo where they run on CPUs. Within it, an error of
-    that talk becomes a HopscotchError: mostly another process ended, and says why itself.
+    device: `--device`. Processes communicate over NCCL, or over gloo if they run on CPUs. Within the context,
+    a communication error becomes a HopscotchError: mostly another process ended, and says why itself.
     """
     check_launch(device)
-    for sharding in ("FSDP", "DEEPSPEED"):  # of the user's accelerate configuration, for other trainings:
+    for sharding in ("FSDP", "DEEPSPEED"):  # set in the user's accelerate configuration, for other trainings:
         os.environ[f"ACCELERATE_USE_{sharding}"] = "false"  # transformers would give all but rank 0 zeros
     place = resolve_device(device)
     state = PartialState(cpu=place is not None and place.type == "cpu", timeout=TIMEOUT)
@@ -124,7 +124,7 @@ def join_processes(device: str) -> Iterator[Processes]:
         ) from error
     finally:
         processes.leave()
-        # A thread of gloo's that meets a closing interpreter aborts the process. NCCL would wait for all
+        # A gloo thread that is left when the interpreter closes aborts the process. NCCL would wait for all
         # processes, and after an error the others may hang in something else.
         if not failed or state.backend == "gloo":
             state.destroy_process_group()

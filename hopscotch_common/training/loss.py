@@ -1,6 +1,6 @@
 """The loss of minibatches and batches, on the answers' tokens or against the original model.
 
-No logits are made where none count, and no matrix of all tokens by the vocabulary.
+Logits are computed only where they count, and never as a matrix of all tokens by the vocabulary.
 """
 
 import math
@@ -16,21 +16,21 @@ from hopscotch_common.errors import Diverged, is_out_of_memory
 from hopscotch_common.training.batches import Batch, Batches, Minibatch, MinibatchRunner, Sample
 from hopscotch_common.training.distributed import Reduce
 
-LOGIT_ROWS = 256  # rows of logits alive at once
-KEPT_BYTES = 2 * 2**30  # of the original model's states: of main memory, in each process
+LOGIT_ROWS = 256  # rows of logits in memory at once
+KEPT_BYTES = 2 * 2**30  # of main memory, in each process, for the original model's states
 
 
 class HeadLoss(torch.autograd.Function):
     """How far a frozen LM head's distributions P are from target ones, summed in float32.
 
-    The sum of KL(target || P) over positions, a few rows of logits at a time. The target is one token,
-    which makes it the cross entropy, or what the head makes of the original model's hidden states.
+    This is the sum of KL(target || P) over positions, a few rows of logits at a time. The target is one
+    token, which makes it the cross entropy, or what the head makes of the original model's hidden states.
 
-    hidden: [tokens, hidden]; targets: token ids [tokens]; original: None, or hidden states
-    [tokens, hidden] whose distributions take the tokens' place; config: the model's, which may scale
-    logits or cap them. The gradient, P - target by the logits, is made with the loss, as the logits do
-    not live until backward. (torch's linear_cross_entropy sums in the dtype of its input: in bfloat16
-    a sum of 800 is a multiple of 4.)
+    hidden: [tokens, hidden]; targets: token ids [tokens]; original: None, or hidden states [tokens, hidden]
+    whose distributions take the tokens' place; config: the model's, which may scale logits or cap them. The
+    gradient with respect to the logits, P - target, is computed with the loss, as the logits are not kept
+    until backward. (torch's linear_cross_entropy sums in the dtype of its input: in bfloat16 a sum of 800 is
+    a multiple of 4.)
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 def scaled_logits(config, logits: torch.Tensor) -> torch.Tensor:
-    """What a family makes of the LM head's output: Granite divides it, Gemma 2 caps it softly."""
+    """Scale the LM head's output as the family does: Granite divides it, Gemma 2 caps it softly."""
     scaling = getattr(config, "logits_scaling", None) or 1.0
     if scaling != 1.0:
         logits = logits / scaling
@@ -78,11 +78,11 @@ def _few_rows(hidden: torch.Tensor) -> list[slice]:
 
 
 def _log_probabilities(head, config, hidden: torch.Tensor) -> torch.Tensor:
-    """[rows, vocabulary], float32."""
+    """Log probabilities [rows, vocabulary], float32."""
     return log_softmax(scaled_logits(config, head(hidden)), dim=-1, dtype=torch.float32)
 
 
-# What a minibatch's loss is
+# The loss of a minibatch
 
 
 def summed_loss(
@@ -91,10 +91,10 @@ def summed_loss(
     prefix: "SharedPrefix | None" = None,
     original: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss summed over the minibatch's loss-counted tokens, a float32 scalar.
+    """Return the loss summed over the minibatch's loss-counted tokens, a float32 scalar.
 
-    Cross entropy, or given the original model's states (`Originals`), KL(original || model). The
-    minibatch is on the model's device. prefix: what its batch shares, where it does.
+    The loss is cross entropy or, given the original model's states (`Originals`), KL(original || model).
+    The minibatch is on the model's device. prefix: what its batch shares, if anything.
     """
     return summed_head_loss(model, _last_hidden_state(model, minibatch, prefix), minibatch, original)
 
@@ -105,8 +105,8 @@ def summed_head_loss(
     """`summed_loss` from the base model's output [rows, length, hidden].
 
     Only hidden states that predict a loss-counted token reach the LM head, and their logits are
-    made and consumed a few rows at a time, so the full [tokens, vocabulary] matrix never exists. Of
-    a model that is spread over devices, the loss is on the LM head's.
+    made and consumed a few rows at a time, so the full [tokens, vocabulary] matrix never exists. If
+    a model is spread over devices, the loss is on the LM head's.
     """
     hidden, targets = _counted(model, hidden, minibatch)
     return HeadLoss.apply(hidden, model.lm_head, model.config, targets, original)
@@ -116,10 +116,10 @@ def summed_head_loss(
 def summed_figures(
     model, minibatch: Minibatch, prefix: "SharedPrefix | None", original: torch.Tensor
 ) -> torch.Tensor:
-    """Sums over each answer's loss-counted tokens, float32 [answers, 3]: cross entropy, KL, agreement.
+    """Return sums over each answer's loss-counted tokens, float32 [answers, 3]: cross entropy, KL, agreement.
 
-    Arguments as `summed_loss` has them. Agreement counts the positions where the model's most likely token
-    is the target.
+    The arguments are those of `summed_loss`. Agreement counts the positions where the model's most likely
+    token is the target.
     """
     hidden, targets = _counted(model, _last_hidden_state(model, minibatch, prefix), minibatch)
     figures = []
@@ -138,7 +138,7 @@ def _last_hidden_state(model, minibatch: Minibatch, prefix: "SharedPrefix | None
 
 
 def _counted(model, hidden: torch.Tensor, minibatch: Minibatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(hidden states [tokens, hidden] that predict loss-counted tokens, those), on the LM head's device."""
+    """Return (states [tokens, hidden] predicting loss-counted tokens, these tokens) on the head's device."""
     device = model.lm_head.weight.device
     counted = hidden.flatten(0, 1)[minibatch.predicting.to(hidden.device)]
     return counted.to(device), minibatch.targets.to(device)
@@ -151,7 +151,7 @@ class SharedPrefix:
     so these tokens have the same keys and values in every sample. They are computed once, put into
     the KV cache before each minibatch, and the gradients that arrive there go back through them once.
 
-    input_ids: [1, tokens]. `leaves` are the keys and values through which a gradient may come, detached.
+    input_ids: [1, tokens]. `leaves` are the keys and values at which a gradient may arrive, detached.
     """
 
     def __init__(self, model, input_ids: torch.Tensor):
@@ -172,7 +172,7 @@ class SharedPrefix:
         return self.leaves[-1]
 
     def followed_by(self, minibatch: Minibatch) -> dict:
-        """What the base model takes for a minibatch behind the prefix: a mask with it, and its KV cache."""
+        """Return the base model's inputs for a minibatch after the prefix: with its mask and its KV cache."""
         cache, mask, rows = DynamicCache(), minibatch.attention_mask, len(minibatch.samples)
         for slot, keys, values in self._slots:
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), slot)
@@ -181,15 +181,15 @@ class SharedPrefix:
         return minibatch.inputs | {"attention_mask": mask, "past_key_values": cache}
 
     def gradients(self, inputs: Sequence[torch.Tensor], arrived: Sequence[torch.Tensor]) -> tuple:
-        """By `inputs`, of what came out of minibatches, given the gradients that arrived at the leaves."""
+        """Return gradients for `inputs` through the prefix, given those that arrived at the leaves."""
         arrived = [found.to(leaf.dtype) for found, leaf in zip(arrived, self.leaves, strict=True)]
         return torch.autograd.grad(self._computed, inputs, arrived, materialize_grads=True)
 
 
 def compute_prefix(model, batch: Batch) -> tuple[SharedPrefix | None, list[Minibatch]]:
-    """What the batch's samples share, computed, and the minibatches to run after it.
+    """Compute what the batch's samples share; return it and the minibatches to run after it.
 
-    Without a prefix, or where there is no memory to keep one, these are whole samples.
+    Without a prefix, or if there is no memory to keep one, these hold whole samples.
     """
     if batch.prefix is None:
         return None, batch.minibatches
@@ -201,11 +201,11 @@ def compute_prefix(model, batch: Batch) -> tuple[SharedPrefix | None, list[Minib
     return None, [minibatch.whole() for minibatch in batch.minibatches]
 
 
-# What the original model makes of the same tokens
+# The original model's states for the same tokens
 
 
 class Originals:
-    """What the original model hands to its LM head where a loss-counted token follows.
+    """What the original model hands to its LM head at positions where a loss-counted token follows.
 
     The original is the same loaded model with nothing skipped and all scales 1, so its states are the
     same in every epoch and for every candidate.
@@ -216,9 +216,9 @@ class Originals:
         self._kept: dict[int, tuple[Sample, torch.Tensor]] = {}
 
     def keep(self, batches: Batches) -> None:
-        """Compute the states of all samples of some batches now, unless all kept took more than KEPT_BYTES.
+        """Compute the states of all samples of the batches now, unless all kept would take over KEPT_BYTES.
 
-        They are computed in the batches that are given, so the same ones give the same bits.
+        They are computed in the given batches, so the same ones give the same bits.
         """
         tokens = batches.num_loss_counted_tokens
         tokens += sum(len(rows) for _, rows in self._kept.values())
@@ -229,10 +229,10 @@ class Originals:
             for minibatch, states in runner.run(batch.minibatches, self._compute, "the original model"):
                 counts = [sample.num_loss_counted_tokens for sample in minibatch.samples]
                 for sample, rows in zip(minibatch.samples, states.cpu().split(counts), strict=True):
-                    self._kept[id(sample)] = (sample, rows.clone())  # held, so that no other gets its id
+                    self._kept[id(sample)] = (sample, rows.clone())  # holds it, so that no other gets its id
 
     def __call__(self, minibatch: Minibatch) -> torch.Tensor:
-        """The states of a minibatch's samples in its order, [tokens, hidden], on the LM head's device."""
+        """Return the states of a minibatch's samples in order, [tokens, hidden], on the LM head's device."""
         kept = [self._kept.get(id(sample)) for sample in minibatch.samples]
         if None in kept:
             return self._compute(minibatch)
@@ -240,7 +240,7 @@ class Originals:
 
     @torch.no_grad()
     def _compute(self, minibatch: Minibatch) -> torch.Tensor:
-        """Runs whole samples, without a shared prefix. The minibatch is not moved yet."""
+        """Run whole samples, without a shared prefix. The minibatch is not on the device yet."""
         with scales.neutral(self.model):
             whole = minibatch.whole().to(self.model.device)
             return _counted(self.model, _last_hidden_state(self.model, whole), whole)[0]
@@ -254,8 +254,8 @@ class HeldOut:
     """Means over the loss-counted tokens of answers that were not trained on.
 
     cross_entropy: of the answers' tokens; kl: divergence from the original model's distributions; both
-    in nats a token. agreement: share of positions where the most likely token is the answer's. kl_error: the
-    standard error of kl, had the answers been others of their kind; None of a single answer.
+    in nats per token. agreement: share of positions where the most likely token is the answer's. kl_error:
+    the standard error of kl over other answers of the same kind; None for a single answer.
     """
 
     cross_entropy: float
@@ -272,13 +272,13 @@ def evaluate(
     reduce: Reduce | None = None,
     originals: Originals | None = None,
 ) -> HeldOut:
-    """Figures over all loss-counted tokens of the batches (of all processes).
+    """Return figures over all loss-counted tokens of the batches (of all processes).
 
-    originals: kept by the caller, where the same batches come again. Raises TrainingError when a single
-    answer does not fit into memory, Diverged when a figure is not finite.
+    originals: kept by the caller, if the same batches come again. Raises TrainingError if a single answer
+    does not fit into memory, Diverged if a figure is not finite.
     """
     originals, runner = originals or Originals(model), MinibatchRunner()
-    total = torch.zeros(8, dtype=torch.float64)  # on the CPU: answers may differ by little, and MPS has none
+    total = torch.zeros(8, dtype=torch.float64)  # on the CPU: answers may differ little, and MPS has none
     for batch in batches:
         prefix, minibatches = compute_prefix(model, batch)
 
@@ -301,7 +301,7 @@ def evaluate(
         remedy = "lower --learning_rate, or use --dtype float32"
         raise Diverged(f"{where}: loss, KL and agreement are {means}; {remedy}")
     error = None
-    if answers > 1:  # of a ratio of sums, an answer's KL to its tokens
+    if answers > 1:  # for a ratio of sums, the answers' KL over their tokens
         spread = squares - 2 * means[1] * products + means[1] ** 2 * token_squares
         error = math.sqrt(max(0.0, spread) * answers / (answers - 1)) / tokens
     return HeldOut(*means, error)

@@ -1,9 +1,9 @@
 """Low-rank maps in the place of skipped attention blocks, fitted in closed form.
 
-With X a block's normed inputs and Y what it adds to the stream, both [tokens, hidden] of the original
-model, ridge regression gives S = (X'X + lambda I)^-1 X'Y, and the `rank` leading eigenvectors P of the fitted
-outputs' covariance S'(X'X)S its best map of that rank: down = (S P)', up = P (reduced-rank regression).
-Full maps, fitted alike, stand in NBL (arXiv 2505.21077).
+Let X be a block's normed inputs and Y what it adds to the stream, both [tokens, hidden] of the original
+model. Ridge regression gives S = (X'X + lambda I)^-1 X'Y. The `rank` leading eigenvectors P of the fitted
+outputs' covariance S'(X'X)S give the best map of that rank: down = (S P)', up = P (reduced-rank regression).
+NBL (arXiv 2505.21077) uses full maps, fitted in the same way.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,14 +17,15 @@ from hopscotch_common.errors import TrainingError, logger
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner
 from hopscotch_common.training.distributed import Reduce
 
-RIDGE = 1e-3  # lambda, in means of the diagonal of X'X
-FEW_TOKENS = 4  # a channel: with fewer, maps follow what they were fitted on more than the block
+RIDGE = 1e-3  # lambda, in units of the mean of X'X's diagonal
+FEW_TOKENS = 4  # per channel: with fewer, maps follow what they were fitted on more than the block
 
 
 class Sums(NamedTuple):
-    """Of one block, over tokens, float32 on its layer's device: X'X and X'Y, [hidden, hidden].
+    """Sums over tokens for one block, float32 on its layer's device: X'X and X'Y, [hidden, hidden].
 
-    energies: [3], of Y'Y's trace, of the squared norms of the stream behind the block, and of 1: the tokens.
+    energies: [3], the trace of Y'Y, the squared norms of the stream after the block, and the number of
+    tokens.
     """
 
     inputs: torch.Tensor
@@ -39,10 +40,10 @@ def fit_maps(
     """Fit the maps of `blocks` to the original model on all tokens of some batches, and put them in place.
 
     The batches run once. For each block two float32 [hidden, hidden] sums are kept: 134 MB with 4096
-    channels. reduce: sums over the processes, which have a part of every batch each.
-    Returns the share of the stream behind each block that its map gets wrong: the squared norm of the
-    difference over that of the stream. Warns of few tokens. Raises TrainingError for states that are not
-    finite.
+    channels. reduce: sums over the processes, each of which has a part of every batch.
+    Returns the share of the stream after each block that its map gets wrong: the squared norm of the
+    difference over that of the stream. Warns if there are few tokens. Raises TrainingError for states that
+    are not finite.
     """
     sums = collect(model, batches, blocks)
     left = {}
@@ -73,7 +74,7 @@ def fit_maps(
 
 @torch.no_grad()
 def collect(model, batches: Iterable[Batch], blocks: Sequence[int]) -> dict[int, Sums]:
-    """The sums of blocks over all tokens of some batches, in the original model."""
+    """Return the sums of blocks over all tokens of some batches, in the original model."""
     scales.reset(model)
     square = (model.config.hidden_size,) * 2
     sums = {}
@@ -85,7 +86,7 @@ def collect(model, batches: Iterable[Batch], blocks: Sequence[int]) -> dict[int,
         on_device = minibatch.to(model.device)
         calls = layer_calls(model, on_device)
         parts = [_part(model.model.layers[b], *calls[b], on_device.attention_mask) for b in blocks]
-        for block, part in zip(blocks, parts, strict=True):  # all or none: what does not fit runs again
+        for block, part in zip(blocks, parts, strict=True):  # all or none, as what does not fit runs again
             for tensor, more in zip(sums[block], part, strict=True):
                 tensor += more
         return True
@@ -98,7 +99,7 @@ def collect(model, batches: Iterable[Batch], blocks: Sequence[int]) -> dict[int,
 
 
 def _part(layer, stream: torch.Tensor, keywords: dict, mask: torch.Tensor | None) -> Sums:
-    """A minibatch's part of a layer's sums; mask: [rows, length], 0 at padding."""
+    """Return a minibatch's part of a layer's sums; mask: [rows, length], 0 at padding."""
     stream, keywords = send_to_device((stream, keywords), layer.s_scale_attn.device)  # of a split model
     rows = slice(None) if mask is None else mask.to(stream.device).bool()
     x, y = layer.attention_input(stream)[rows].float(), layer.attention_branch(stream, keywords)[rows].float()
@@ -109,11 +110,11 @@ def _part(layer, stream: torch.Tensor, keywords: dict, mask: torch.Tensor | None
 
 
 def solve(sums: Sums, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(down [rank, hidden], up [hidden, rank], the share of the stream that they get wrong), in float64.
+    """Return (down [rank, hidden], up [hidden, rank], share of the stream that they get wrong), in float64.
 
-    Raises LinAlgError where the sums are not finite.
+    Raises LinAlgError if the sums are not finite.
     """
-    if not all(bool(tensor.isfinite().all()) for tensor in sums):  # eigh would return NaNs without a word
+    if not all(bool(tensor.isfinite().all()) for tensor in sums):  # eigh would silently return NaNs
         raise torch.linalg.LinAlgError("sums that are not finite")
     inputs, products, energies = (tensor.double() for tensor in sums)
     ridge = RIDGE * inputs.diagonal().mean()
@@ -128,7 +129,7 @@ def solve(sums: Sums, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
 
 
 def layer_calls(model, minibatch: Minibatch) -> list[tuple[torch.Tensor, dict]]:
-    """(input [rows, length, hidden], keyword arguments) of every decoder layer in a forward pass."""
+    """Return (input [rows, length, hidden], keyword arguments) of every decoder layer in a forward pass."""
     calls: list[tuple[torch.Tensor, dict]] = []
     hooks = [
         layer.register_forward_pre_hook(

@@ -30,11 +30,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of Adam's state
 
 
 def prepare_model(model, options: TrainingOptions) -> None:
-    """Switch on what only training wants."""
+    """Switch on what only training needs."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.model.layers:
-            layer.training = True  # the layer alone: its attention must not start dropping out
+            layer.training = True  # only the layer: its attention must not start dropout
 
 
 class EpochBatches:
@@ -42,7 +42,7 @@ class EpochBatches:
 
     def __init__(self, model, samples: Sequence[Sample], options: TrainingOptions):
         recurrent = len(attention_blocks(model.config)) < model.config.num_hidden_layers
-        # A recurrent layer carries its state along a row, over the borders of what is packed.
+        # A recurrent layer carries its state along a row, across the borders of packed samples.
         packed = "flash" in (model.config._attn_implementation or "") and not recurrent
         suits = CPU_TOKENS if model.device.type == "cpu" else GPU_TOKENS
         most = options.max_tokens_per_batch or suits
@@ -52,11 +52,11 @@ class EpochBatches:
         )
 
     def epoch(self, number: int = 0, rank: int = 0, world_size: int = 1) -> Batches:
-        """An epoch's batches, the part of one of the processes that share each."""
+        """Return an epoch's batches: the part of one of the processes that share each batch."""
         return self._make(epoch=number, rank=rank, world_size=world_size)
 
     def in_order(self, rank: int = 0, world_size: int = 1) -> Batches:
-        """The batches of the samples in their own order, for what is only measured."""
+        """Return the batches of the samples in their own order, for measurements only."""
         return self._make(shuffle=False, rank=rank, world_size=world_size)
 
 
@@ -68,30 +68,30 @@ class ScaleState:
     """All that distinguishes one training run of the scales from another: [4, layers, width] float32.
 
     Rows: values (as `scales.snapshot` gives them), Adam's first and second moments, and step counts.
-    Small enough to keep for every candidate of a search, so pausing one costs nothing.
-    maps: of maps that train, too, the same four [4, *shape] by state-dict key; a search trains none.
+    It is small enough to keep for every candidate of a search, so pausing one costs nothing.
+    maps: the same four [4, *shape] for maps that also train, by state-dict key; a search trains none.
     """
 
     tensors: torch.Tensor
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def as_tensors(self) -> dict[str, torch.Tensor]:
-        """By the names that a checkpoint's training state has."""
+        """The tensors by the names that a checkpoint's training state has."""
         return {"scale_state": self.tensors} | self.maps
 
     @staticmethod
     def from_tensors(tensors: dict[str, torch.Tensor]) -> "ScaleState":
-        """The reverse of `as_tensors`."""
+        """Do the reverse of `as_tensors`."""
         maps = {key: tensor for key, tensor in tensors.items() if key != "scale_state"}
         return ScaleState(tensors["scale_state"], maps)
 
     def encode(self) -> str:
-        """As ASCII, exactly: the number of layers, a colon, and the numbers in base64."""
+        """Encode it exactly as ASCII: the number of layers, a colon, and the numbers in base64."""
         return f"{self.tensors.shape[1]}:{base64.b64encode(self.tensors.numpy().tobytes()).decode()}"
 
     @staticmethod
     def decode(text: str) -> "ScaleState":
-        """The reverse of `encode`; ValueError where the text is none, or a number is not finite."""
+        """Do the reverse of `encode`; raise ValueError for invalid text, or if a number is not finite."""
         layers, _, numbers = text.partition(":")
         numbers = torch.frombuffer(bytearray(base64.b64decode(numbers, validate=True)), dtype=torch.float32)
         if not bool(numbers.isfinite().all()):
@@ -105,8 +105,8 @@ class ScaleState:
 class ScaleTrainer:
     """Trains the scales of a model with Adam.
 
-    Making one sets the model's scales and skips, so a model has one trainer at a time: to go on with
-    another candidate, take this one's `state` and make a trainer of the other's.
+    Making one sets the model's scales and skips, so a model has one trainer at a time. To continue with
+    another candidate, take this one's `state` and make a trainer from the other's.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class ScaleTrainer:
         originals: Originals | None = None,
         map_learning_rate: float | None = None,
     ):
-        """Skip exactly `skipped`; go on from `state`, or start from scales of 1.
+        """Skip exactly `skipped`; continue from `state`, or start from scales of 1.
 
         reduce: sums a tensor over the processes that share each batch. runner: kept by the caller, so that
-        what it learnt of memory outlives this trainer. originals: the loss is the divergence from them; None:
-        cross entropy on the answers' tokens. map_learning_rate: Adam's for the maps in skipped blocks' place;
-        None: they stay as they were fitted.
+        what it learnt about memory outlives this trainer. originals: the loss is the divergence from them;
+        None: cross entropy on the answers' tokens. map_learning_rate: Adam's for the maps in skipped blocks'
+        place; None: they stay as they were fitted.
         """
         self.model, self.reduce, self.runner = model, reduce, runner or MinibatchRunner()
         self.originals = originals
@@ -156,7 +156,7 @@ class ScaleTrainer:
                 }
 
     def state(self) -> ScaleState:
-        """The present state, a copy."""
+        """Return a copy of the present state."""
         by_key = {key: self._state_of(parameter) for key, parameter in self._named.items()}
         rows = [
             scales.from_state_dict(
@@ -173,11 +173,11 @@ class ScaleTrainer:
         return torch.stack([row.detach().cpu().float().expand(parameter.shape) for row in rows])
 
     def step(self, batch: Batch, where: str) -> torch.Tensor:
-        """One optimizer step; the batch's mean loss, a detached scalar on the model's device.
+        """Take one optimizer step; return the batch's mean loss, a detached scalar on the model's device.
 
         The loss and its gradient are those of the whole batch, however it was split into
         minibatches and over processes. where: named in the errors, for example "epoch 0, batch 3".
-        Raises TrainingError when a single answer does not fit into memory.
+        Raises TrainingError if a single answer does not fit into memory.
         """
         total, gradients = self.gradients(batch, where)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -187,11 +187,12 @@ class ScaleTrainer:
         return total / batch.num_loss_counted_tokens
 
     def gradients(self, batch: Batch, where: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(summed loss, gradient of the mean loss by each of `parameters`), of all processes.
+        """Return (summed loss, gradient of the mean loss for each of `parameters`), over all processes.
 
-        Sums are taken in float32, and divided only at the end: the mean's gradients underflow in float16.
-        A batch with a prefix takes two stages. Each minibatch gives gradients by the parameters and by the
-        prefix's keys and values (its `leaves`), which add up; then these go back through the prefix once.
+        Sums are taken in float32, and divided only at the end: the mean's gradients underflow in float16. A
+        batch with a prefix takes two stages. Each minibatch gives gradients for the parameters and for the
+        prefix's keys and values (its `leaves`), which add up; then the latter go back through the prefix
+        once.
         """
         prefix, minibatches = compute_prefix(self.model, batch)
         inputs = [*self.parameters, *(prefix.leaves if prefix else [])]
@@ -225,10 +226,10 @@ class ScaleTrainer:
         first: int = 0,
         on_batch: Callable[[float], None] = lambda loss: None,
     ) -> list[float]:
-        """Train on batches; the mean loss of each. on_batch gets each loss, one batch late.
+        """Train on batches; return the mean loss of each. on_batch gets each loss, one batch late.
 
         Reading a loss only after the next batch was submitted keeps a GPU's queue full. Raises
-        Diverged at a loss that is not finite, naming `name` and the batch (numbered from `first`).
+        Diverged for a loss that is not finite, naming `name` and the batch (numbered from `first`).
         """
         losses: list[float] = []
         steps = (self.step(batch, f"{name}, batch {number}") for number, batch in enumerate(batches, first))
@@ -243,7 +244,7 @@ class ScaleTrainer:
         return losses
 
     def check_sound(self, batches: Sequence[Batch], where: str) -> None:
-        """Raise Diverged unless all scales are finite, and so are loss and KL with them on the last batch.
+        """Raise Diverged unless all scales, and loss and KL with them on the last batch, are finite.
 
         The losses of `run` are those before each step, so they cannot tell what the last one did.
         """
@@ -261,9 +262,9 @@ class ScaleTrainer:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch came to. losses: one a batch; held_out: None where nothing is held out.
+    """The results of an epoch. losses: one per batch; held_out: None if nothing is held out.
 
-    state: of the scales, and of the maps in skipped blocks' place: all that it takes to go on.
+    state: of the scales, and of the maps in skipped blocks' place: all that it takes to continue.
     """
 
     losses: list[float]
@@ -276,10 +277,10 @@ class Epoch:
 
 
 class EpochTraining:
-    """Trains a model's scales with some blocks skipped, on samples, and measures others held out.
+    """Trains a model's scales with some blocks skipped, on samples, and measures it on held-out ones.
 
-    In this order: `fit_maps` where there are maps, `baselines`, `start`, and `epoch` by epoch; who goes on
-    from an earlier epoch's state leaves out the first two.
+    Call `fit_maps` if there are maps, `baselines`, `start`, and `epoch` for each epoch, in this order. To
+    continue from an earlier epoch's state, leave out the first two.
     """
 
     def __init__(
@@ -298,12 +299,12 @@ class EpochTraining:
         self._held_out = EpochBatches(model, held_out, options).in_order(**self._share)
         self._originals = Originals(model)
         self._originals.keep(self._held_out)
-        if options.loss == "kl":  # an epoch's shuffle spreads them over the processes anew: each keeps all
+        if options.loss == "kl":  # each epoch spreads them over the processes anew, so each keeps all
             self._originals.keep(self._training.in_order())
         self._trainer: ScaleTrainer | None = None
 
     def fit_maps(self) -> None:
-        """Put a map fitted to the original model on the training answers into each skipped block's place."""
+        """Fit each skipped block's map to the original model on the training answers, and put it there."""
         with self._bar(self._training.in_order(**self._share), "fitting the maps") as batches:
             fit_maps(self.model, batches, self.skipped, self.group.reduce)
 
@@ -316,7 +317,7 @@ class EpochTraining:
         return figures
 
     def start(self, state: ScaleState | None = None) -> None:
-        """Begin with scales of 1, or go on from an earlier epoch's state."""
+        """Begin with scales of 1, or continue from an earlier epoch's state."""
         self._trainer = ScaleTrainer(
             self.model,
             self.options.learning_rate,
@@ -328,7 +329,7 @@ class EpochTraining:
         )
 
     def epoch(self, number: int) -> Epoch:
-        """Train one epoch. Raises Diverged, naming epoch and batch, where nothing sound comes of it."""
+        """Train one epoch. Raises Diverged, naming epoch and batch, if the result is not sound."""
         batches = self._training.epoch(number, **self._share)
         with self._bar(batches, f"epoch {number}") as bar:
 
@@ -348,5 +349,5 @@ class EpochTraining:
             return evaluate(self.model, batches, name, self.group.reduce, self._originals)
 
     def _bar(self, batches: Batches, what: str) -> tqdm:
-        """Batches with a bar on stderr, of one of the processes."""
+        """Show a bar over batches on stderr, in one of the processes."""
         return tqdm(batches, what, unit="batch", disable=self.group.rank != 0, dynamic_ncols=True)
