@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--max_tokens {args.max_tokens} (see --keep_truncated), {figures['empty_dropped']} are empty"
             )
         files.write_json(report_file, describe_run(vars(args)) | {"backend": backend} | figures)
-        files.write_atomic(final, files.lines_of(kept))
+        files.write_lines(final, kept)
     cli.result(
         f"{final}: {figures['answers']} answers to {figures['prompts']} prompts "
         f"({figures['truncated_dropped']} truncated and {figures['empty_dropped']} empty ones dropped), "

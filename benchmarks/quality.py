@@ -45,7 +45,7 @@ from quality_tables import TASKS, VARIANTS, draw, rank_of, table
 from hopscotch_common.answers.engines import kv_bytes_per_token
 from hopscotch_common.answers.prompts import Prompt, tokenize
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import lines_of, write_atomic, write_json
+from hopscotch_common.files import write_json, write_lines
 from hopscotch_common.loading.loader import read_config
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.loading.tokenization import load_tokenizer, stop_token_ids
@@ -131,7 +131,7 @@ def trained_on(arguments: argparse.Namespace, folder: Path) -> Path:
     training, _ = split_samples(samples, arguments.validation_split, TrainingOptions.seed)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "trained_on.jsonl"
-    write_atomic(path, lines_of([{"input_ids": each.input_ids, "labels": each.labels} for each in training]))
+    write_lines(path, [{"input_ids": each.input_ids, "labels": each.labels} for each in training])
     return path
 
 

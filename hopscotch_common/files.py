@@ -15,7 +15,7 @@ import shutil
 import socket
 import stat
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hopscotch_common.errors import InputError, command_name, logger, reason_of
@@ -193,11 +193,6 @@ def same_place(one: Path, other: Path) -> bool:
     return one.absolute().parent.resolve() / one.name == other.absolute().parent.resolve() / other.name
 
 
-def lines_of(records: Sequence[dict]) -> str:
-    """Records as the text of a JSONL file."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 # Writing
 
 
@@ -264,6 +259,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name, flush it to disk, and rename it into place."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    """Write records as JSONL atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -77,10 +77,11 @@ def register() -> None:
     in it) it also refuses for ours.
     """
     from vllm import ModelRegistry
-    from vllm.config import model as vllm_models
 
     obstacle = version_obstacle()
     if not obstacle:
+        from vllm.config import model as vllm_models  # of the tested version
+
         guards = vllm_models._FLOAT16_NOT_SUPPORTED_MODELS
         guards |= {PREFIX + name: reason for name, reason in guards.items() if name in FAMILIES}
     for name in FAMILIES if obstacle else known_families():

@@ -1,6 +1,8 @@
 """Greedy answers to batches of prompts by a transformers model's own `generate`."""
 
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,21 +66,29 @@ def decode(
     # not the model's own config, which may penalize repetitions, for example
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     said: list[list[int]] = [[] for _ in prompts]
-    waiting = list(range(len(prompts)))
 
-    def fitting(indices: Sequence[int]) -> list[int]:
-        """Those that fit into one batch, the shortest first."""
-        found = sorted(indices, key=lambda index: len(prompts[index]) + len(said[index]))
-        lengths = [len(prompts[index]) + len(said[index]) + ROOM for index in found]
-        fits = [n for n, length in enumerate(lengths, 1) if n * length <= max_tokens_per_batch]
-        return found[: max(fits, default=1)]
+    def length(index: int) -> int:
+        return len(prompts[index]) + len(said[index])
 
-    while waiting:
-        begun = [index for index in waiting if said[index]]
+    def fitting(by_length: Iterable[int]) -> list[int]:
+        """The first ones, at least one, that fit into a batch together."""
+        found: list[int] = []
+        for index in by_length:
+            if found and (len(found) + 1) * (length(index) + ROOM) > max_tokens_per_batch:
+                break
+            found.append(index)
+        return found
+
+    new, begun = deque(sorted(range(len(prompts)), key=length)), []
+    while new or begun:
+        begun.sort(key=length)
         batch = fitting(begun)
         if len(batch) == len(begun):  # they leave room for new ones
-            batch = fitting(waiting)
-        waiting = sorted(set(waiting) - set(batch))
+            batch = fitting(heapq.merge(begun, new, key=length))
+        taken = set(batch)
+        begun = [index for index in begun if index not in taken]
+        while new and new[0] in taken:
+            new.popleft()
         rows = [prompts[index] + said[index] for index in batch]
         left = [limits[index] - len(said[index]) for index in batch]
         columns = min(max_tokens_per_batch // len(batch), context_length(model.config))
@@ -90,7 +100,7 @@ def decode(
                     yield Answer(index, said[index], "stop" if token in stop_ids else "length")
                     break
             else:
-                waiting.append(index)
+                begun.append(index)
 
 
 def _generate(
