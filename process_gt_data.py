@@ -21,17 +21,18 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 from hopscotch_common import cli, files
 from hopscotch_common.answers import DATA_FILE, DATA_REPORT
 from hopscotch_common.answers.labels import samples_of
 from hopscotch_common.answers.prompts import check_vocabulary
 from hopscotch_common.answers.records import read_records
-from hopscotch_common.errors import HopscotchError, InputError, logger
+from hopscotch_common.errors import HopscotchError, InputError, logger, progress
 from hopscotch_common.report import describe_run
 from hopscotch_common.training import IGNORE_INDEX
 
@@ -52,9 +53,31 @@ def _start_worker() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def make_samples(records: list, tokenizer, stop_ids: set[int], processes: int) -> Iterator[list[dict]]:
+class Made(NamedTuple):
+    """A sample of step 2. line: of data.jsonl; None for a sample of too few tokens or too many."""
+
+    tokens: int
+    loss_counted_tokens: int
+    line: str | None
+
+
+def prepare(placed: tuple[str, dict], max_seq_len: int, vocab_size: int, **how) -> list[Made]:
+    """Make the samples of a record (`samples_of`, which takes `how`).
+
+    Raises InputError for a token that the model does not have: the tokenizer is then another model's.
+    """
+    made = []
+    for sample in samples_of(placed, **how):
+        length, line = len(sample["input_ids"]), None
+        if MIN_SEQ_LEN <= length < max_seq_len:
+            check_vocabulary(sample["input_ids"], vocab_size)
+            line = json.dumps(sample | {"len": length}) + "\n"
+        made.append(Made(length, sum(label != IGNORE_INDEX for label in sample["labels"]), line))
+    return made
+
+
+def make_samples(records: list, work: Callable[..., list[Made]], processes: int) -> Iterator[list[Made]]:
     """Yield the samples of each record, in order; an InputError names the first record that gives none."""
-    work = functools.partial(samples_of, tokenizer=tokenizer, stop_ids=stop_ids)
     if processes == 1:
         yield from map(work, records)
         return
@@ -62,34 +85,29 @@ def make_samples(records: list, tokenizer, stop_ids: set[int], processes: int) -
     context = multiprocessing.get_context("fork")  # what is loaded need not be loaded again
     pool = ProcessPoolExecutor(processes, context, _start_worker)
     try:
-        yield from pool.map(work, records, chunksize=64)
+        ahead = processes * 64 * 16  # all at once, the samples would wait in memory
+        for start in range(0, len(records), ahead):
+            yield from pool.map(work, records[start : start + ahead], chunksize=64)
     except BrokenProcessPool as error:
         raise HopscotchError("a worker process was killed; is there enough memory?") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def write_kept_samples(made: Iterator[list[dict]], file, max_seq_len: int, vocab_size: int) -> dict:
-    """Write the samples of fewer than max_seq_len tokens to a file; return the report's figures.
-
-    Raises InputError for a token that the model does not have: the tokenizer is then another model's.
-    """
+def write_kept_samples(made: Iterable[list[Made]], file) -> dict:
+    """Write the samples that have a line to a file; return the report's figures."""
     counts = "samples", "kept", "dropped_too_long", "dropped_too_short", "tokens", "loss_counted_tokens"
     figures = dict.fromkeys((*counts, "longest"), 0)
     for sample in itertools.chain.from_iterable(made):
-        length = len(sample["input_ids"])
         figures["samples"] += 1
-        if length >= max_seq_len:
-            figures["dropped_too_long"] += 1
-        elif length < MIN_SEQ_LEN:
-            figures["dropped_too_short"] += 1
-        else:
-            check_vocabulary(sample["input_ids"], vocab_size)
-            file.write(json.dumps(sample | {"len": length}) + "\n")
+        if sample.line is not None:
+            file.write(sample.line)
             figures["kept"] += 1
-            figures["tokens"] += length
-            figures["longest"] = max(figures["longest"], length)
-            figures["loss_counted_tokens"] += sum(label != IGNORE_INDEX for label in sample["labels"])
+            figures["tokens"] += sample.tokens
+            figures["longest"] = max(figures["longest"], sample.tokens)
+            figures["loss_counted_tokens"] += sample.loss_counted_tokens
+        else:
+            figures["dropped_too_short" if sample.tokens < MIN_SEQ_LEN else "dropped_too_long"] += 1
     return figures
 
 
@@ -144,10 +162,17 @@ def main(argv: list[str] | None = None) -> int:
     stop_ids = tokenization.stop_token_ids(args.model.folder(weights=False), tokenizer)
     records = list(read_records(input_file))
     processes = processes_worth(args.num_cpu_procs, len(records))
+    work = functools.partial(
+        prepare,
+        max_seq_len=args.max_seq_len,
+        vocab_size=config.vocab_size,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+    )
     with files.locked(data_file):
         with files.atomic_path(data_file) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            made = make_samples(records, tokenizer, stop_ids, processes)
-            figures = write_kept_samples(made, file, args.max_seq_len, config.vocab_size)
+            made = make_samples(records, work, processes)
+            figures = write_kept_samples(progress(made, "samples", len(records)), file)
             if not figures["kept"]:
                 raise InputError(
                     f"{input_file}: no sample is left, {figures['dropped_too_long']} have "

@@ -1,12 +1,28 @@
-"""Errors that one line explains, and the logger. The error determines a script's exit code."""
+"""Errors that one line explains, the logger, and the bar of what may take long.
+
+The error determines a script's exit code.
+"""
 
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
 
 logger = logging.getLogger("hopscotch")
+BAR_AFTER = 3  # seconds
+
+Item = TypeVar("Item")
+
+
+def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """Yield items, with a bar on stderr in the first process if they take more than some seconds."""
+    first = os.environ.get("RANK", "0") == "0"  # of those that a launcher started
+    return iter(tqdm(items, what, total, delay=BAR_AFTER, disable=not first, dynamic_ncols=True))
 
 
 class HopscotchError(Exception):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hopscotch_common.answers.records import hub_records, messages_of, read_records
-from hopscotch_common.errors import InputError, logger, reason_of
+from hopscotch_common.errors import InputError, logger, progress, reason_of
 from hopscotch_common.loading.models import ModelRef, context_length
 from hopscotch_common.resumable import ResumableLog
 
@@ -139,7 +139,7 @@ def tokenize(prompts: Sequence[Prompt], tokenizer, config) -> list[list[int]]:
     model's config, or that leaves no room for an answer in the model's context.
     """
     token_ids, context = [], context_length(config)
-    for prompt in prompts:
+    for prompt in progress(prompts, "reading prompts"):
         ids = prompt_ids(tokenizer, prompt.messages, prompt.where)
         check_vocabulary(ids, config.vocab_size)
         if len(ids) >= context:

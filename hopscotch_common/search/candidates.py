@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch.nn.functional import cosine_similarity
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged
+from hopscotch_common.errors import Diverged, progress
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.search.schedule import Candidate
 from hopscotch_common.training import TrainingOptions
@@ -55,6 +55,7 @@ class CandidateTrainer:
     def fit_maps(self) -> None:
         """Fit the map of every block, for when it is skipped."""
         batches = self.batches.in_order(self._everyone.rank, self._everyone.size)
+        batches = progress(batches, "fitting the maps", len(batches))
         self._wrong = fit_maps(
             self.model, batches, attention_blocks(self.model.config), self._everyone.reduce
         )

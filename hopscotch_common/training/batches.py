@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from transformers import DataCollatorWithFlattening
 
-from hopscotch_common.errors import InputError, TrainingError, is_out_of_memory, logger
+from hopscotch_common.errors import InputError, TrainingError, is_out_of_memory, logger, progress
 from hopscotch_common.files import read_jsonl
 from hopscotch_common.training import IGNORE_INDEX, TrainingOptions
 
@@ -62,7 +62,8 @@ def load_samples(
     minibatch's budget).
     """
     samples, numbers = [], {}
-    for number, record in itertools.islice(read_jsonl(path), max_samples):
+    records = itertools.islice(read_jsonl(path), max_samples)
+    for number, record in progress(records, f"reading {path.name}"):
         where = f"{path}, line {number}"
         sample = _sample(record, vocab_size, where, numbers)
         if max_positions is not None and len(sample) > max_positions:

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 from transformers import DynamicCache
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged, is_out_of_memory
+from hopscotch_common.errors import Diverged, is_out_of_memory, progress
 from hopscotch_common.training.batches import Batch, Batches, Minibatch, MinibatchRunner, Sample
 from hopscotch_common.training.distributed import Reduce
 
@@ -225,7 +225,7 @@ class Originals:
         if tokens * self.model.config.hidden_size * self.model.dtype.itemsize > KEPT_BYTES:
             return
         runner = MinibatchRunner()
-        for batch in batches:
+        for batch in progress(batches, "the original model's states", len(batches)):
             for minibatch, states in runner.run(batch.minibatches, self._compute, "the original model"):
                 counts = [sample.num_loss_counted_tokens for sample in minibatch.samples]
                 for sample, rows in zip(minibatch.samples, states.cpu().split(counts), strict=True):
