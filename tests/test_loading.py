@@ -1,10 +1,13 @@
 """Checkpoints in other hands: device maps, dtypes, quantised weights."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import shutil
+from unittest.mock import Mock
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -15,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import block_selection
 import param_scale
 import unscaled_ckpt
-from hopscotch_common import checkpoints, scales
+from hopscotch_common import checkpoints, cli, scales
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import loader, models
 from hopscotch_common.loading.loader import load_model, quantization_config
@@ -88,6 +91,43 @@ def test_what_is_fetched_of_a_hub_id(monkeypatch, tmp_path, weights):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert models._download.__wrapped__("owner/name", weights) == tmp_path
     assert found == {*FETCHED, *(WEIGHTS if weights else [])}
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        httpx.ProxyError("403 Forbidden"),
+        RuntimeError("Data processing error: connection refused (os error 111)"),
+        ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."),
+        FileNotFoundError("not in the cache"),
+    ],
+    ids=repr,
+)
+def test_why_a_hub_id_cannot_be_fetched(raised, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=raised))
+    with pytest.raises(InputError) as refused:
+        models._download.__wrapped__("owner/name", True)
+    reason = f"({type(raised).__name__}: {raised})"
+    assert reason in str(refused.value) and "--model /path/to/model" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.ENOSPC, "No space left on device", "/cache/blob"),
+        RuntimeError("Data processing error: No space left on device (os error 28)"),
+        PermissionError(errno.EACCES, "Permission denied", "/cache"),
+    ],
+    ids=repr,
+)
+def test_a_cache_that_cannot_be_written_is_no_login_problem(raised, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=raised))
+    main = cli.command(lambda argv: models._download.__wrapped__("owner/name", True))
+    assert main([]) == 1
+    place = getattr(raised, "filename", None) or huggingface_hub.constants.HF_HUB_CACHE
+    reason = "Permission denied" if isinstance(raised, PermissionError) else "No space left on device"
+    assert f"error: {place}: {reason}; " in capsys.readouterr().err
 
 
 @needs_torchao

