@@ -318,10 +318,15 @@ def recover_folder(folder: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder."""
+    """fsync a file or, where its file system can do that, a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # shares (CIFS, VirtualBox, virtiofs) refuse it for folders, and flush these in ways of their own
+        refused = error.errno in (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
+        if not (refused and path.is_dir()):
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,9 +1,11 @@
 """Files that are whole or not there, locks, and logs that resumed runs go on with."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from concurrent import futures
@@ -134,6 +136,24 @@ def test_what_is_written_is_on_the_disk_before_it_counts(tmp_path, calls):
     with log(tmp_path / "log.jsonl") as opened:
         opened.append({"a": 1})
         assert calls == ["fsync log.jsonl", "fsync log.jsonl"]  # of the settings, and of the record
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+@pytest.mark.parametrize("kind", [stat.S_ISDIR, stat.S_ISREG])
+def test_a_share_that_cannot_flush_folders_keeps_what_is_written(tmp_path, monkeypatch, number, kind):
+    def fsync(descriptor):
+        if kind(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    kept = kind is stat.S_ISDIR and number != errno.EIO
+    with contextlib.nullcontext() if kept else pytest.raises(OSError):
+        files.write_atomic(tmp_path / "a.json", "text")
+    with contextlib.nullcontext() if kept else pytest.raises(OSError):
+        with files.atomic_folder(tmp_path / "ckpt") as folder:
+            (folder / "weights").write_text("1")
+    if kept:
+        assert names(tmp_path) == ["a.json", "ckpt"] and names(tmp_path / "ckpt") == ["weights"]
 
 
 def log(path, **settings) -> ResumableLog:
