@@ -236,6 +236,12 @@ def test_a_process_that_sees_one_gpu_takes_that(gpus, rank, place, monkeypatch):
     assert loader.resolve_device("auto") == torch.device("cuda", place)
 
 
+@pytest.mark.parametrize("cuda, place", [(False, torch.device("cpu")), (True, None)])
+def test_split_is_over_nvidias_gpus_only(cuda, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert loader.resolve_device("split") == place
+
+
 @pytest.mark.parametrize(
     "device, capability, lacks", [("cuda", (7, 5), True), ("cuda", (8, 0), False), ("cpu", (0, 0), False)]
 )

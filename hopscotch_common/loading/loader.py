@@ -82,9 +82,9 @@ def hopscotch_config(
 
 
 def resolve_device(device: str):
-    """Return `--device` as a torch device, None for `split`; raise InputError if it is not there."""
-    if device == "split":
-        return None
+    """Return `--device` as a torch device, None for GPUs to `split`; raise InputError if it is not there."""
+    if device == "split":  # without CUDA, device_map="auto" would take Apple's GPU
+        return None if torch.cuda.is_available() else torch.device("cpu")
     if device == "auto":
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
         if use_cpu or not torch.cuda.is_available():
@@ -143,7 +143,7 @@ def load_model(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(
             f"--device {device}: {ref.source} does not fit the GPUs here, and what lies elsewhere cannot "
-            "train; use more GPUs, or --quantization"
+            "train; use more GPUs, or weights that bitsandbytes quantised"
         )
     scales.freeze_base(model)
     return model
@@ -221,7 +221,7 @@ def quantization_config(quantization: str, device, dtype: torch.dtype | None = N
     device: None when split. dtype: the model's. bitsandbytes' int4 is NF4, over which adapters are trained;
     its int8 also quantises activations (LLM.int8).
     """
-    if torch.cuda.is_available() if device is None else device.type == "cuda":
+    if device is None or device.type == "cuda":
         _require("bitsandbytes", "--quantization on CUDA")
         if quantization == "int8":
             return BitsAndBytesConfig(load_in_8bit=True)
