@@ -134,7 +134,7 @@ def read_json(path: Path, remedy: str = "name another") -> dict:
     return as_object(parse_json(content, str(path), remedy), str(path), remedy)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, remedy: str = "name another folder") -> None:
     """Raise InputError unless files can be made in `folder` (or where it would be made)."""
     existing = folder.absolute()
     try:
@@ -143,12 +143,12 @@ def check_writable(folder: Path) -> None:
         folder.absolute().is_dir()
     except (OSError, ValueError) as error:  # a name that is too long, circular links
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot write to {folder}: {reason}; name another folder") from error
+        raise InputError(f"cannot write to {folder}: {reason}; {remedy}") from error
     if not existing.is_dir():
         kind = "is a file" if existing.is_file() else "leads nowhere"
-        raise InputError(f"cannot write to {folder}: {existing} {kind}; name another folder")
+        raise InputError(f"cannot write to {folder}: {existing} {kind}; {remedy}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to {folder}: no permission in {existing}; name another folder")
+        raise InputError(f"cannot write to {folder}: no permission in {existing}; {remedy}")
 
 
 def check_output(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
@@ -168,9 +168,12 @@ def check_output(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
             raise InputError(f"{flag} {path}: would take the place of an input; name another file")
 
 
-def check_name(path: Path, flag: str) -> None:
-    """Raise InputError unless a file or folder could be made at `path`, and its lock beside it."""
-    check_writable(path.parent)
+def check_name(path: Path, flag: str, remedy: str = "name another folder") -> None:
+    """Raise InputError unless a file or folder could be made at `path`, and its lock beside it.
+
+    remedy: what to do where its folder cannot be written to.
+    """
+    check_writable(path.parent, remedy)
     try:
         lock = path.with_name(f".{path.name}.lock")  # the longest name that is made from it
         os.stat(lock)

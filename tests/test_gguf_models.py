@@ -339,6 +339,13 @@ def test_a_failure_on_the_way_leaves_nothing_and_the_next_run_starts_over(tmp_pa
     assert os.listdir(cache) == [folder.name]
 
 
+def test_a_cache_that_cannot_be_written_is_refused_with_what_names_another(tmp_path, cache):
+    path = write_model(tiny(), tmp_path / "one.gguf")
+    cache.parent.write_text("a file in its place")
+    with pytest.raises(InputError, match="cannot write to .*; set XDG_CACHE_HOME to a folder with space"):
+        model_ref(str(path)).folder()
+
+
 def test_two_at_once_unpack_it_once(tmp_path, cache, monkeypatch):
     path = write_model(tiny(), tmp_path / "one.gguf")
     unpack, read, calls, meet = gguf_files.unpack, gguf_files.read_description, [], threading.Barrier(2)

@@ -93,7 +93,7 @@ def unpack_once(gguf: Path, target: Path, dtype: str) -> None:
         return
     described = read_description(gguf)
     reader = described[0]
-    files.check_name(target, f"{gguf}: its folder")
+    files.check_name(target, f"{gguf}: its folder", "set XDG_CACHE_HOME to a folder with space")
     needed = sum(int(tensor.n_elements) for tensor in reader.tensors) * getattr(torch, dtype).itemsize
     logger.info("unpacking %s into %s (once): %.2f GB", gguf.name, target, needed / 1e9)
     with files.locked(target, wait=True):  # only one of several processes does it
