@@ -321,7 +321,7 @@ def code_of_a_repository(work: Path) -> None:
 
 UNTRUE: dict[str, tuple[str, Spoil]] = {
     "code with a line more": (
-        "modeling_hopscotch.py",
+        "modeling_hopscotch.py: is of another version .*, or was changed; verify with the version that made",
         append(CODE, "\nopen('it-ran', 'w')\n"),
     ),  # nor does it run
     "no code": ("modeling_hopscotch.py", remove(CODE)),
@@ -337,6 +337,8 @@ UNTRUE: dict[str, tuple[str, Spoil]] = {
         "tokenizer_config.json",
         edit(f"{CHECKPOINT}/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
     ),
+    "code's shadow on macOS": (r"\._a\.py: left by macOS; remove", write(f"{CHECKPOINT}/._a.py", b"\0\xff")),
+    "a config's shadow": (r"\._a_config\.json: left by", write(f"{CHECKPOINT}/._a_config.json", b"\0\xff")),
     "code besides": (r"evil\.py", write(f"{CHECKPOINT}/evil.py", "")),
     "config is not JSON": ("config.json", write(CONFIG, "{")),
     "a scale is NaN": (

@@ -44,6 +44,8 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
     """Raise InputError unless the only code that could run from a folder is a known modeling_hopscotch.py."""
     code = folder / CODE.name
     for path in sorted(folder.iterdir()):
+        if path.name.startswith("._"):
+            raise InputError(f"{path}: left by macOS; remove the folder's ._* files")
         if path.is_symlink():
             raise InputError(
                 f"{path}: is a link, and what it leads to may change; copy the file itself, or fetch the "
@@ -58,7 +60,10 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
     if not code.is_file():
         raise InputError(f"{code}: is missing; make the checkpoint again")
     if code.read_bytes() != CODE.read_bytes():
-        raise InputError(f"{code}: differs from this project's file of that name; do not run it")
+        raise InputError(
+            f"{code}: is of another version of this project, or was changed; verify with the version that "
+            "made it, and do not run it before"
+        )
     for name, target in (config.get("auto_map") or {}).items():
         if target != known.get(name):  # "repo--module.Class" is code from elsewhere
             raise InputError(f"{folder / 'config.json'}: auto_map names {target!r} for {name}; do not run it")
