@@ -119,7 +119,9 @@ def test_epochs_share_weights_and_outlive_one_another(tiny_folder, tmp_path):
     written = {path.name for path in first.iterdir()}
     for name in ("model-q8_0.gguf", "eval.json"):  # a user's, of this epoch alone
         (first / name).write_text("{}")
+    (first / CODE.name).write_text("an earlier version's")
     save(second, tiny_folder(), share_with=first)
+    assert (second / CODE.name).read_bytes() == CODE.read_bytes()
     shared = [path.name for path in second.iterdir() if path.stat().st_nlink > 1]
     assert shared == ["base-00001-of-00001.safetensors"]
     (second / "config.json").write_text("edited")

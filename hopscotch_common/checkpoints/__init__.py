@@ -44,6 +44,7 @@ from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.loading.tokenization import check_copies, copy_tokenizer
 from hopscotch_common.scales import modeling_hopscotch
 from hopscotch_common.scales.modeling_hopscotch import (
+    CODE,
     FAMILIES,
     PREFIX,
     REPLACEMENT_NAMES,
@@ -92,8 +93,8 @@ def save_checkpoint(
                     link_or_copy(path, target / path.name)
                 elif path.name == CHAT_TEMPLATE_DIR:
                     shutil.copytree(path, target / path.name)
-                elif path.name in DESCRIPTION_FILES:
-                    shutil.copyfile(path, target / path.name)
+                elif path.name in DESCRIPTION_FILES:  # an earlier version's code may lack corrections
+                    shutil.copyfile(CODE if path.name == CODE.name else path, target / path.name)
         if training_state is not None:
             weights.save_tensors(training_state, target / STATE_FILE)
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
