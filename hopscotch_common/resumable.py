@@ -23,9 +23,12 @@ _HEADER = b'{"settings": {'
 def check_settings(written: dict, wanted: dict, where: str, remedy: str) -> None:
     """Raise InputError, naming the setting, unless earlier work was made with the wanted settings."""
     for name, value in wanted.items():
-        if written.get(name) != value:
-            change = IN_WORDS.get(name) or f"{name} = {written.get(name)}, now it is {value}"
-            raise InputError(f"{where}: was made with {change}; repeat that setting, or {remedy}")
+        if written.get(name) == value:
+            continue
+        if name not in written:
+            raise InputError(f"{where}: an earlier version made it, which did not record {name}; {remedy}")
+        change = IN_WORDS.get(name) or f"{name} = {written.get(name)}, now it is {value}"
+        raise InputError(f"{where}: was made with {change}; repeat that setting, or {remedy}")
 
 
 class ResumableLog(contextlib.ExitStack):
