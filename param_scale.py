@@ -143,6 +143,7 @@ def train(
     arguments: argparse.Namespace, blocks: list[int], parts: tuple[list, list], settings: dict, processes
 ) -> list[dict]:
     """Train epoch by epoch, or resume after the last saved epoch; return what each epoch recorded."""
+    from hopscotch_common import checkpoints
     from hopscotch_common.checkpoints import epochs, folders
     from hopscotch_common.training.trainer import EpochTraining, prepare_model
 
@@ -156,6 +157,10 @@ def train(
         if later := [epoch for epoch in saved if epoch >= arguments.num_epochs]:
             folder = epoch_folder(arguments, later[0])
             logger.warning("%s and later epochs there are of an earlier training, and stay", folder)
+    earlier = (epoch_folder(arguments, run["epoch"]) for run in runs)
+    if processes.rank == 0 and not any(map(checkpoints.has_weights, earlier)):
+        rank = arguments.replacement_rank
+        checkpoints.check_space(arguments.output_dir, arguments.model, blocks, rank)
     runs, state = processes.gather((runs, state))[0]  # only rank 0's disk is sure to hold the epochs
     left = range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs)
     for number in left:

@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     check_exports(arguments.export, config, folder, arguments.replacement_rank)
     weights.check_weights(arguments.model.folder(), config, arguments.attn_implementation)
     checkpoints.check_base(arguments.model, config)
+    checkpoints.check_space(output_dir, arguments.model, blocks, arguments.replacement_rank)
     values = torch.ones(config.num_hidden_layers, len(SCALE_NAMES))
     maps = {}
     if arguments.replacement_rank:

@@ -265,6 +265,27 @@ def test_a_model_that_does_not_fit_gets_one_line(work, capsys, monkeypatch):
     assert re.search("error: out of memory .*--device split", capsys.readouterr().err)
 
 
+def test_a_disk_too_small_for_a_checkpoint_is_told_before_the_training(work, capsys, monkeypatch):
+    epoch = ["--blocks_to_skip", "1", "--output_dir", "out", "--num_epochs"]
+    usage = shutil.disk_usage(".")
+
+    def leave(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+
+    whole, part = ((work / "model.safetensors").stat().st_size * share for share in (1, 0.5))
+    leave(whole)  # enough: one block less is written
+    assert param_scale.main(flags(work, *epoch, "1")) == 0
+    leave(int(part))
+    assert param_scale.main(flags(work, *epoch, "2", "--resume")) == 0  # shares the weights
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "load_model", lambda _: pytest.fail("loaded for nothing"))
+    for script, arguments in ((param_scale, flags(work)), (unscaled_ckpt, ["--model", str(work)])):
+        assert script.main([*arguments, "--blocks_to_skip", "1", "--output_dir", "small/new"]) == 1
+        message = r"error: small/new: too little disk space: .* takes \d\.\d\d GB, and \d\.\d\d GB are free"
+        assert re.search(message, capsys.readouterr().err)
+    assert not [path for path in Path("small").rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granularity, monkeypatch):
     common = flags(work, "--blocks_to_skip", "1", "--learning_rate", "1e-2", "--granularity", granularity)

@@ -37,7 +37,7 @@ from hopscotch_common.checkpoints.folders import (
     companions,
     copy_companions,
 )
-from hopscotch_common.errors import InputError, reason_of
+from hopscotch_common.errors import HopscotchError, InputError, reason_of
 from hopscotch_common.files import atomic_folder, check_input, link_or_copy, read_json
 from hopscotch_common.loading import loader, weights
 from hopscotch_common.loading.models import ModelRef
@@ -109,6 +109,25 @@ def has_weights(folder: Path) -> bool:
     except InputError:
         return False
     return True
+
+
+def check_space(output_dir: Path, base: ModelRef, skipped: list[int], replacement_rank: int) -> None:
+    """Raise HopscotchError unless a folder's disk has room for a checkpoint that shares no weights."""
+    stock = loader.read_config(base)
+    config = loader.hopscotch_config(stock, skipped, replacement_rank=replacement_rank)
+    needed = 0
+    for path in weights.weight_files(base.folder()):
+        found = weights.read_tensors(path)
+        needed += sum(tensor.nbytes for key, tensor in found.items() if not is_skipped_weight(key, config))
+    existing = output_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    disk = shutil.disk_usage(existing)
+    if disk.free < needed and disk.total:  # some network file systems report neither
+        raise HopscotchError(
+            f"{output_dir}: too little disk space: the first checkpoint takes {needed / 1e9:.2f} GB, and "
+            f"{disk.free / 1e9:.2f} GB are free; free some, or name another --output_dir"
+        )
 
 
 def check_base(base: ModelRef, config) -> None:
