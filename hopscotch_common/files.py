@@ -334,9 +334,11 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard link a file, or copy it if the file system does not support links."""
+def link_or_copy(source: Path, target: Path) -> int:
+    """Hard link a file, or copy it if the file system does not support links; return the bytes copied."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+        return target.stat().st_size
+    return 0

@@ -133,7 +133,7 @@ def test_epochs_share_weights_and_outlive_one_another(tiny_folder, tmp_path):
     assert checkpoints.load_checkpoint(second)(torch.tensor([[5, 6]])).logits.isfinite().all()
 
 
-def test_links_fall_back_to_copies(tiny_folder, tmp_path, monkeypatch):
+def test_links_fall_back_to_copies(tiny_folder, tmp_path, monkeypatch, caplog):
     def no_links(*args):
         raise OSError("no links on this file system")
 
@@ -142,6 +142,12 @@ def test_links_fall_back_to_copies(tiny_folder, tmp_path, monkeypatch):
     save(tmp_path / "e1", tiny_folder(), share_with=tmp_path / "e0")
     (shard,) = (tmp_path / "e1").glob("base-*")
     assert shard.stat().st_nlink == 1
+    assert "hard links" not in caplog.text  # so little is not worth a word
+    monkeypatch.setattr(checkpoints, "MANY_BYTES", shard.stat().st_size - 1)
+    for epoch in (2, 3):
+        save(tmp_path / f"e{epoch}", tiny_folder(), share_with=tmp_path / "e1")
+    message = f"{tmp_path}: no hard links here, so each epoch takes {shard.stat().st_size / 1e9:.2f} GB of"
+    assert caplog.text.count("hard links") == caplog.text.count(message) == 1
     assert shard.read_bytes() == (tmp_path / "e0" / shard.name).read_bytes()
 
 

@@ -15,6 +15,7 @@ epoch takes little more space than a tokenizer, and deleting one, or replacing o
 another.
 """
 
+import functools
 import json
 import re
 import shutil
@@ -37,7 +38,7 @@ from hopscotch_common.checkpoints.folders import (
     companions,
     copy_companions,
 )
-from hopscotch_common.errors import HopscotchError, InputError, reason_of
+from hopscotch_common.errors import HopscotchError, InputError, logger, reason_of
 from hopscotch_common.files import atomic_folder, check_input, link_or_copy, read_json
 from hopscotch_common.loading import loader, weights
 from hopscotch_common.loading.models import ModelRef
@@ -52,6 +53,7 @@ from hopscotch_common.scales.modeling_hopscotch import (
     stock_type,
 )
 
+MANY_BYTES = 100e6  # copies of fewer are not worth a warning
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
 
 
@@ -88,18 +90,27 @@ def save_checkpoint(
             shared = read_run(share_with)
             run = run | {key: shared[key] for key in ("weights", "tokenizer") if key in shared}
             copy_companions(share_with, target)
+            copied = 0
             for path in share_with.iterdir():
                 if path.match(SHARED_FILES):
-                    link_or_copy(path, target / path.name)
+                    copied += link_or_copy(path, target / path.name)
                 elif path.name == CHAT_TEMPLATE_DIR:
                     shutil.copytree(path, target / path.name)
                 elif path.name in DESCRIPTION_FILES:  # an earlier version's code may lack corrections
                     shutil.copyfile(CODE if path.name == CODE.name else path, target / path.name)
+            if copied > MANY_BYTES:
+                _warn_of_copies(folder.parent, copied)
         if training_state is not None:
             weights.save_tensors(training_state, target / STATE_FILE)
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
         origin = share_with and card.inherited(share_with) or card.origin_of(base)
         card.write_card(target, folder.name, "checkpoint", origin, checkpoint_config(target), values, run)
+
+
+@functools.cache  # once, not at each epoch
+def _warn_of_copies(output_dir: Path, copied: int) -> None:
+    message = "%s: no hard links here, so each epoch takes %.2f GB of its own"
+    logger.warning(message, output_dir, copied / 1e9)
 
 
 def has_weights(folder: Path) -> bool:
