@@ -119,7 +119,12 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Log to stderr, from rank 0 only, and keep the libraries' chatter down to warnings."""
+    """Log to stderr, from rank 0 only, and keep the libraries' chatter down to warnings.
+
+    What the encoding of stdout lacks is shown there as escapes, as Python does on stderr.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # no plain stream, or a descriptor replaced since
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # this project checks what it warns of
     logging.getLogger("transformers").setLevel(logging.ERROR)  # if it was imported before
     for name in ("torchao", "torch.utils._pytree"):  # log at every import which of their parts do not fit

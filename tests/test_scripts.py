@@ -557,6 +557,24 @@ def test_a_script_needs_no_docstring():
     assert result.returncode == 0 and "--model" in result.stdout, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["param_scale.py", "--help"], rb"cuda:1, \\u2026"),
+        (
+            ["-c", "from hopscotch_common import cli; cli.command(lambda _: cli.result('\u6a21'))()"],
+            rb"^\\u6a21$",
+        ),
+    ],
+    ids=["help", "result"],
+)
+def test_a_terminal_without_utf_8_shows_escapes(arguments, said):
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert result.returncode == 0 and re.search(said, result.stdout), result
+
+
 def numbers(text: str) -> dict[str, list[float]]:
     """stdout lines as {words: numbers}, block indices kept in the words."""
     found = {}
