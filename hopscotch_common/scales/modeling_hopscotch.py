@@ -34,7 +34,9 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.utils.versions import require_version
 
+OLDEST_TRANSFORMERS = "5.16"  # earlier caches of hybrid models have a slot for each layer, skipped or not
 CODE = Path(__file__)
 SCALES_FILE = "scales.safetensors"  # beside the weights in a checkpoint of the scripts
 PREFIX = "hopscotch_"  # of the model types
@@ -505,7 +507,11 @@ def stock_names(model_type: str) -> tuple[str, str, str]:
 
 @functools.cache
 def family_config(model_type: str) -> type:
-    """Return the Hopscotch config class of a stock family; no model code is imported."""
+    """Return the Hopscotch config class of a stock family; no model code is imported.
+
+    Raises ImportError for a transformers whose caches would not know of skipped blocks.
+    """
+    require_version(f"transformers>={OLDEST_TRANSFORMERS}")
     stock = getattr(transformers, stock_names(model_type)[0])
     kinds = {"skipped_attention_blocks": list[int] | None, "scale_granularity": str, "replacement_rank": int}
     defaults = {"skipped_attention_blocks": None, "scale_granularity": "layer", "replacement_rank": 0}
