@@ -1,5 +1,7 @@
 """What the scaled layers are made of; test_families.py holds the whole of them against the equations."""
 
+import importlib.metadata
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -79,6 +81,12 @@ def test_a_transformers_that_builds_other_layers_is_refused(monkeypatch):
     _, model_class = hopscotch_classes("granitemoehybrid")
     with pytest.raises(ValueError, match="layer 0 is 'linear_attention' by config.json, and transformers 5"):
         model_class(hopscotch_config(stock_config("granitemoehybrid")))
+
+
+def test_a_transformers_whose_caches_know_no_skips_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.3.0")
+    with pytest.raises(ImportError, match=r"transformers>=5\.16 is required"):
+        modeling_hopscotch.family_config.__wrapped__("llama")
 
 
 def test_random_initialisation_sets_scales_to_one():

@@ -270,6 +270,16 @@ def test_the_scripts_with_maps(work, tmp_path, tiny_folder):
         assert (trained - unscaled[key]).abs().max().item() == pytest.approx(3e-3 / 3, rel=0.01)
     epochs = json.loads((tmp_path / "whole" / "report.json").read_text())["epochs"]
     assert epochs[1]["loss"] < epochs[0]["loss"]
+    assert unscaled_ckpt.main([*common, "--output_dir", "of_four", "--max_samples", "4"]) == 0
+    lines = (tmp_path / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data.jsonl").write_text("".join(lines[:4]))
+    assert unscaled_ckpt.main([*common, "--output_dir", "of_all_four"]) == 0
+    of_four, of_all_four = (
+        checkpoints.load_scales(tmp_path / folder / f"{name}_unscaled")[1]
+        for folder in ("of_four", "of_all_four")
+    )
+    for key, value in of_four.items():
+        assert value.equal(of_all_four[key]) and not value.equal(unscaled[key])
 
 
 @pytest.mark.parametrize(

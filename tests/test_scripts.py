@@ -492,6 +492,14 @@ HALF = ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.2
 SEVERAL = {
     "full": ("block_selection.py", ["--num_blocks", "2"]),
     "race": ("block_selection.py", ["--num_blocks", "1", "--search", "race", "--screening", "0.75"]),
+    "cosine, with held-out figures": (
+        "block_selection.py",
+        ["--num_blocks", "2", "--search", "cosine", "--validation_split", "0.25", "--max_loss_increase", "9"],
+    ),
+    "untrained, with the original's loss": (
+        "block_selection.py",
+        ["--num_blocks", "1", "--search", "untrained", "--max_loss_increase", "9"],
+    ),
     "param_scale": ("param_scale.py", HALF),
     "param_scale by channel and KL with maps": (
         "param_scale.py",
@@ -519,9 +527,11 @@ def test_several_processes_equal_one(work, tmp_path, name):
             assert other[line] == pytest.approx(values, abs=2e-4), line
     for other in iterations[1:]:
         for mine, theirs in zip(iterations[0], other, strict=True):
-            assert theirs["elapsed_epochs"] < 0.7 * mine["elapsed_epochs"]
+            most = 0.7 if not mine["distances"] else 0.8  # cosine's pick is measured by one process
+            assert theirs["elapsed_epochs"] < most * mine["elapsed_epochs"]
             for key in ("block", "candidate_epochs", "skipped_before"):
                 assert theirs[key] == mine[key]
+            assert theirs["distances"] == pytest.approx(mine["distances"], rel=1e-4)
             assert theirs["batch_losses"].keys() == mine["batch_losses"].keys()
             for block, losses in mine["batch_losses"].items():
                 assert theirs["batch_losses"][block] == pytest.approx(losses, rel=1e-5)

@@ -568,6 +568,32 @@ def test_bad_samples_are_refused_with_their_line(tmp_path, record, message):
             data.load_samples(tmp_path / name, vocab_size=300, max_tokens=50)
 
 
+def test_samples_are_read_as_far_as_asked_and_hold_each_id_once(tmp_path):
+    large = {"input_ids": [5, 1000, 1001], "labels": [-100, 1000, 1001]}
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(large)}\n" * 2 + "{}\n")
+    first, second = data.load_samples(tmp_path / "data.jsonl", vocab_size=2000, max_samples=2)
+    assert first == second == Sample([5, 1000, 1001], [-100, 1000, 1001])
+    assert first.input_ids[1] is second.input_ids[1] is second.labels[1]  # above 256 Python makes a new one
+
+
+def test_batches_are_made_when_they_are_asked_for(monkeypatch):
+    """An epoch's tensors would not fit: what was asked for is made, and made anew each time."""
+    made = []
+
+    def of(samples, *shape):
+        made.append(len(samples))
+        return make(samples, *shape)
+
+    make = data.Minibatch.of
+    monkeypatch.setattr(data.Minibatch, "of", staticmethod(of))
+    batches = make_batches(random_samples(10), 4, 10**6)
+    assert len(batches) == 3 and not made
+    assert batches.num_loss_counted_tokens == sum(s.num_loss_counted_tokens for s in random_samples(10))
+    later = batches[1:]
+    assert len(later) == 2 and not made
+    assert later[-1].num_loss_counted_tokens == batches[2].num_loss_counted_tokens and made == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("device", "asked", "most"), [("cpu", None, 512), ("cuda", None, 4096), ("cuda", 300, 300)]
 )

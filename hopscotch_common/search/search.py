@@ -124,7 +124,8 @@ class Search:
             distances = self.processes.gather(distances)[0]  # all must pick the same
             found.distances = _finite(found, distances, "what passes through it is not finite")
             self.bar.move(num_batches * SCREENING_COST)
-            self._work = self._time = num_batches * SCREENING_COST
+            self._work = num_batches * SCREENING_COST
+            self._time = self._work / self.processes.count
             blocks = sorted(found.distances, key=lambda block: (found.distances[block], block))[:1]
         losses = self._screen(found, blocks, num_batches)
         return [Candidate(block, known_loss=loss) for block, loss in losses.items()]
