@@ -73,7 +73,7 @@ CASES = [
     *values(TRAINING, "--batch_size", ("0", WHOLE)),
     *values(TRAINING, "--max_tokens_per_batch", ("2", "data.jsonl, line 1: .*--max_tokens_per_batch 2")),
     *values(SCALE, "--max_tokens_per_batch", (HUGE, "--max_tokens_per_batch")),
-    *values(TRAINING, "--max_samples", ("-3", WHOLE)),
+    *values(WITH_MAPS, "--max_samples", ("-3", WHOLE)),
     *_unknown(TRAINING, "--loss", "mse"),
     *_switches(SEARCH, "--gradient_checkpointing"),
     *_switches(SCALE, "--gradient_checkpointing", "--resume"),
