@@ -22,7 +22,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.utils import CHAT_TEMPLATE_DIR, GENERATION_CONFIG_NAME
 
@@ -38,7 +37,7 @@ from hopscotch_common.checkpoints.folders import (
     companions,
     copy_companions,
 )
-from hopscotch_common.errors import HopscotchError, InputError, logger, reason_of
+from hopscotch_common.errors import HopscotchError, InputError, logger, progress, reason_of
 from hopscotch_common.files import atomic_folder, check_input, link_or_copy, read_json
 from hopscotch_common.loading import loader, weights
 from hopscotch_common.loading.models import ModelRef
@@ -175,7 +174,7 @@ def _write_base(
     tokenizer = copy_tokenizer(source, target, base.source)
 
     files = weights.weight_files(source)
-    for number, path in enumerate(tqdm(files, "writing weights", delay=2, dynamic_ncols=True), 1):
+    for number, path in enumerate(progress(files, "writing weights", len(files)), 1):
         name = f"base-{number:05}-of-{len(files):05}.safetensors"
         tensors = weights.read_tensors(path)
         if kept := {key: tensor for key, tensor in tensors.items() if not is_skipped_weight(key, config)}:

@@ -217,19 +217,19 @@ class Picks:
 
     most_increase: how far the loss may rise above the original model's, or None. It is the held-out loss if
     the search's trainer holds answers out, else that of the training. original: the original model's held-out
-    figures. All processes get the same numbers, rank 0's.
+    figures. All processes get the same numbers, since the trainer sums over them.
     """
 
     def __init__(self, search: Search, most_increase: float | None = None):
         self.search, self.most_increase = search, most_increase
         self._measure = MEASURES[search.trainer.options.loss]
-        self.original = self._held_out([], None)
+        self.original = search.trainer.held_out([])
         self._original_loss = None if most_increase is None else self._loss_of_original()
 
     def next(self, skipped: Sequence[int], known_losses: dict[int, float]) -> Iteration:
         """Find the next block, given those skipped; arguments and errors are `Search.next_block`'s."""
         found = self.search.next_block(skipped, known_losses)
-        found.held_out = self._held_out([*skipped, found.block], found.state)
+        found.held_out = self.search.trainer.held_out([*skipped, found.block], found.state)
         if self.most_increase is not None:
             loss = found.loss if found.held_out is None else getattr(found.held_out, self._measure)
             found.loss_increase = self.increase(loss)
@@ -242,12 +242,9 @@ class Picks:
     def costs_too_much(self, pick: Iteration) -> bool:
         return self.most_increase is not None and pick.loss_increase > self.most_increase
 
-    def _held_out(self, skipped: Sequence[int], state: ScaleState | None) -> HeldOut | None:
-        return self.search.processes.gather(self.search.trainer.held_out(skipped, state))[0]
-
     def _loss_of_original(self) -> float:
         if self._measure == "kl":  # to itself; a measured one may be off by rounding
             return 0.0
         if self.original is not None:
             return getattr(self.original, self._measure)
-        return self.search.processes.gather(self.search.trainer.original_loss())[0]
+        return self.search.trainer.original_loss()
