@@ -35,6 +35,8 @@ export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
 rank=16                               # of the maps in the skipped blocks' place; 0: none (the paper's)
 if [ -n "$export_formats" ]; then rank=0; fi # few engines have a place for them
 rank=${REPLACEMENT_RANK:-$rank}
+part=(--validation_split 0.2)         # of the answers: the search leaves out those that step 4a holds out
+if [ -n "$max_samples" ]; then part=(--max_samples "$max_samples"); fi
 read -ra minutes <<< "${MINUTES:-}"   # that steps are known to take about, in their order
 
 step=0
@@ -54,7 +56,7 @@ python "$here/process_gt_data.py" --model="$model"
 step "3. search for the $num_blocks attention blocks that its answers need least"
 $launch "$here/block_selection.py" --model="$model" --data_path "data/$name-processed-data/data.jsonl" \
     --search "$search" --num_blocks "$num_blocks" --batch_size "$batch_size" --replacement_rank "$rank" \
-    ${max_samples:+--max_samples "$max_samples"}
+    "${part[@]}"
 
 what="scales by $granularity"
 if [ "$rank" != 0 ]; then what="maps in the skipped blocks' place, and $what"; fi

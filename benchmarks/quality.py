@@ -270,7 +270,7 @@ def measure(arguments: argparse.Namespace, parser: argparse.ArgumentParser, path
 def paired(path: Path, other: Path) -> list[dict]:
     """The figures of another result file; SystemExit unless they are of the same problems, asked alike."""
     ours, theirs = (json.loads(file.read_text())["settings"] for file in (path, other))
-    for name in ("model", "test_file", "problems", "puzzles", "functions", "max_tokens"):
+    for name in ("model", "dtype", "test_file", "problems", "puzzles", "functions", "max_tokens"):
         values = ours.get(name), theirs.get(name)
         if None not in values and values[0] != values[1]:
             raise SystemExit(f"{other}: of another {name} than {path}; name a file of the same in --less_in")

@@ -1,7 +1,7 @@
 """What races with other settings would have cost and picked, replayed from full searches.
 
     python block_selection.py --model smollm --data_path data.jsonl --num_blocks 4 --output full.json
-    python benchmarks/race.py full.json [more.json …] --confidence 1 2 3
+    python benchmarks/race.py full.json [more.json …] --screening 1 .33 .25
     python benchmarks/race.py full.json --first_look 2 --model smollm --data_path data.jsonl
     python benchmarks/race.py --table
 
@@ -129,13 +129,11 @@ def judge(report: dict, untrained: list[dict] | None, rule_of) -> list[dict]:
     return results
 
 
-def replay_all(
-    reports: dict[str, dict], untrained: dict[str, list | None], look, screening, confidence
-) -> dict:
+def replay_all(reports: dict[str, dict], untrained: dict[str, list | None], look, screening) -> dict:
     """`judge` of every report, by name."""
 
     def rule_of(num_batches: int) -> Schedule:
-        return Schedule(look or measuring.default_race(num_batches).first_look, confidence, screening)
+        return Schedule(look or measuring.default_race(num_batches).first_look, screening)
 
     found = {name: judge(report, untrained[name], rule_of) for name, report in reports.items()}
     return {"by_report": found}
@@ -151,14 +149,14 @@ def table(figures: list[dict]) -> list[str]:
         return [len(every), same, f"{worst:.1%}", f"{measuring.median(shares):.2f}", f"{max(shares):.2f}"]
 
     names = ("iterations", "same pick", "worst excess loss", "median share of full's work", "worst")
-    lines = title("first look", "screening", "confidence", *names)
+    lines = title("first look", "screening", *names)
     for figure in figures:
         every = [result for results in figure["by_report"].values() for result in results]
         lines.append(row(*figure["of"].values(), *cells(every)))
     lines += ["", *title("search", *names)]
     default = measuring.default_race(1)
     for figure in figures:
-        if list(figure["of"].values()) == [0, default.screening, default.confidence]:
+        if list(figure["of"].values()) == [0, default.screening]:
             lines += [row(name, *cells(results)) for name, results in figure["by_report"].items()]
     return lines
 
@@ -170,7 +168,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", type=Path, help="the data that they searched on")
     parser.add_argument("--first_look", type=int, nargs="+", default=[0], help="0: the default of a race")
     parser.add_argument("--screening", type=float, nargs="+", default=[1.0, 0.5, 0.33, 0.25])
-    parser.add_argument("--confidence", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0, 99.0])
     measuring.add_result_arguments(parser, "race")
     return parser
 
@@ -194,9 +191,8 @@ def main(argv: list[str] | None = None) -> None:
             for name, report in reports.items()
         }
         results = measuring.Results(path, recorded)
-        choices = (arguments.first_look, arguments.screening, arguments.confidence)
-        for schedule in itertools.product(*choices):
-            of = dict(zip(("first_look", "screening", "confidence"), schedule, strict=True))
+        for schedule in itertools.product(arguments.first_look, arguments.screening):
+            of = dict(zip(("first_look", "screening"), schedule, strict=True))
             results.measure(of, replay_all, reports, untrained, *schedule)
     print("\n".join(table(measuring.figures_in(path))))
 

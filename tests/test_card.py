@@ -30,7 +30,7 @@ eval_results: nonsense
 FIGURES = {
     "original": {"cross_entropy": 0.25, "kl": 0.0, "agreement": 1.0},
     "unscaled": {"cross_entropy": 0.5, "kl": 0.125, "agreement": 0.75},
-    "scaled": {"cross_entropy": 0.375, "kl": 0.0625, "agreement": 0.875, "kl_error": 0.01},
+    "scaled": {"cross_entropy": 0.375, "kl": 0.0625, "agreement": 0.875, "kl_error": 0.01, "answers": 7},
 }
 RUN = {
     "epoch": 4,
@@ -83,6 +83,7 @@ def test_a_checkpoint_says_what_it_is(base, tmp_path):
         "2 of its 4 attention blocks (0, 2)",
         "KV cache: 2 of 4 blocks (50%)",
         "four a layer; 5 epoch(s) of Adam, learning rate 0.003, 16 answers a step, on KL",
+        "| on 7 held-out answers | loss",
         "| blocks skipped, no scales | 0.5000 | 0.1250 | 75.0% |",
         "| blocks skipped, with scales | 0.3750 | 0.0625 ± 0.0100 | 87.5% |",
         "needs transformers 5",

@@ -19,7 +19,7 @@ from hopscotch_common.training import TrainingOptions, loss
 from hopscotch_common.training.distributed import Group
 from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
 
-SEARCHES = {"full": FULL, "race": Schedule(1, 3.0, 0.5), "untrained": UNTRAINED, "cosine": COSINE}
+SEARCHES = {"full": FULL, "race": Schedule(1, 0.5), "untrained": UNTRAINED, "cosine": COSINE}
 
 
 cuda = pytest.param(

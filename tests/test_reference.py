@@ -29,7 +29,7 @@ def test_reference_chooses_the_same_block_with_the_same_losses(tiny_folder, fami
 
 def test_replayed_race_equals_a_run_one(tiny_folder):
     full = iterate(tiny_folder(), epoch(24, 2))
-    for rule in (Schedule(2, confidence=1.5), Schedule(1, confidence=1.5, screening=0.5)):
+    for rule in (Schedule(2), Schedule(1, screening=0.5)):
         raced = iterate(tiny_folder(), epoch(24, 2), rule=rule)
         replayed = race.replay(race.Recorded(full.batch_losses), rule)
         assert dataclasses.replace(replayed, untrained_losses=raced.untrained_losses) == raced
@@ -41,7 +41,7 @@ def test_losses_before_training_are_kept_with_what_they_are_of(tiny_folder, tmp_
     source = ["--model", str(tiny_folder()), "--data_path", str(tmp_path / "data.jsonl")]
     searched = ["--batch_size", "2", "--device", "cpu", "--output", str(report)]
     assert block_selection.main([*source, *searched]) == 0
-    words = [str(report), "--first_look", "2", "--screening", "0.5", "--confidence", "3"]
+    words = [str(report), "--first_look", "2", "--screening", "0.5"]
 
     def replayed(*more: str) -> dict:
         race.main([*words, *more, "--result", str(tmp_path / "result.json")])

@@ -402,7 +402,7 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
         stopped_before=synthetic_search()["iterations"][0]
         | {"block": 5, "loss": 9.5, "skipped_before": [2, 4]},
     )
-    figures = {"cross_entropy": 0.625, "kl": 0.25, "agreement": 0.875, "kl_error": None}
+    figures = {"cross_entropy": 0.625, "kl": 0.25, "agreement": 0.875, "kl_error": None, "answers": 3}
     report["iterations"][0]["held_out"] = figures
     run = parse(SearchRun, report)
     rows = dict(summary(run).rows)
@@ -413,7 +413,7 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
     assert table.rows[0][-3:] == ("0.6250", "0.2500", "0.8750")
     (found,) = decisions([run])
     assert found == (
-        "on held-out answers after the last pick: cross entropy 0.6250 (original 0.5000, +0.1250); "
+        "on 3 held-out answers after the last pick: cross entropy 0.6250 (original 0.5000, +0.1250); "
         "kl 0.2500 (original 0.0000, +0.2500); agreement 0.8750 (original 0.9900, -0.1150)",
         "attention blocks skipped: 2, 4 (2 of 6 layers)",
     )
@@ -425,8 +425,12 @@ def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, scaled, tmp_
     counts = checkpoints.read_run(Path(scaled["checkpoint"]))["weights"]
     held_out = scaled["epochs"][scaled["best_epoch"]]["held_out"]
     ((lost, gained),) = decisions(runs)
-    assert lost.startswith(f"on held-out answers after epoch {scaled['best_epoch']}: ")
     figures = dict(held_out["scaled"])
+    count, best = (
+        figures.pop("answers"),
+        f"{scaled['best_epoch']} (the best of {len(scaled['epochs'])} on them)",
+    )
+    assert lost.startswith(f"on {count} held-out answers after epoch {best}: ") and count > 1
     errors = {"kl": f" ± {figures.pop('kl_error'):.4f}"}
     for measure, value in figures.items():
         original = held_out["original"][measure]

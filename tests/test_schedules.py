@@ -1,7 +1,5 @@
 """The race's rule, and the bar that knows how much a schedule can take."""
 
-import math
-
 import pytest
 
 import block_selection
@@ -16,26 +14,8 @@ def racing(*losses: list[float]) -> list[Candidate]:
     return [Candidate(block, list(values)) for block, values in enumerate(losses)]
 
 
-def test_losses_are_compared_in_pairs():
-    hard_and_easy = [5.0, 1.0, 4.0, 2.0]
-    always_worse = [x + 0.10 + 0.001 * i for i, x in enumerate(hard_and_easy)]
-    sometimes_worse = [x + d for x, d in zip(hard_and_easy, [0.2, -0.19, 0.2, -0.19], strict=True)]
-    left = schedule.not_ruled_out(racing(hard_and_easy, always_worse, sometimes_worse), confidence=2.0)
-    # The typical noise (the median of 0.001 and 0.2) leaves the second in doubt, its own does not.
-    assert [candidate.block for candidate in left] == [0, 1, 2]
-    left = schedule.not_ruled_out(racing(hard_and_easy, always_worse), confidence=2.0)
-    assert [candidate.block for candidate in left] == [0]
-    assert len(schedule.not_ruled_out(racing(hard_and_easy, always_worse), math.inf)) == 2
-
-
-def test_too_few_batches_leave_all_in_doubt():
-    losses = [1.0, 1.1, 1.2], [2.0, 2.1, 2.2]
-    assert len(schedule.not_ruled_out(racing(*losses), confidence=2.0)) == 2
-    assert len(schedule.not_ruled_out(racing(*(x + [1.0] for x in losses)), confidence=2.0)) == 1
-
-
 def test_fewer_go_on_the_more_batches_were_seen():
-    race = Schedule(first_look=2, confidence=math.inf)
+    race = Schedule(first_look=2)
     assert [race.most_survivors(10, batches) for batches in (1, 2, 3, 4, 6, 8, 20)] == [10, 5, 4, 3, 2, 2, 1]
     candidates = racing(*[[3.0 - block / 10] * 2 for block in range(10)])
     assert [candidate.block for candidate in race.survivors(candidates, 10, 2)] == [5, 6, 7, 8, 9]
@@ -45,9 +25,7 @@ def test_fewer_go_on_the_more_batches_were_seen():
     assert race.longest(10, 7, processes=4) == 2 * 2.5 + 1.25 + 1 + 1 + 1 + 0.5
     assert schedule.FULL.longest(10, 12) == 120
     # Screening ten on two batches costs seven batches, three are left.
-    assert Schedule(2, math.inf, screening=0.3).longest(10, 7) == pytest.approx(
-        20 / 3 + 2 * 3 + 3 + 3 + 3 + 3 + 2
-    )
+    assert Schedule(2, screening=0.3).longest(10, 7) == pytest.approx(20 / 3 + 2 * 3 + 3 + 3 + 3 + 3 + 2)
 
 
 def test_the_default_race_is_bounded_whatever_the_data():
@@ -83,8 +61,8 @@ class Alike:
 
 RULES = {
     "full": schedule.FULL,
-    "race": Schedule(first_look=1, confidence=3.0),
-    "screened": Schedule(first_look=1, confidence=math.inf, screening=0.5),
+    "race": Schedule(first_look=1),
+    "screened": Schedule(first_look=1, screening=0.5),
     "untrained": schedule.UNTRAINED,
     "cosine": schedule.COSINE,
 }
@@ -103,18 +81,18 @@ def test_of_candidates_that_are_alike_the_first_block_wins(rule):
 def test_of_candidates_that_are_alike_the_first_blocks_go_on():
     alike = [Candidate(block, [1.0]) for block in (8, 2, 6, 4)]
     assert schedule.leader(alike).block == 2
-    going_on = Schedule(first_look=1, confidence=math.inf).survivors(alike, 4, 1)
+    going_on = Schedule(first_look=1).survivors(alike, 4, 1)
     assert [candidate.block for candidate in going_on] == [2, 4]
-    found = Search(Alike(best=9), Schedule(first_look=1, confidence=math.inf, screening=0.5)).next_block([])
+    found = Search(Alike(best=9), Schedule(first_look=1, screening=0.5)).next_block([])
     assert list(found.batch_losses) == [3, 5]
     assert {block: drop["after_batches"] for block, drop in found.dropped.items()} == {7: 0, 9: 0, 5: 2}
 
 
 def test_looks_end_with_the_last_batch():
-    assert Schedule(2, 2.0).looks(5) == [2, 3, 4, 5]
-    assert Schedule(8, 2.0).looks(5) == [5]
+    assert Schedule(2).looks(5) == [2, 3, 4, 5]
+    assert Schedule(8).looks(5) == [5]
     assert schedule.FULL.looks(7) == [7]
-    looks = Schedule(2, 2.0).looks(100)
+    looks = Schedule(2).looks(100)
     assert looks[-1] == 100 and looks == sorted(set(looks)) and len(looks) < 50
 
 
@@ -134,7 +112,7 @@ def test_the_bar_knows_what_a_full_search_takes():
 
 
 def test_the_bar_counts_screening_at_its_cost():
-    race = Schedule(first_look=2, confidence=math.inf, screening=0.5)
+    race = Schedule(first_look=2, screening=0.5)
     bar = SearchBar(num_iterations=1, schedule=race, processes=Processes())
     bar.start_iteration(9, 9, num_batches=4)
     for _ in range(36):

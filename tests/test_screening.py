@@ -41,7 +41,7 @@ def test_an_untrained_loss_that_is_not_finite_is_infinite(tiny_folder):
 
 def test_screening_goes_on_where_it_was(tiny_folder, tmp_path):
     batches = epoch(12, 2)
-    race = Schedule(first_look=3, confidence=math.inf, screening=0.5)
+    race = Schedule(first_look=3, screening=0.5)
     whole = tmp_path / "whole.jsonl"
     expected = iterate(tiny_folder(), batches, rule=race, journal=whole)
     lines = whole.read_text().splitlines(keepends=True)
@@ -55,7 +55,7 @@ def test_screening_goes_on_where_it_was(tiny_folder, tmp_path):
 
 
 def test_screening_that_would_drop_nobody_is_left_out(tiny_folder):
-    race = Schedule(first_look=1, confidence=3.0, screening=0.4)
+    race = Schedule(first_look=1, screening=0.4)
     assert race.most_trained(2) == race.most_trained(5) == 2 and race.most_trained(1) == 1
     assert race.screened_batches(2, 6) == 0 and race.screened_batches(3, 6) == 1
     batches = epoch(12, 2)
@@ -93,7 +93,7 @@ def test_screening_trains_only_the_best_before_training(tiny_folder, tmp_path):
     full = iterate(tiny_folder(), batches)
     first = {block: losses[0] for block, losses in full.batch_losses.items()}
     best = sorted(sorted(first, key=first.get)[:2])
-    race = Schedule(first_look=1, confidence=math.inf, screening=0.5)
+    race = Schedule(first_look=1, screening=0.5)
     journal = tmp_path / "journal.jsonl"
     raced = iterate(tiny_folder(), batches, rule=race, journal=journal)
     assert raced.untrained_losses == pytest.approx(first, rel=1e-5)

@@ -129,7 +129,7 @@ def test_known_losses_are_not_trained_again(tiny_folder):
     resumed = iterate(tiny_folder(), batches, known=known)
     assert resumed.losses == full.losses and resumed.candidate_epochs == 2
     assert iterate(tiny_folder(), batches, known={0: 0.0}).block == 0
-    race = Schedule(first_look=1, confidence=math.inf, screening=0.5)
+    race = Schedule(first_look=1, screening=0.5)
     raced = iterate(tiny_folder(), batches, rule=race, known={full.block: full.loss})
     assert raced.block == full.block and set(raced.untrained_losses) == set(full.losses) - {full.block}
     assert raced.losses.items() <= full.losses.items() and len(raced.losses) == 2
@@ -161,7 +161,7 @@ def overflowing(monkeypatch, blocks, backward: bool = False) -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("rule", [schedule.FULL, Schedule(2, 2.0), Schedule(1, math.inf, screening=0.75)])
+@pytest.mark.parametrize("rule", [schedule.FULL, Schedule(2), Schedule(1, screening=0.75)])
 def test_a_candidate_that_diverges_loses(tiny_folder, tmp_path, monkeypatch, caplog, rule, backward):
     data = epoch(12, 2)
     expected = iterate(tiny_folder(), data, rule=rule)
@@ -228,7 +228,7 @@ def test_the_last_block_of_the_kind_that_the_cache_needs_is_no_candidate(tiny_fo
 def test_a_race_keeps_to_its_bound(tiny_folder):
     batches = epoch(12, 2)
     full = iterate(tiny_folder(), batches)
-    race = Schedule(first_look=1, confidence=math.inf)
+    race = Schedule(first_look=1)
     raced = iterate(tiny_folder(), batches, rule=race)
     assert sorted(len(losses) for losses in raced.batch_losses.values()) == [1, 1, 2, 6]
     assert raced.candidate_epochs == 10 / 6 == race.longest(4, 6) / 6
@@ -278,14 +278,14 @@ def test_a_candidate_that_diverged_later_passes_the_look_that_it_passed():
 def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
     batches = epoch(12, 2)
     expected = iterate(tiny_folder(), batches)
-    race = Schedule(first_look=1, confidence=math.inf)
+    race = Schedule(first_look=1)
     path = tmp_path / "journal.jsonl"
     raced = iterate(tiny_folder(), batches, rule=race, journal=path)
     assert raced.loss == expected.losses[raced.block]
     assert iterate(tiny_folder(), batches, journal=path) == expected
     written = path.read_bytes()
     for look in (1, 2, 4):  # a full search's losses say all that a race wants to know
-        race = Schedule(first_look=look, confidence=1.0)
+        race = Schedule(first_look=look)
         again = iterate(tiny_folder(), batches, rule=race, journal=path)
         assert again == iterate(tiny_folder(), batches, rule=race)
     assert path.read_bytes() == written
@@ -293,11 +293,11 @@ def test_a_journal_serves_another_schedule(tiny_folder, tmp_path):
 
 def test_a_race_goes_on_from_another_ones_looks(tiny_folder, tmp_path):
     batches = epoch(12, 2)
-    path, settings = tmp_path / "journal.jsonl", dict(confidence=math.inf)
-    iterate(tiny_folder(), batches, rule=Schedule(first_look=2, confidence=1.0), journal=path)
+    path = tmp_path / "journal.jsonl"
+    iterate(tiny_folder(), batches, rule=Schedule(first_look=2), journal=path)
     written = path.read_text()
     for look in (1, 3):
-        race = Schedule(first_look=look, **settings)
+        race = Schedule(first_look=look)
         found = iterate(tiny_folder(), batches, rule=race, journal=path)
         assert found == iterate(tiny_folder(), batches, rule=race)
     assert path.read_text().startswith(written)

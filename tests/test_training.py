@@ -298,7 +298,8 @@ def test_evaluate_is_the_mean_over_tokens(tiny_folder):
         apart = [kl - found.kl * count for kl, count in zip(of_each, counted, strict=True)]  # their sum is 0
         error = math.sqrt(len(samples)) * statistics.stdev(apart) / tokens
         assert math.isclose(found.kl_error, error, rel_tol=1e-3)
-        assert evaluate(model, make_batches(samples[:1], 2, 60), "one answer").kl_error is None
+        one = evaluate(model, make_batches(samples[:1], 2, 60), "one answer")
+        assert one.kl_error is None and (one.answers, found.answers) == (1, len(samples))
         agreeing = 0
         for sample in samples:
             logits = reference_logits(stock, torch.tensor([sample.input_ids]), values, {2})[0]

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from hopscotch_common import scales
 from hopscotch_common.errors import logger, reason_of
 from hopscotch_common.loading.models import EMBEDDED_LICENCE, ModelRef
-from hopscotch_common.report import with_error
+from hopscotch_common.report import ANSWERS, with_error
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.vllm_plugin import family_obstacle
 
@@ -41,9 +41,10 @@ def write_card(
     """
     try:
         training = _training(config, values, run)
-        rows = _held_out(run.get("held_out") or {}, bool(config.replacement_rank))
+        figures = run.get("held_out") or {}
+        rows, answers = _held_out(figures, bool(config.replacement_rank))
     except (AttributeError, KeyError, TypeError, ValueError):  # edited, or from something else
-        training, rows = "How its scales were trained is not on record.", []
+        training, rows, answers = "How its scales were trained is not on record.", [], ""
     present, skipped = len(attention_blocks(config)), sorted(config.skipped_attention_blocks or ())
     # block 0 of nemotron_nas: without a map it stays, and adds zero
     without = [i for i in skipped if i or config.replacement_rank]
@@ -70,6 +71,7 @@ def write_card(
         cached=present - len(uncached),
         training=training,
         rows=rows,
+        answers=answers,
         check=check,
         maps=maps,
         plugin=family_obstacle(config) is None,
@@ -111,14 +113,15 @@ def _training(config, values: torch.Tensor, run: dict) -> str:
     )
 
 
-def _held_out(figures: dict, maps: bool) -> list[str]:
-    """Return table rows of the figures on held-out answers, as far as there are any."""
-    rows = []
+def _held_out(figures: dict, maps: bool) -> tuple[list[str], str]:
+    """Return (table rows of the figures on held-out answers, how many answers), as far as there are any."""
+    rows, answers = [], ""
     for key, titles in ROWS.items():
         if found := figures.get(key):
             loss, kl = (with_error(found, measure) for measure in ("cross_entropy", "kl"))
             rows.append(f"| {titles[maps]} | {loss} | {kl} | {found['agreement']:.1%} |")
-    return rows
+            answers = f"{found[ANSWERS]} " if found.get(ANSWERS) else ""
+    return rows, answers
 
 
 def origin_of(base: ModelRef) -> dict:

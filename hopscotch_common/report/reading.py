@@ -23,7 +23,7 @@ from pydantic import (
 
 from hopscotch_common import files
 from hopscotch_common.errors import InputError
-from hopscotch_common.report import ERROR
+from hopscotch_common.report import ANSWERS, ERROR
 
 REMEDY = "make it again, or give a report of one of the scripts, or the output folder of step 2 or 4a"
 
@@ -43,8 +43,9 @@ Measures = Annotated[dict[str, Finite], BeforeValidator(_by_measure)]
 
 
 def measures_of(*figures: Mapping[str, float]) -> list[str]:
-    """Return what held-out figures measure: their names, except those of errors."""
-    return [name for name in dict.fromkeys(itertools.chain(*figures)) if not name.endswith(ERROR)]
+    """Return what held-out figures measure: their names, except of errors and of the number of answers."""
+    names = dict.fromkeys(itertools.chain(*figures))
+    return [name for name in names if name != ANSWERS and not name.endswith(ERROR)]
 
 
 class Record(BaseModel):

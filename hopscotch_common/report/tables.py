@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hopscotch_common.errors import printable
-from hopscotch_common.report import find_bend, with_error
+from hopscotch_common.report import ANSWERS, find_bend, with_error
 from hopscotch_common.report.reading import CountsRun, Run, Scales, ScalingRun, SearchRun, Spread, measures_of
 
 NUMBER = re.compile(r"([-+]?[\d,]*\.?\d+( ± [\d.]+)?|skipped)?")
@@ -61,6 +61,7 @@ def _lost_and_gained(run: ScalingRun | SearchRun) -> tuple[str, str]:
     if isinstance(run, ScalingRun):
         found, original = run.best.scaled, run.baselines.get("original", {})
         when = f"after epoch {run.best_epoch}"
+        when += f" (the best of {len(run.epochs)} on them)" if len(run.epochs) > 1 else ""
         gained = [f"attention blocks skipped: {blocks}"]
         for what, (total, saved) in _saved(run).items():
             of = "of" if saved >= 0 else "instead of"
@@ -77,7 +78,8 @@ def _lost_and_gained(run: ScalingRun | SearchRun) -> tuple[str, str]:
         before, value = original.get(measure), found[measure]
         beside = "" if before is None else f" (original {before:.4f}, {value - before:+.4f})"
         lost.append(f"{_words(measure)} {with_error(found, measure)}{beside}")
-    return f"on held-out answers {when}: {'; '.join(lost)}", "; ".join(gained)
+    count = f"{found[ANSWERS]:.0f} " if ANSWERS in found else ""
+    return f"on {count}held-out answers {when}: {'; '.join(lost)}", "; ".join(gained)
 
 
 def _saved(run: ScalingRun) -> dict[str, tuple[int, int]]:

@@ -3,10 +3,9 @@
 `full` gives every candidate a whole epoch (the paper's search). A race first screens: it compares
 candidates by their losses on the first batches before any training, which is cheap, and only the best
 go on. Those advance together over the same batches and are compared at one look after another. The
-share that may go on falls as the batches add up (in the spirit of successive halving, arXiv
-1502.07943), which bounds the cost whatever the data. Those whose loss is worse than the leader's beyond
-doubt drop out sooner. Finalists run the whole epoch, so the winner's loss is the number that `full`
-gives. Both follow one rule: `full` has a single look, after the last batch.
+share that goes on falls as the batches add up (in the spirit of successive halving, arXiv
+1502.07943), so the cost is the same whatever the data. Finalists run the whole epoch, so the winner's
+loss is the number that `full` gives. Both follow one rule: `full` has a single look, after the last batch.
 Two more schedules train nothing: they pick by the loss before training, or by cosine distance.
 In every schedule, ties go to the block nearest to the input.
 """
@@ -18,14 +17,10 @@ from dataclasses import dataclass, field
 
 from hopscotch_common.training.trainer import ScaleState
 
-MIN_BATCHES = 4  # a standard deviation of fewer losses says little
 # With a power of 1, one of 18 recorded picks was lost; 0.9 costs an eighth more (benchmarks/README.md).
 SHARE_POWER = 0.9
 # A race's first look, in epochs: the losses of more batches cost more than they tell.
 FIRST_LOOK = 1 / 32
-# Standard errors that count as beyond doubt in a race. With 2, one of the recorded picks was worse (0.6 %);
-# with 1, two were (up to 6.6 %, benchmarks/README.md).
-CONFIDENCE = 3.0
 # Share of a training step on the same batch: no backward pass, half of the layers on average, and the LM
 # head. More if samples share a long prefix, which training computes once per batch.
 SCREENING_COST = 1 / 3
@@ -53,16 +48,14 @@ class Candidate:
 class Schedule:
     """When candidates are compared, and which of them go on.
 
-    first_look: batches before the first comparison, after which at most about half go on, and at most about
-    1 / (1 + n) after n times as many. confidence: standard errors of the paired difference to the leader
-    that count as beyond doubt; with math.inf nobody drops out sooner. screening: the share that is trained
-    at all (at least two), by the losses on the first_look batches before training; 1 screens nobody.
-    criterion: what decides: "trained", the loss after training; "untrained", the loss before it; or
-    "cosine", how far a block turns the residual stream. Without training, the other fields have no effect.
+    first_look: batches before the first comparison, after which about half go on, and about 1 / (1 + n)
+    after n times as many. screening: the share that is trained at all (at least two), by the losses on the
+    first_look batches before training; 1 screens nobody. criterion: what decides: "trained", the loss after
+    training; "untrained", the loss before it; or "cosine", how far a block turns the residual stream. Without
+    training, the other fields have no effect.
     """
 
     first_look: int
-    confidence: float
     screening: float = 1.0
     criterion: str = "trained"
 
@@ -87,7 +80,7 @@ class Schedule:
         return looks
 
     def most_survivors(self, num_candidates: int, batches: int) -> int:
-        """How many of the initial candidates may go on after a look at this many batches."""
+        """How many of the initial candidates go on, at most, after a look at this many batches."""
         if batches < self.first_look:
             return num_candidates
         share = self.first_look / (self.first_look + batches)
@@ -99,7 +92,7 @@ class Schedule:
         num_candidates: how many the search began with. look: the number of batches.
         """
         most = self.most_survivors(num_candidates, look)
-        best = sorted(not_ruled_out(candidates, self.confidence), key=_by_loss)[:most]
+        best = sorted(candidates, key=_by_loss)[:most]
         return sorted(best, key=lambda candidate: candidate.block)
 
     def longest(self, num_candidates: int, num_batches: int, processes: int = 1) -> float:
@@ -121,14 +114,14 @@ class Schedule:
 
 
 NEVER = 2**62  # batches; no epoch has so many
-FULL = Schedule(first_look=NEVER, confidence=math.inf)
-UNTRAINED = Schedule(first_look=NEVER, confidence=math.inf, criterion="untrained")
-COSINE = Schedule(first_look=NEVER, confidence=math.inf, criterion="cosine")
+FULL = Schedule(first_look=NEVER)
+UNTRAINED = Schedule(first_look=NEVER, criterion="untrained")
+COSINE = Schedule(first_look=NEVER, criterion="cosine")
 
 
 def named(search: str, num_batches: int, screening: float) -> Schedule:
     """Return the schedule of `--search` for epochs of this many batches. screening: of a race."""
-    race = Schedule(max(1, int(num_batches * FIRST_LOOK)), CONFIDENCE, screening)
+    race = Schedule(max(1, int(num_batches * FIRST_LOOK)), screening)
     return {"full": FULL, "race": race, "untrained": UNTRAINED, "cosine": COSINE}[search]
 
 
@@ -149,29 +142,3 @@ def _by_loss(candidate: Candidate) -> tuple[float, int]:
 def leader(candidates: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest mean loss; the lower index wins a tie."""
     return min(candidates, key=_by_loss)
-
-
-def not_ruled_out(candidates: Sequence[Candidate], confidence: float) -> list[Candidate]:
-    """Return the candidates whose loss is not beyond doubt worse than the leader's.
-
-    None of those given has diverged. All have seen the same batches, so the losses are compared in pairs,
-    which takes out how hard a batch is. The noise of a paired difference is taken as at least its median over
-    the candidates: with few batches, some look far too certain by chance. With fewer than MIN_BATCHES
-    batches, all are in doubt.
-    """
-    best = leader(candidates)
-    count = len(best.losses)
-    if math.isinf(confidence) or count < MIN_BATCHES or len(candidates) < 2:
-        return list(candidates)
-    differences = {
-        candidate.block: [a - b for a, b in zip(candidate.losses, best.losses, strict=True)]
-        for candidate in candidates
-    }
-    noise = {block: statistics.stdev(values) for block, values in differences.items()}
-    typical = statistics.median(own for block, own in noise.items() if block != best.block)
-
-    def in_doubt(block: int) -> bool:
-        doubt = confidence * max(noise[block], typical) / math.sqrt(count)
-        return statistics.fmean(differences[block]) <= doubt
-
-    return [candidate for candidate in candidates if in_doubt(candidate.block)]

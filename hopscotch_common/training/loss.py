@@ -255,13 +255,15 @@ class HeldOut:
 
     cross_entropy: of the answers' tokens; kl: divergence from the original model's distributions; both
     in nats per token. agreement: share of positions where the most likely token is the answer's. kl_error:
-    the standard error of kl over other answers of the same kind; None for a single answer.
+    the standard error of kl over other answers of the same kind, if they are independent; None for a single
+    answer. answers: how many they are.
     """
 
     cross_entropy: float
     kl: float
     agreement: float
     kl_error: float | None = None
+    answers: int | None = None
 
 
 @torch.no_grad()
@@ -304,4 +306,4 @@ def evaluate(
     if answers > 1:  # for a ratio of sums, the answers' KL over their tokens
         spread = squares - 2 * means[1] * products + means[1] ** 2 * token_squares
         error = math.sqrt(max(0.0, spread) * answers / (answers - 1)) / tokens
-    return HeldOut(*means, error)
+    return HeldOut(*means, error, int(answers))
