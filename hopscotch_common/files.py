@@ -185,7 +185,8 @@ def check_name(path: Path, flag: str, remedy: str = "name another folder") -> No
     else:
         if not os.access(lock, os.W_OK):  # another user's, whose run was killed or goes on
             raise InputError(
-                f"{flag} {path}: no permission to take the lock {lock}; remove it, or name another output"
+                f"{flag} {path}: {_holder(lock) or 'another user'} holds or left {lock}; wait for that "
+                "run, remove the file if it has ended, or name another output"
             )
 
 
@@ -214,11 +215,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else 0.1)  # not 0: its last holder may be removing the file just now
     except Timeout as error:
-        holder = ""
-        with contextlib.suppress(OSError):
-            holder = file.read_text(errors="replace")
         raise InputError(
-            f"{path}: {holder or 'another run'} is writing there; wait for it, or name another output"
+            f"{path}: {_holder(file) or 'another run'} is writing there; wait for it, or name another output"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
@@ -231,6 +229,13 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 file.unlink()
         lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """What `_sign` wrote into a lock's file."""
+    with contextlib.suppress(OSError):
+        return lock.read_text(errors="replace")
+    return ""
 
 
 def _sign(descriptor: int) -> None:
@@ -249,6 +254,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     with locked(path):
         temporary = _temporary(path)
+        temporary.unlink(missing_ok=True)  # a killed writer's, or a link that somebody put there
         try:
             yield temporary
             flush_to_disk(temporary)
@@ -316,6 +322,10 @@ def recover_folder(folder: Path) -> None:
     if os.path.lexists(old):
         if folder.exists():
             old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
+            if old.exists():  # another user's, or in use on NFS
+                aside = old.with_name(f"{old.name}.{os.getpid()}")
+                os.rename(old, aside)
+                logger.warning("%s: is what %s was before, and cannot be removed", aside, folder)
         else:
             os.rename(old, folder)
 

@@ -59,6 +59,8 @@ class ResumableLog(contextlib.ExitStack):
 
     def _read(self) -> int:
         """Read what is there; return the length in bytes of its whole lines."""
+        if self.path.exists() and not os.access(self.path, os.W_OK):
+            raise InputError(f"{self.path}: no permission to write to it; {self.remedy}")
         if not self.path.exists():
             return 0
         check_input(self.path, self.remedy)

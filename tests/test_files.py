@@ -59,10 +59,10 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path):
 
 def test_a_lock_of_another_user_is_refused_before_any_work(tmp_path, monkeypatch):
     lock, access = tmp_path / ".out.json.lock", os.access
-    lock.touch()
+    lock.write_text("their run")
     files.check_name(tmp_path / "out.json", "--output")
     monkeypatch.setattr(os, "access", lambda path, mode: path != lock and access(path, mode))  # for root, too
-    with pytest.raises(InputError, match=r"--output .*\.out\.json\.lock; remove it, or name another output"):
+    with pytest.raises(InputError, match=r"--output .*: their run holds or left .*\.out\.json\.lock; wait"):
         files.check_name(tmp_path / "out.json", "--output")
 
 
@@ -77,6 +77,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     (tmp_path / ".report.json.tmp").write_text("a killed writer's, and a long one")
     files.write_atomic(path, "second")
     assert path.read_text() == "second" and names(tmp_path) == ["report.json"]
+    (tmp_path / "private").write_text("theirs")
+    (tmp_path / ".report.json.tmp").symlink_to("private")  # does not lead the writing elsewhere
+    files.write_atomic(path, "third")
+    assert path.read_text() == "third" and not path.is_symlink()
+    assert (tmp_path / "private").read_text() == "theirs"
 
 
 def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
@@ -92,6 +97,18 @@ def test_a_folder_that_a_killed_run_moved_away_comes_back(tmp_path):
         assert (tmp_path / "ckpt/whole").read_text() == "first" and names(tmp_path) == ["ckpt"]
         with files.atomic_folder(tmp_path / "ckpt") as folder:
             (folder / "whole").write_text("first")
+
+
+def test_a_former_folder_that_cannot_be_removed_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    """Another user's, or open on NFS; then the next replacements must still succeed, at their end."""
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, ignore_errors: None)
+    for number in range(3):
+        monkeypatch.setattr(files.os, "getpid", lambda number=number: number)
+        with files.atomic_folder(tmp_path / "ckpt") as folder:
+            (folder / "whole").write_text(str(number))
+        assert (tmp_path / "ckpt/whole").read_text() == str(number)
+    assert names(tmp_path) == [".ckpt.old.1", ".ckpt.old.2", "ckpt"]
+    assert caplog.text.count("cannot be removed") == 2
 
 
 def test_a_link_in_a_folders_place_is_replaced_again_and_again(tmp_path):
@@ -180,6 +197,16 @@ def test_a_log_is_made_with_its_first_record_and_goes_on(tmp_path):
     assert records(path, seed=1) == [{"a": 1}, {"a": 3}] and names(tmp_path) == ["log.jsonl"]
     with pytest.raises(InputError, match="seed = 1, now it is 2; repeat that setting, or name another"):
         records(path, seed=2)
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    path, access = tmp_path / "log.jsonl", os.access
+    with log(path, seed=1) as opened:
+        opened.append({"a": 1})
+    monkeypatch.setattr(os, "access", lambda place, mode: mode != os.W_OK and access(place, mode))
+    with pytest.raises(InputError, match=r"log\.jsonl: no permission to write to it; name another"):
+        log(path, seed=1)
+    assert names(tmp_path) == ["log.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,16 @@ def test_a_file_is_unpacked_once_and_another_is_never_taken_for_it(tmp_path, cac
         assert folder.parent == cache and folder.name.startswith("one-")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "chat_template.jinja"])
+def test_it_is_unpacked_again_where_a_clean_up_left_a_part(tmp_path, cache, name):
+    path = write_model(tiny(), tmp_path / "one.gguf")
+    folder = exactly(path).folder()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / name).unlink()
+    assert exactly(path).folder() == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_step_2_takes_what_step_1_unpacked_to(tmp_path, cache):
     path = write_model(tiny(), tmp_path / "one.gguf")
     step_2 = process_gt_data.build_parser().parse_args(["--model", str(path)]).model

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from hopscotch_common import cli
 from hopscotch_common.checkpoints import read_checkpoint, read_run
-from hopscotch_common.checkpoints.folders import OLD_STATE_FILE, SCALES_FILE, holds_templates
+from hopscotch_common.checkpoints.folders import OLD_STATE_FILE, RUN_FILE, SCALES_FILE, holds_templates
 from hopscotch_common.errors import InputError
-from hopscotch_common.files import read_json
+from hopscotch_common.files import as_object, read_json
 from hopscotch_common.loading.tokenization import check_tokens
 from hopscotch_common.loading.weights import INDEX_FILE, weight_map
 from hopscotch_common.scales.modeling_hopscotch import CODE, FAMILIES, PREFIX, auto_map
 
 FETCHED = (".cache", ".git")  # left by `hf download --local-dir` and `git clone`; no loader looks there
-EXECUTABLE = {".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+EXECUTABLE = {".py", ".pyc", ".pyd", ".so", ".sh", ".bin", ".pt", ".pth", ".ckpt"}
+EXECUTABLE |= {".pkl", ".pickle", ".joblib"}
 
 
 def verify(folder: Path) -> None:
@@ -29,14 +30,25 @@ def verify(folder: Path) -> None:
     kind = str(config.get("model_type"))
     if not kind.startswith(PREFIX) or kind.removeprefix(PREFIX) not in FAMILIES:
         raise InputError(f"{folder}: config.json is not a checkpoint's; give the folder of one")
-    _check_code(folder, config, auto_map(kind.removeprefix(PREFIX)))
+    classes = auto_map(kind.removeprefix(PREFIX))
+    _check_code(folder, config, classes)
+    *_, wanted = classes["AutoModelForCausalLM"].split(".")
+    if config.get("architectures") != [wanted]:  # vLLM goes by it
+        raise InputError(
+            f"{folder / 'config.json'}: architectures is {config.get('architectures')}, not {[wanted]}; "
+            "make the checkpoint again"
+        )
+    if config.get("transformers_weights"):
+        raise InputError(f"{folder / 'config.json'}: transformers_weights names other weights; do not use it")
     named = {*weight_map(folder / INDEX_FILE).values(), OLD_STATE_FILE}
     unnamed = {path.name for path in folder.glob("*.safetensors")} - named
     if unnamed or SCALES_FILE not in named:
         name = min(unnamed, default=SCALES_FILE)
         raise InputError(f"{folder / INDEX_FILE}: does not name {name}; make the checkpoint again")
     read_checkpoint(folder)
-    if probe := read_run(folder).get("tokenizer"):
+    if (probe := read_run(folder).get("tokenizer")) is not None:
+        if not (isinstance(probe, dict) and {"text", "ids"} <= probe.keys()):
+            raise InputError(f"{folder / RUN_FILE}: tokenizer is no probe; make the checkpoint again")
         check_tokens(folder, probe)
 
 
@@ -53,7 +65,8 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
             )
         if path.name in FETCHED and path.is_dir():
             continue
-        if path.suffix in EXECUTABLE and path != code or path.is_dir() and not holds_templates(path):
+        may_run = bool(EXECUTABLE & {suffix.lower() for suffix in path.suffixes})  # x.pkl.gz, too
+        if may_run and path != code or path.is_dir() and not holds_templates(path):
             raise InputError(
                 f"{path}: is no part of a checkpoint, and may run; do not trust it, give another folder"
             )
@@ -64,7 +77,7 @@ def _check_code(folder: Path, config: dict, known: dict[str, str]) -> None:
             f"{code}: is of another version of this project, or was changed; verify with the version that "
             "made it, and do not run it before"
         )
-    for name, target in (config.get("auto_map") or {}).items():
+    for name, target in as_object(config.get("auto_map"), f"{folder / 'config.json'}: auto_map").items():
         if target != known.get(name):  # "repo--module.Class" is code from elsewhere
             raise InputError(f"{folder / 'config.json'}: auto_map names {target!r} for {name}; do not run it")
     if config.get("custom_pipelines"):

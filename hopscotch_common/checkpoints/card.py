@@ -16,6 +16,7 @@ CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md")  # in Jinja
 LICENCE_FIELDS = ("license", "license_name", "license_link", "language")
 LIBRARIES = {"checkpoint": "transformers", "folded": "transformers", "nemotron_nas": "vllm"}
+UNPLAIN = set("\n\r`<>[]")  # could become markup in the card's text
 ROWS = {  # of held-out figures; the second title is for maps in the blocks' place
     "original": ("original", "original"),
     "unscaled": ("blocks skipped, no scales", "maps in their place, as fitted"),
@@ -136,7 +137,7 @@ def origin_of(base: ModelRef) -> dict:
         from hopscotch_common.loading.gguf_files import open_gguf, value_of
 
         licence = value_of(open_gguf(Path(base.source)), "general.license")
-        return found | ({"license": licence} if licence else {})
+        return found | ({"license": licence} if licence and _is_words(licence) else {})
     folder = base.folder()
     found |= inherited(folder, LICENCE_FIELDS)
     files = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file())
@@ -160,4 +161,4 @@ def inherited(folder: Path, names: tuple[str, ...] = ("base_model", *LICENCE_FIE
 
 def _is_words(value: object) -> bool:
     words = value if isinstance(value, list) else [value]
-    return bool(words) and all(isinstance(word, str) for word in words)
+    return bool(words) and all(isinstance(word, str) and not UNPLAIN & set(word) for word in words)

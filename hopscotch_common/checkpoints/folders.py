@@ -44,8 +44,21 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def companions(folder: Path) -> list[Path]:
-    """A model folder's files besides config, code and weights."""
-    return [path for pattern in COMPANION_FILES for path in folder.glob(pattern) if path.is_file()]
+    """Return a model folder's files besides config, code and weights.
+
+    Raises InputError for a link to a file of another name elsewhere, whose content a checkpoint would
+    publish. The hub's cache has links to its blobs.
+    """
+    found = [path for pattern in COMPANION_FILES for path in folder.glob(pattern) if path.is_file()]
+    for path in found:
+        real = path.resolve()
+        inside = real.parent.name == "blobs" or real.is_relative_to(folder.resolve())
+        if real.name != path.name and not inside:
+            raise InputError(
+                f"{path}: is a link to {real}, which would be copied into what you publish; put the file "
+                "itself there, or remove the link"
+            )
+    return found
 
 
 def check_replaceable(folder: Path) -> None:

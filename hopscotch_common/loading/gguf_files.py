@@ -28,6 +28,8 @@ from hopscotch_common import files
 from hopscotch_common.errors import InputError, logger, reason_of
 from hopscotch_common.loading import loader, tokenization, weights
 
+UNPACKED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+UNPACKED += ("chat_template.jinja",)
 LAYOUT = 6  # raised when the output of `unpack` changes, so that older folders are not used
 REMEDY = "give another GGUF file"
 # How byte-level BPE tokenizers (llama.cpp's names) split text before merging, if transformers has no regular
@@ -82,14 +84,22 @@ def unpacked_folder(gguf: Path, dtypes: Sequence[str]) -> Path:
         identity = repr((str(gguf.resolve()), status.st_size, status.st_mtime_ns, LAYOUT, f"torch.{dtype}"))
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         targets[cache_folder() / f"{gguf.stem}-{digest}"] = dtype
-    target = next(filter(Path.is_dir, targets), next(iter(targets)))
+    target = next(filter(is_whole, targets), next(iter(targets)))
     unpack_once(gguf, target, targets[target])
     return target
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether an unpacked model's files are all there: what cleans up old files may leave the folder."""
+    try:
+        return all((folder / name).is_file() for name in UNPACKED) and bool(weights.weight_files(folder))
+    except InputError:
+        return False
+
+
 def unpack_once(gguf: Path, target: Path, dtype: str) -> None:
     """Unpack a GGUF file into the folder `target`, unless it is there; all of it, or nothing."""
-    if target.is_dir():
+    if is_whole(target):
         return
     described = read_description(gguf)
     reader = described[0]
@@ -97,7 +107,7 @@ def unpack_once(gguf: Path, target: Path, dtype: str) -> None:
     needed = sum(int(tensor.n_elements) for tensor in reader.tensors) * getattr(torch, dtype).itemsize
     logger.info("unpacking %s into %s (once): %.2f GB", gguf.name, target, needed / 1e9)
     with files.locked(target, wait=True):  # only one of several processes does it
-        if not target.is_dir():
+        if not is_whole(target):
             with files.atomic_folder(target) as temporary:
                 unpack(gguf, *described, temporary, getattr(torch, dtype))
 

