@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     from hopscotch_common import checkpoints
     from hopscotch_common.loading import weights
     from hopscotch_common.loading.loader import read_config
+    from hopscotch_common.scales.modeling_hopscotch import attention_blocks
     from hopscotch_common.search import schedule
     from hopscotch_common.search.progress import SearchBar
     from hopscotch_common.search.search import Picks, Search
@@ -214,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         report = {
             "model": arguments.model.name,
             "num_layers": config.num_hidden_layers,
+            "kv_cache_blocks": len(attention_blocks(config)),
             "skipped_blocks": skipped,
             "iterations": [],
             "original_held_out": plain(picks.original),

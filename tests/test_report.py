@@ -19,12 +19,12 @@ from test_training import random_samples
 
 import block_selection
 import param_scale
-from hopscotch_common import checkpoints
+from hopscotch_common import __version__, checkpoints
 from hopscotch_common.errors import InputError
 from hopscotch_common.loading import weights
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.report import __main__ as report_command
-from hopscotch_common.report import describe_run, find_bend, page, plots
+from hopscotch_common.report import describe_run, find_bend, page, plots, tables
 from hopscotch_common.report.reading import SearchRun, join_searches, parse, read_report
 from hopscotch_common.report.tables import Table, decisions, picks, plain_text, summary
 
@@ -378,7 +378,7 @@ def test_one_run_prints_its_short_table_and_makes_its_pictures(made, scaled, tmp
     rows = {
         "attention blocks skipped": ", ".join(map(str, scaled["skipped_blocks"])),
         "granularity": "layer",
-        "loss": "ce",
+        "trained on": "ce",
     }
     for measure in ("agreement", "kl", "cross entropy"):
         words = {"scaled": "scaled", "unscaled": "skips without scales", "original": "original model"}
@@ -398,6 +398,7 @@ def test_one_run_prints_its_short_table_and_makes_its_pictures(made, scaled, tmp
 
 def test_a_search_tells_held_out_figures_and_why_it_stopped():
     report = synthetic_search(
+        kv_cache_blocks=4,
         original_held_out={"cross_entropy": 0.5, "kl": 0.0, "agreement": 0.99},
         stopped_before=synthetic_search()["iterations"][0]
         | {"block": 5, "loss": 9.5, "skipped_before": [2, 4]},
@@ -413,9 +414,9 @@ def test_a_search_tells_held_out_figures_and_why_it_stopped():
     assert table.rows[0][-3:] == ("0.6250", "0.2500", "0.8750")
     (found,) = decisions([run])
     assert found == (
-        "on 3 held-out answers after the last pick: cross entropy 0.6250 (original 0.5000, +0.1250); "
-        "kl 0.2500 (original 0.0000, +0.2500); agreement 0.8750 (original 0.9900, -0.1150)",
-        "attention blocks skipped: 2, 4 (2 of 6 layers)",
+        "on 3 held-out answers after the last pick: cross entropy 0.6250 (original 0.5000); "
+        "kl 0.2500 (original 0.0000); agreement 0.8750 (original 0.9900)",
+        "attention blocks skipped: 2, 4; KV cache blocks left: 2 of 4 (50.0%)",
     )
 
 
@@ -433,8 +434,9 @@ def test_the_page_begins_with_what_is_lost_and_what_is_gained(made, scaled, tmp_
     assert lost.startswith(f"on {count} held-out answers after epoch {best}: ") and count > 1
     errors = {"kl": f" ± {figures.pop('kl_error'):.4f}"}
     for measure, value in figures.items():
-        original = held_out["original"][measure]
-        expected = f"{value:.4f}{errors.get(measure, '')} (original {original:.4f}, {value - original:+.4f})"
+        original, unscaled = (held_out[name][measure] for name in ("original", "unscaled"))
+        beside = f"(original model {original:.4f}, skips without scales {unscaled:.4f})"
+        expected = f"{value:.4f}{errors.get(measure, '')} {beside}"
         assert f"{measure.replace('_', ' ')} {expected}" in lost
     left = counts["parameters"] - counts["parameters_removed"] + 16  # scales, four in each of four layers
     assert f"parameters left: {left:,} of {counts['parameters']:,}" in gained
@@ -526,6 +528,18 @@ def test_of_maps_the_baseline_is_these_as_fitted(scaled, tmp_path):
     assert not any("unscaled" in name or "skips without" in name for name in rows)
 
 
+def test_b_attn_of_a_skipped_block_is_shown_where_a_map_has_it(scaled, tmp_path):
+    for rank in (0, 2):
+        scaled["arguments"]["replacement_rank"] = rank
+        (tmp_path / "report.json").write_text(json.dumps(scaled))
+        run = read_report(tmp_path)
+        column = [row[1] for row in tables.scales(run).rows]
+        hidden = [block for block, cell in enumerate(column) if cell == "skipped"]
+        assert hidden == ([] if rank else sorted(scaled["skipped_blocks"]))
+        axes = plots.scales_figure(run).axes[0]
+        assert len(axes.patches) == len(hidden) and ("map" in axes.get_xlabel()) == bool(rank)
+
+
 def test_an_earlier_report_without_held_out_figures(scaled, tmp_path):
     """It told nothing of its checkpoint, and nor does one whose best epoch was removed by its end."""
     assert param_scale.checkpoint_figures(tmp_path / "removed") == {}
@@ -539,7 +553,7 @@ def test_an_earlier_report_without_held_out_figures(scaled, tmp_path):
     run = read_report(tmp_path)
     assert run.scales is None and list(plots.pictures(run)) == ["epochs"]
     names = [name for name, _ in summary(run).rows]
-    assert names == ["attention blocks skipped", "granularity", "loss"]
+    assert names == ["attention blocks skipped", "granularity", "trained on"]
     check_page(page.build_page([run]))
 
 
@@ -606,6 +620,7 @@ def test_a_run_is_described_by_a_plain_mapping(tmp_path):
     namespace = argparse.Namespace(model=ModelRef("m", "owner/m"), paths=[tmp_path], dtype="auto", seed=42)
     run = describe_run(vars(namespace))
     assert run["arguments"] == {"model": "owner/m", "paths": [str(tmp_path)], "dtype": "auto", "seed": 42}
+    assert re.fullmatch(re.escape(__version__) + r"(\+\w+(-dirty)?)?", run["versions"]["hopscotch"])
     assert run["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in run["versions"]["torch"]
     json.dumps(run)
 

@@ -13,12 +13,15 @@ and figures with their errors.
 
 import dataclasses
 import platform
+import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 
+import hopscotch_common
+from hopscotch_common import __version__
 from hopscotch_common.errors import command_name
 from hopscotch_common.loading.models import ModelRef
 
@@ -45,7 +48,7 @@ def describe_run(arguments: Mapping[str, object]) -> dict:
     return {
         "script": command_name(),
         "arguments": {name: _plain_argument(value) for name, value in arguments.items()},
-        "versions": {"python": platform.python_version()} | package_versions(),
+        "versions": {"python": platform.python_version(), "hopscotch": own_version()} | package_versions(),
     }
 
 
@@ -53,6 +56,19 @@ def _plain_argument(value):
     if isinstance(value, (list, tuple)):
         return [_plain_argument(item) for item in value]
     return value.source if isinstance(value, ModelRef) else str(value) if isinstance(value, Path) else value
+
+
+def own_version() -> str:
+    """This project's version and, in a clone of it, the commit, with "-dirty" if files were changed."""
+    folder = Path(hopscotch_common.__file__).parents[1]
+    if not (folder / ".git").exists():  # that of a folder above would be another project's
+        return __version__
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return __version__
+    return f"{__version__}+{found.stdout.strip()}" if found.returncode == 0 else __version__
 
 
 def package_versions() -> dict[str, str]:

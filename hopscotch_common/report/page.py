@@ -33,15 +33,16 @@ def build_page(runs: Sequence[Run]) -> str:
             "details": tables.details(run),
             "folded": tables.folded(run),
             "pictures": [
-                (inline_svg(figure, f"run{number}-{name}-", f"{run.model}: {name}"), plots.CAPTIONS[name])
+                (inline_svg(figure, f"run{number}-{name}-", f"{run.model}: {caption}"), caption)
                 for name, figure in plots.pictures(run).items()
+                for caption in [plots.CAPTIONS[name]]
             ],
         }
         for number, run in enumerate(runs, 1)
     ]
     models = dict.fromkeys(run.model for run in named)
     return pages.get_template(TEMPLATE).render(
-        models=models, decisions=tables.decisions(runs), sections=sections
+        models=models, decisions=tables.decisions(runs), units=tables.UNITS, sections=sections
     )
 
 
@@ -59,4 +60,6 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
 
     svg = plots.render(figure, ".svg").decode()
     svg = re.sub("<[^>]*>", adapt, svg[svg.index("<svg") :])  # names, which are between tags, stay unchanged
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(tables.plain_text(label))}"', 1))
+    return Markup(
+        svg.replace("<svg", f'<svg role="img" aria-label="{escape(tables.plain_text(label, 1000))}"', 1)
+    )

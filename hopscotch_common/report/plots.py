@@ -53,7 +53,8 @@ CAPTIONS = {
     "map_errors": "What the map of each candidate gets wrong, a panel a pick: the squared norm of the "
     "difference, as a share of the residual stream's behind the block.",
     "candidates": "Loss of each candidate, a panel a pick. Whole-epoch losses can be compared with one "
-    "another; a candidate that a race dropped saw fewer batches, and a cross is a loss without any training.",
+    "another; a candidate that a race dropped saw fewer batches. A cross is a loss before any training, in a "
+    "race on the first batches alone: compare it with other crosses.",
     "blocks": f"Loss of the picks over the number of blocks skipped. {BEND_RULE}",
     "epochs": "Loss by epoch. The training loss is the mean over the epoch, while the scales change.",
     "scales": "The four scales of each layer; 1 is the untrained value. Where a scale is a value a channel, "
@@ -292,21 +293,22 @@ def _draw_baselines(axes: Axes, run: ScalingRun, measure: str) -> None:
 def scales_figure(run: ScalingRun) -> Figure:
     """Draw the best epoch's scales by layer and, for those that are vectors, their spread.
 
-    Values below 1 carry a minus, for readers who see no colour. The attention of skipped blocks, whose b_attn
-    is 0 and not trained, is hatched.
+    Values below 1 carry a minus, for readers who see no colour. The b_attn of skipped blocks with nothing in
+    their place is hatched.
     """
     assert run.scales is not None, "an earlier report has no map"
     skipped = list(run.skipped_blocks)
     mean, spread = {}, {}
     for name, found in run.scales:
-        hidden = np.isin(np.arange(run.scales.num_layers), skipped) & (name == "b_attn")
+        hidden = np.isin(np.arange(run.scales.num_layers), run.untrained_b_attn) & (name == "b_attn")
         mean[name] = np.ma.masked_array(found.mean, hidden)
         if found.deviation:
             spread[name] = np.ma.masked_array(found.deviation, hidden)
     heights = [len(mean), len(spread)] if spread else [len(mean)]
     what = f"scales after epoch {run.best_epoch} (−: below 1)"
     blocks = plain_text(", ".join(map(str, skipped)) or "none", 50)
-    x_label = f"decoder layer (hatched: attention skipped: {blocks})"
+    how = "hatched: attention skipped" if run.untrained_b_attn else "a map in attention's place"
+    x_label = f"decoder layer ({how}: {blocks})"
     figure, panels = _panels(run, what, 1.5 + 0.36 * sum(heights) + 0.5 * len(heights), x_label, heights)
 
     means = np.ma.stack(list(mean.values()))  # [names, layers]

@@ -115,6 +115,7 @@ class SearchRun(Run):
     """A run of step 3."""
 
     num_layers: Count
+    kv_cache_blocks: Count | None = None  # of the whole model; earlier reports do not say
     skipped_blocks: tuple[Count, ...]
     iterations: tuple[IterationRecord, ...]
     data: dict[str, object] = {}
@@ -209,6 +210,11 @@ class ScalingRun(Run):
         if self.scales and max(self.skipped_blocks, default=0) >= self.scales.num_layers:
             raise ValueError(f"skipped_blocks: {max(self.skipped_blocks)} is no block of those in scales")
         return self
+
+    @property
+    def untrained_b_attn(self) -> tuple[int, ...]:
+        """The skipped blocks with nothing in their place: their b_attn is 0 and not trained."""
+        return () if self.arguments.get("replacement_rank") else self.skipped_blocks
 
     @property
     def best(self) -> Epoch:

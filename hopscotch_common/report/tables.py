@@ -59,25 +59,30 @@ def decisions(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def _lost_and_gained(run: ScalingRun | SearchRun) -> tuple[str, str]:
     blocks = ", ".join(map(str, run.skipped_blocks)) or "none"
     if isinstance(run, ScalingRun):
-        found, original = run.best.scaled, run.baselines.get("original", {})
+        found, compared = run.best.scaled, {run.compared[k]: v for k, v in run.baselines.items()}
         when = f"after epoch {run.best_epoch}"
         when += f" (the best of {len(run.epochs)} on them)" if len(run.epochs) > 1 else ""
+        if kind := run.arguments.get("quantization"):
+            when += f", over weights in {plain_text(kind)}"
         gained = [f"attention blocks skipped: {blocks}"]
         for what, (total, saved) in _saved(run).items():
             of = "of" if saved >= 0 else "instead of"
             gained.append(f"{what} left: {total - saved:,} {of} {total:,} ({1 - saved / total:.1%})")
     else:
-        found, original, when = run.iterations[-1].held_out, run.original_held_out, "after the last pick"
-        gained = [
-            f"attention blocks skipped: {blocks} ({len(run.skipped_blocks)} of {run.num_layers} layers)"
-        ]
+        found, when = run.iterations[-1].held_out, "after the last pick"
+        compared = {"original": run.original_held_out}
+        gained = [f"attention blocks skipped: {blocks}"]
+        if total := run.kv_cache_blocks:
+            left = total - len(run.skipped_blocks)
+            gained.append(f"KV cache blocks left: {left} of {total} ({left / total:.1%})")
     if not found:
         return "not measured: no answers were held out (--validation_split)", "; ".join(gained)
     lost = []
     for measure in measures_of(found):
-        before, value = original.get(measure), found[measure]
-        beside = "" if before is None else f" (original {before:.4f}, {value - before:+.4f})"
-        lost.append(f"{_words(measure)} {with_error(found, measure)}{beside}")
+        beside = [f"{name} {other[measure]:.4f}" for name, other in compared.items() if measure in other]
+        lost.append(
+            f"{_words(measure)} {with_error(found, measure)}" + (f" ({', '.join(beside)})" if beside else "")
+        )
     count = f"{found[ANSWERS]:.0f} " if ANSWERS in found else ""
     return f"on {count}held-out answers {when}: {'; '.join(lost)}", "; ".join(gained)
 
@@ -94,6 +99,12 @@ def _saved(run: ScalingRun) -> dict[str, tuple[int, int]]:
         "parameters": (found.parameters, found.parameters_removed - found.parameters_added),
         "KV cache blocks": (found.kv_cache_blocks, found.kv_cache_blocks_removed),
     }
+
+
+UNITS = (
+    "Cross entropy and KL (to the original model's distributions) are in nats per token; agreement is the "
+    "share of the answers' tokens that are the model's first choice."
+)
 
 
 def summary(run: Run) -> Table:
@@ -126,7 +137,8 @@ def _search_rows(run: SearchRun) -> list[tuple[str, str]]:
 
 def _scaling_rows(run: ScalingRun) -> list[tuple[str, str]]:
     rows = [("attention blocks skipped", ", ".join(map(str, run.skipped_blocks)))]
-    rows += [(flag, str(run.arguments[flag])) for flag in ("granularity", "loss") if flag in run.arguments]
+    settings = {"granularity": "granularity", "loss": "trained on"}
+    rows += [(name, str(run.arguments[flag])) for flag, name in settings.items() if flag in run.arguments]
     for measure in run.measures:
         for name, found in (run.baselines | {"scaled": run.best.scaled}).items():
             if measure in found:
@@ -212,7 +224,7 @@ def scales(run: ScalingRun) -> Table:
     assert run.scales is not None
 
     def cell(layer: int, name: str, found: Spread) -> str:
-        if name == "b_attn" and layer in run.skipped_blocks:
+        if name == "b_attn" and layer in run.untrained_b_attn:
             return "skipped"
         return f"{found.mean[layer]:.4f}" + (f" ± {found.deviation[layer]:.4f}" if found.deviation else "")
 
