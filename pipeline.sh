@@ -10,6 +10,7 @@
 # made with other settings is refused, so give those a folder of their own.
 set -euo pipefail
 
+unset CDPATH # with it, `cd` prints where it goes
 model=${1:?give a model: qwen, llama, granite, smollm, a Hugging Face id, a local folder or a GGUF file}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 name=$(basename -- "$model") # what file names begin with
@@ -33,7 +34,13 @@ loss=${LOSS:-kl}                      # what the scales are trained on: kl, or c
 learning_rate=${LEARNING_RATE:-}      # of the scales; empty: the script's own
 export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
 rank=16                               # of the maps in the skipped blocks' place; 0: none (the paper's)
-if [ -n "$export_formats" ]; then rank=0; fi # few engines have a place for them
+for format in $export_formats; do
+    if [ "$format" != folded ] && [ "$format" != nemotron_nas ]; then
+        echo "pipeline.sh: EXPORT: $format is not one of: folded, nemotron_nas" >&2
+        exit 2
+    fi
+    rank=0 # few engines have a place for them
+done
 rank=${REPLACEMENT_RANK:-$rank}
 part=(--validation_split 0.2)         # of the answers: the search leaves out those that step 4a holds out
 if [ -n "$max_samples" ]; then part=(--max_samples "$max_samples"); fi
@@ -75,12 +82,13 @@ python "$here/unscaled_ckpt.py" --model="$model" --blocks_to_skip "./${name}_blo
     ${maps[@]+"${maps[@]}"}
 
 step "what came of it"
-PYTHONPATH="$here" python -m hopscotch_common.report "./${name}_math_final_report.json" \
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" python -P -m hopscotch_common.report "./${name}_math_final_report.json" \
     "data/$name-processed-data" "./${name}_block_selection.json" "$scaled"
 
 say "to publish a folder, with the model card in it"
-epoch=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_epoch"])' "./$scaled/report.json")
+epoch=$(python -P -c 'import json, sys; print(json.load(open(sys.argv[1]))["best_epoch"])' "./$scaled/report.json")
 for kind in "epoch_$epoch" $export_formats; do
-    printf 'hf upload OWNER/%q %q . --exclude "training_state.*"\n' \
-        "$name-hopscotch" "./$scaled/${name}_scaled_$kind"
+    repository=$name-hopscotch
+    if [ "$kind" != "epoch_$epoch" ]; then repository+=-$kind; fi
+    printf 'hf upload OWNER/%q %q . --exclude "training_state.*"\n' "$repository" "./$scaled/${name}_scaled_$kind"
 done

@@ -202,7 +202,7 @@ def test_the_steps_of_pipeline_sh_get_what_its_variables_say(tmp_path, settings)
     stub.write_text("""#!/bin/sh
 printf '%s\\037' "$@" >> calls
 echo >> calls
-if [ "$1" = -c ]; then echo 3; fi
+if [ "$2" = -c ]; then echo 3; fi
 """)
     stub.chmod(0o755)
     command = ["bash", str(ROOT / "pipeline.sh"), "qwen"]
@@ -216,6 +216,8 @@ if [ "$1" = -c ]; then echo 3; fi
     for name in SETTINGS.keys() & values.keys():
         for step, flag in SETTINGS[name]:
             expected[step] |= {flag: values[name]}
+    if "MAX_SAMPLES" not in settings:  # the search leaves out what step 4a holds out
+        expected["block_selection"] |= {"--validation_split": "0.2"}
     if values["REPLACEMENT_RANK"] == "0":
         del expected["unscaled_ckpt"]["--replacement_rank"]
     else:
@@ -236,10 +238,19 @@ if [ "$1" = -c ]; then echo 3; fi
                 flags[flag] = f"{flags[flag]} {word}".strip()
     assert found == expected and list(found) == list(ALWAYS)
     runs = ["./qwen_math_final_report.json", DATA, PICKED, "scaled_qwen_ckpts"]
-    assert report == ["-m", "hopscotch_common.report", *runs]
+    assert report == ["-P", "-m", "hopscotch_common.report", *runs]  # no json.py of the folder
     uploaded = [shlex.split(line)[3] for line in ran.stdout.splitlines()]
     folders = [f"./scaled_qwen_ckpts/qwen_scaled_{kind}" for kind in ("epoch_3", *exports.split())]
     assert uploaded == folders
+
+
+def test_pipeline_sh_refuses_another_export_before_any_step(tmp_path):
+    command = ["bash", str(ROOT / "pipeline.sh"), "qwen"]
+    settings = {"PATH": os.environ["PATH"], "EXPORT": "folded gguf"}
+    ran = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr == (
+        "pipeline.sh: EXPORT: gguf is not one of: folded, nemotron_nas\n"
+    )
 
 
 def test_tests_that_a_page_names_are_there():

@@ -289,9 +289,9 @@ def test_the_whole_pipeline_runs_on_a_folder_with_such_a_name(name, work, tiny_f
     assert not list(work.rglob("pwned"))
     assert (work / f"scaled_{name}_ckpts" / f"{name}_scaled_folded/config.json").is_file()
     assert (work / f"unscaled_{name}_ckpts" / f"{name}_unscaled/config.json").is_file()
-    for command in result.stdout.splitlines()[-2:]:
+    for command, kind in zip(result.stdout.splitlines()[-2:], ("", "-folded"), strict=True):
         hf, upload, repository, folder, *_ = shlex.split(command)
-        assert (hf, upload, repository) == ("hf", "upload", f"OWNER/{name}-hopscotch")
+        assert (hf, upload, repository) == ("hf", "upload", f"OWNER/{name}-hopscotch{kind}")
         assert "hopscotch" in (work / folder / "README.md").read_text()
 
 
@@ -340,6 +340,17 @@ UNTRUE: dict[str, tuple[str, Spoil]] = {
     "code's shadow on macOS": (r"\._a\.py: left by macOS; remove", write(f"{CHECKPOINT}/._a.py", b"\0\xff")),
     "a config's shadow": (r"\._a_config\.json: left by", write(f"{CHECKPOINT}/._a_config.json", b"\0\xff")),
     "code besides": (r"evil\.py", write(f"{CHECKPOINT}/evil.py", "")),
+    "a pickle, packed": (r"X\.PKL\.gz: is no part", write(f"{CHECKPOINT}/X.PKL.gz", "")),
+    "another class for vLLM": (
+        r"config\.json: architectures is \['LlamaForCausalLM'\]",
+        edit(CONFIG, architectures=["LlamaForCausalLM"]),
+    ),
+    "weights of other names": ("transformers_weights", edit(CONFIG, transformers_weights="x.safetensors")),
+    "code named by a list": ("config.json: auto_map: a JSON object", edit(CONFIG, auto_map=["a"])),
+    "half a probe": (
+        "hopscotch.json: tokenizer is no probe",
+        edit(f"{CHECKPOINT}/hopscotch.json", tokenizer={"text": "a"}),
+    ),
     "config is not JSON": ("config.json", write(CONFIG, "{")),
     "a scale is NaN": (
         f"b_scale_mlp of layer 2|{SCALE}",
