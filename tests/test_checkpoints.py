@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hopscotch_common import checkpoints, scales
+from hopscotch_common.checkpoints import folders
 from hopscotch_common.checkpoints.__main__ import verify
+from hopscotch_common.errors import InputError
 from hopscotch_common.export.formats import export_checkpoint
 from hopscotch_common.loading.loader import load_model
 from hopscotch_common.loading.models import model_ref
@@ -205,6 +207,19 @@ def test_only_what_a_checkpoint_needs_travels_along(tiny_folder, tmp_path):
     verify(tmp_path / "ckpt")
     checkpoints.check_replaceable(tmp_path / "ckpt")
     assert "license_link: LICENSE.txt" in (tmp_path / "ckpt" / "README.md").read_text()
+
+
+def test_what_a_link_leads_to_is_not_published(tiny_folder, tmp_path):
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    (tmp_path / "token").write_text("private")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123").write_text("of the hub's cache")
+    (base / "LICENSE").symlink_to("../blobs/0123")
+    (base / "NOTICE").symlink_to("LICENSE")
+    assert {"LICENSE", "NOTICE"} <= {path.name for path in folders.companions(base)}
+    (base / "USE_POLICY.md").symlink_to("../token")
+    with pytest.raises(InputError, match=r"USE_POLICY\.md: is a link to .*token, which would be copied"):
+        folders.companions(base)
 
 
 def test_a_model_saved_again_wants_a_new_folder(tiny_folder, tmp_path):

@@ -412,6 +412,12 @@ def test_answers_under_another_template_or_to_other_stop_tokens_are_refused(work
     message = "a.jsonl: was made with another tokenizer of --model; .*remove it"
     check_refused(generate_model_gt_data, [*few, "2"], message, capsys)
     file.write_text(content)
+    file = folder / "model.safetensors"  # of another fine-tune
+    weights = file.read_bytes()
+    file.write_bytes(weights[:-2] + bytes([weights[-2] ^ 1]) + weights[-1:])
+    message = "a.jsonl: was made with other weights or another config of --model; .*remove it"
+    check_refused(generate_model_gt_data, [*few, "2"], message, capsys)
+    file.write_bytes(weights)
     assert generate_model_gt_data.main([*few, "2"]) == 0
     earlier, later = read_lines("a_final.jsonl")
     del earlier["prompt_token_ids"]  # as of a prompt that was edited

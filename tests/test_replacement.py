@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import check_refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import ONE_OF_EACH, stock_model
 from test_search import write_data
 from test_training import loaded, loss_of_logits, make_batches, originals_for, random_samples
@@ -20,6 +20,7 @@ from hopscotch_common.checkpoints.__main__ import verify
 from hopscotch_common.errors import InputError, TrainingError
 from hopscotch_common.export import decilm
 from hopscotch_common.export.formats import export_checkpoint
+from hopscotch_common.loading.loader import hopscotch_classes
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.scales.modeling_hopscotch import FAMILIES, RECURRENT_TYPES, attention_types
 from hopscotch_common.search.candidates import untrained_losses
@@ -319,6 +320,22 @@ def test_an_export_that_no_engine_runs_is_refused(tiny_folder):
     decilm.check(config, 0)
     with pytest.raises(InputError, match="mlx-lm alone, which does not read qwen2's biases"):
         decilm.check(config, 4)
+
+
+def test_a_checkpoint_that_lacks_a_map_does_not_load(tiny_folder, tmp_path):
+    folder, path = tiny_folder(), tmp_path / "c"
+    model, _, _ = fitted(folder, [1])
+    values, maps = scales.snapshot(model), scales.maps_of(model)
+    checkpoints.save_checkpoint(path, model_ref(str(folder)), [1], values, {}, maps=maps)
+    tensors = load_file(path / "scales.safetensors")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    for content in (tensors, index["weight_map"]):
+        del content["model.layers.1.replacement_up"]
+    save_file(tensors, path / "scales.safetensors", metadata={"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    _, model_class = hopscotch_classes("llama")
+    with pytest.raises(ValueError, match="a layer's scales are missing .*replacement_up"):
+        model_class.from_pretrained(path)
 
 
 def test_a_checkpoint_without_maps_says_nothing_of_them(tiny_folder, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, check_refused
 from driving import launch
 from safetensors.torch import load_file, save_file
+from test_files import held
 from test_search import reference_losses, write_data
 from test_training import random_samples, reference_loss
 from torch.testing import assert_close
@@ -29,7 +30,7 @@ from hopscotch_common.export import formats
 from hopscotch_common.loading import loader
 from hopscotch_common.loading.models import model_ref
 from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.batches import split_samples
+from hopscotch_common.training.batches import Sample, split_samples
 from hopscotch_common.training.trainer import EpochTraining
 
 
@@ -322,6 +323,7 @@ def test_resumed_training_equals_uninterrupted(work, tmp_path, capsys, granulari
     check_refused(param_scale, [*again, "--learning_rate", "0.02"], message, capsys)
     (other,) = {"layer", "channel"} - {granularity}
     others = dict(granularity=other, loss="kl", seed=7, batch_size=5, validation_split=0.25, dtype="bfloat16")
+    others |= dict(quantization="int8", replacement_rank=2)
     for name, value in others.items():
         changed = [*common, "--output_dir", "parts", "--resume", f"--{name}", str(value)]
         check_refused(param_scale, changed, f"was made with {name} = .*, now it is {value}", capsys)
@@ -486,6 +488,25 @@ def test_a_journal_of_other_settings_or_weights_is_refused(work, tmp_path, capsy
     weights.write_bytes(content)
     message = "journal.jsonl: was made with other weights or another config of --model; repeat"
     check_refused(block_selection, arguments, message, capsys)
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)  # as it was
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(json.loads(config) | {"rms_norm_eps": 1e-3}))
+    check_refused(block_selection, arguments, message, capsys)
+    (folder / "config.json").write_text(config)
+    first, *rest = random_samples(12)
+    fewer = Sample(first.input_ids, [-100] * (len(first) - 1) + first.labels[-1:])
+    write_data(tmp_path / "data.jsonl", [fewer, *rest])
+    check_refused(block_selection, arguments, "was made with other answers", capsys)
+
+
+def test_two_runs_at_once_do_not_write_into_one_another(work, tmp_path, capsys):
+    arguments = flags(work, "--search", "untrained", "--output", "report.json")
+    with held(tmp_path / "report.journal.jsonl"):
+        check_refused(block_selection, arguments, "report.journal.jsonl: .* is writing there", capsys)
+    arguments = flags(work, "--blocks_to_skip", "1", "--output_dir", "out", "--num_epochs", "1")
+    with held(tmp_path / "out" / "report.json"):
+        check_refused(param_scale, arguments, "out/report.json: .* is writing there", capsys)
 
 
 HALF = ["--blocks_to_skip", "1", "--num_epochs", "2", "--validation_split", "0.25"]
@@ -495,6 +516,10 @@ SEVERAL = {
     "cosine, with held-out figures": (
         "block_selection.py",
         ["--num_blocks", "2", "--search", "cosine", "--validation_split", "0.25", "--max_loss_increase", "9"],
+    ),
+    "cosine with maps": (
+        "block_selection.py",
+        ["--num_blocks", "1", "--search", "cosine", "--replacement_rank", "2"],
     ),
     "untrained, with the original's loss": (
         "block_selection.py",

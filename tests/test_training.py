@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, stock_config
 from driving import succeed
 from measuring import saved_bytes
 from test_modeling import reference_logits
@@ -28,7 +28,14 @@ from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training import batches as data
 from hopscotch_common.training.batches import Batch, Sample
 from hopscotch_common.training.loss import LOGIT_ROWS, HeadLoss, Originals, summed_loss
-from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer, evaluate, prepare_model
+from hopscotch_common.training.trainer import (
+    EpochBatches,
+    EpochTraining,
+    ScaleState,
+    ScaleTrainer,
+    evaluate,
+    prepare_model,
+)
 
 
 def random_samples(count: int = 8, seed: int = 0) -> list[Sample]:
@@ -136,7 +143,8 @@ def test_checkpointed_layers_train_alike_and_save_less(tiny_folder):
     batches = make_batches(random_samples(), 4, 60)
     losses, kept = [], []
     for options in ({}, {"gradient_checkpointing": True}):
-        trainer = trainer_of(tiny_folder(), [0], loss="kl", training=TrainingOptions(1e-2, **options))
+        folder = tiny_folder(attention_dropout=0.5)  # which must stay off, though only training checkpoints
+        trainer = trainer_of(folder, [0], loss="kl", training=TrainingOptions(1e-2, **options))
         losses.append(trainer.run(batches, "epoch 0"))
         kept.append(
             saved_bytes(trainer.model, lambda t=trainer: summed_loss(t.model, batches[0].minibatches[0]))
@@ -269,6 +277,39 @@ def test_original_states_that_are_kept_are_not_computed_again(tiny_folder, monke
             assert_close(trainer.run(batches, "epoch"), expected, rtol=1e-4, atol=1e-5)
             # and once for each prefix
             assert len(runs) == sum(1 + runs_a_minibatch * len(batch.minibatches) for batch in batches)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_an_epoch_equals_a_plain_loop_in_an_order_of_its_own(tiny_folder, loss):
+    folder, samples = tiny_folder(), random_samples()
+    options = TrainingOptions(1e-2, 3, 60, seed=5, loss=loss)
+    trained = EpochTraining(loaded(folder), [1], samples, [], options)
+    for number in (0, 1):
+        trained.start()
+        values = torch.ones(4, 4)
+        expected = plain_training(folder, samples, 3, 5 + number, values, [1], loss)
+        epoch = trained.epoch(number)
+        assert_close(epoch.losses, expected, rtol=1e-4, atol=1e-5)
+        values.data[1, 0] = 0
+        assert_close(epoch.state.tensors[0], values.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "checkpointing", "packed", "shared"),
+    [
+        ("llama", "sdpa", False, False, True),
+        ("llama", "flash_attention_2", False, True, False),
+        ("llama", "sdpa", True, False, False),  # transformers would leave the cache out
+        ("qwen3_next", "flash_attention_2", False, False, False),  # a state runs along the row
+    ],
+)
+def test_what_is_packed_and_what_shared(family, kernel, checkpointing, packed, shared):
+    config = stock_config(family)
+    config._attn_implementation_internal = kernel
+    model = types.SimpleNamespace(config=config, device=torch.device("cpu"))
+    options = TrainingOptions(1e-2, 4, gradient_checkpointing=checkpointing)
+    batch = EpochBatches(model, with_prefix(random_samples(4), 12), options).epoch()[0]
+    assert (batch.prefix is not None, batch.minibatches[0].packed) == (shared, packed)
 
 
 def test_float16_gradients_of_a_large_batch_do_not_underflow(tiny_folder):
@@ -471,6 +512,28 @@ def test_packed_rows_keep_to_their_own_targets():
 def with_prefix(samples: list[Sample], length: int) -> list[Sample]:
     ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(9)).tolist()
     return [Sample(ids + s.input_ids, [-100] * length + s.labels) for s in samples]
+
+
+@pytest.mark.parametrize("lacking", ["for the prefix", "for the rows after it"])
+def test_out_of_memory_with_a_shared_prefix_changes_nothing(tiny_folder, lacking):
+    samples = with_prefix(random_samples(), 10)
+    (batch,) = make_batches(samples, 8, 1000, share_prefix=True)
+    assert batch.prefix is not None and len(batch.minibatches) == 1
+    (whole,) = make_batches(samples, 8, 1000)
+    expected = trainer_of(tiny_folder(), [0]).gradients(whole, "whole")
+    trainer = trainer_of(tiny_folder(), [0])
+    forward = trainer.model.model.forward
+
+    def no_prefix(*args, use_cache, **kwargs):
+        if use_cache:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, use_cache=use_cache, **kwargs)
+
+    if lacking == "for the prefix":
+        trainer.model.model.forward = no_prefix
+    else:
+        Crowded(trainer.model, 60)
+    assert_close(trainer.gradients(batch, "crowded"), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
