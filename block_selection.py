@@ -150,11 +150,9 @@ def open_journal(path: Path, settings: dict, num_batches: int, processes, resour
 def load_trainer(arguments: argparse.Namespace, training: list, held_out: list, processes):
     """Load the model and return the `CandidateTrainer` that trains candidates on it."""
     from hopscotch_common.search.candidates import CandidateTrainer
-    from hopscotch_common.training.trainer import prepare_model
 
     model = cli.load_model(arguments)
     options = cli.training_options(arguments)
-    prepare_model(model, options)
     trainer = CandidateTrainer(model, training, options, held_out, processes.everyone)
     if arguments.replacement_rank:
         trainer.fit_maps()

@@ -145,7 +145,7 @@ def train(
     """Train epoch by epoch, or resume after the last saved epoch; return what each epoch recorded."""
     from hopscotch_common import checkpoints
     from hopscotch_common.checkpoints import epochs, folders
-    from hopscotch_common.training.trainer import EpochTraining, prepare_model
+    from hopscotch_common.training.trainer import EpochTraining
 
     runs, state = [], None
     if arguments.resume and processes.rank == 0:
@@ -183,7 +183,6 @@ def train(
         return runs
     model = cli.load_model(arguments)
     options = cli.training_options(arguments)
-    prepare_model(model, options)
     trained = EpochTraining(model, blocks, *parts, options, processes.everyone)
     if arguments.replacement_rank and not runs:
         trained.fit_maps()

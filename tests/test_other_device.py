@@ -17,7 +17,7 @@ from hopscotch_common.search.schedule import COSINE, FULL, UNTRAINED, Candidate,
 from hopscotch_common.search.search import Search
 from hopscotch_common.training import TrainingOptions, loss
 from hopscotch_common.training.distributed import Group
-from hopscotch_common.training.trainer import EpochTraining, ScaleState, prepare_model
+from hopscotch_common.training.trainer import EpochTraining, ScaleState
 
 SEARCHES = {"full": FULL, "race": Schedule(1, 0.5), "untrained": UNTRAINED, "cosine": COSINE}
 
@@ -85,7 +85,6 @@ def test_training_and_going_on(on_both, tiny_folder, granularity, rank, checkpoi
     def work(move):
         model = move(loaded(tiny_folder("llama"), scale_granularity=granularity, replacement_rank=rank))
         options = TrainingOptions(1e-2, 3, gradient_checkpointing=checkpointing, loss="kl")
-        prepare_model(model, options)
         trained = EpochTraining(model, [1, 2], random_samples(6), random_samples(2, 1), options)
         if rank:
             trained.fit_maps()

@@ -345,17 +345,7 @@ def test_a_checkpoint_without_maps_says_nothing_of_them(tiny_folder, tmp_path):
     assert not any("replacement" in key for key in load_file(tmp_path / "c" / "scales.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("script", "more", "message"),
-    [
-        (param_scale, ["--replacement_rank", "33"], "at most 32"),
-        (param_scale, ["--replacement_rank", "-1"], "0 or above"),
-        (block_selection, ["--replacement_rank", "33"], "at most 32"),
-        (param_scale, ["--replacement_rank", "2", "--export", "folded"], "folded has no place for maps"),
-        (unscaled_ckpt, ["--replacement_rank", "2"], "give --data_path"),
-    ],
-)
-def test_impossible_ranks_are_refused(work, capsys, script, more, message):
-    blocks = [] if script is block_selection else ["--blocks_to_skip", "1"]
-    given = work[:4] if script is unscaled_ckpt else work  # without data
-    check_refused(script, [*given, *blocks, *more], message, capsys)
+def test_maps_want_data_and_an_export_with_a_place_for_them(work, capsys):
+    maps = ["--blocks_to_skip", "1", "--replacement_rank", "2"]
+    check_refused(param_scale, [*work, *maps, "--export", "folded"], "folded has no place for maps", capsys)
+    check_refused(unscaled_ckpt, [*work[:4], *maps], "give --data_path", capsys)

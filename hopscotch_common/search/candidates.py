@@ -18,7 +18,7 @@ from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner,
 from hopscotch_common.training.distributed import Group, Reduce
 from hopscotch_common.training.loss import HeldOut, Originals, evaluate, summed_head_loss
 from hopscotch_common.training.replacement import fit_maps, layer_calls
-from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer
+from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer, prepare_model
 
 
 class CandidateTrainer:
@@ -37,6 +37,7 @@ class CandidateTrainer:
         everyone: Group | None = None,
     ):
         self.model, self.options = model, options
+        prepare_model(model, options)
         self.batches = EpochBatches(model, samples, options)
         self.num_batches = math.ceil(len(samples) / options.batch_size)
         self._part = functools.cache(lambda rank, size: self.batches.epoch(0, rank, size))

@@ -293,6 +293,7 @@ class EpochTraining:
         group: Group | None = None,
     ):
         self.model, self.skipped, self.options = model, list(skipped), options
+        prepare_model(model, options)
         self.group = group or Group()
         self._share = {"rank": self.group.rank, "world_size": self.group.size}
         self._training = EpochBatches(model, training, options)
