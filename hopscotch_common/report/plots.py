@@ -271,22 +271,22 @@ def _draw_baselines(axes: Axes, run: ScalingRun, measure: str) -> None:
             axes.axhline(value, linewidth=1.4, label=f"held out, {run.compared[name]}", **look)
         return value
 
-    def write(value: float, at: float, tail: str = "") -> None:
-        place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", va="center", fontsize=8)
+    def write(value: float, at: float, tail: str = "", va: str = "center") -> None:
+        place = dict(xycoords=("axes fraction", "data"), textcoords="offset points", va=va, fontsize=8)
         axes.annotate(f"{value:.4f}{tail}", (1, at), (4, 0), **place)
 
     original = draw("original", color=INK, linestyle="--")
     low, high = axes.get_ylim()
     unscaled = draw("unscaled", color=GREY, linestyle="-.")
-    if original is not None:
-        write(original, original)
-    if unscaled is None:
-        return
-    if low - 4 * (high - low) <= unscaled <= high + 4 * (high - low):
-        write(unscaled, unscaled)
-    else:
+    off = unscaled is not None and not low - 4 * (high - low) <= unscaled <= high + 4 * (high - low)
+    if off:
         axes.set_ylim(low, high)
         write(unscaled, *((high, " ↑") if unscaled > high else (low, " ↓")))
+    low, high = axes.get_ylim()
+    shown = sorted(value for value in (original, None if off else unscaled) if value is not None)
+    overlap = len(shown) == 2 and shown[1] - shown[0] < 0.06 * (high - low)
+    for value, side in zip(shown, ("top", "bottom"), strict=False):
+        write(value, value, va=side if overlap else "center")
 
 
 @styled
