@@ -32,7 +32,7 @@ num_epochs=${NUM_EPOCHS:-10}
 granularity=${GRANULARITY:-channel}    # of the scales: channel, or layer (the paper's)
 loss=${LOSS:-kl}                      # what the scales are trained on: kl, or ce (the paper's)
 learning_rate=${LEARNING_RATE:-}      # of the scales; empty: the script's own
-export_formats=${EXPORT:-}            # for example "folded nemotron_nas"
+read -r export_formats <<< "${EXPORT:-}" # for example "folded nemotron_nas"
 rank=16                               # of the maps in the skipped blocks' place; 0: none (the paper's)
 for format in $export_formats; do
     if [ "$format" != folded ] && [ "$format" != nemotron_nas ]; then
@@ -42,7 +42,7 @@ for format in $export_formats; do
     rank=0 # few engines have a place for them
 done
 rank=${REPLACEMENT_RANK:-$rank}
-part=(--validation_split 0.2)         # of the answers: the search leaves out those that step 4a holds out
+part=(--validation_split 0.2)         # the search leaves out what step 4a holds out, unless MAX_SAMPLES is set
 if [ -n "$max_samples" ]; then part=(--max_samples "$max_samples"); fi
 read -ra minutes <<< "${MINUTES:-}"   # that steps are known to take about, in their order
 

@@ -3,6 +3,7 @@
 The error determines a script's exit code.
 """
 
+import functools
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 logger = logging.getLogger("hopscotch")
+warn_once = functools.cache(logger.warning)  # the same words and values only once
 BAR_AFTER = 3  # seconds
 
 Item = TypeVar("Item")

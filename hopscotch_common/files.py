@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -156,11 +157,9 @@ def check_output(path: Path, flag: str, inputs: Iterable[Path] = ()) -> None:
 
     flag: what names it, for the message. inputs: files that must not be replaced.
     """
-    if not path.name:  # "." and "/"
+    if not path.name or os.path.isdir(path):  # "." and "/" have no name
         raise InputError(f"{flag} {path}: is a folder; name a file")
     check_name(path, flag)
-    if path.is_dir():
-        raise InputError(f"{flag} {path}: is a folder; name a file")
     if path.exists() and not path.is_file():
         raise InputError(f"{flag} {path}: is a device or the like, not a plain file; name another file")
     for other in inputs:
@@ -323,8 +322,8 @@ def recover_folder(folder: Path) -> None:
         if folder.exists():
             old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
             if old.exists():  # another user's, or in use on NFS
-                aside = old.with_name(f"{old.name}.{os.getpid()}")
-                os.rename(old, aside)
+                aside = tempfile.mkdtemp(prefix=f"{old.name}.", dir=old.parent)
+                os.rename(old, aside)  # in the empty folder's place
                 logger.warning("%s: is what %s was before, and cannot be removed", aside, folder)
         else:
             os.rename(old, folder)

@@ -59,10 +59,10 @@ class ResumableLog(contextlib.ExitStack):
 
     def _read(self) -> int:
         """Read what is there; return the length in bytes of its whole lines."""
-        if self.path.exists() and not os.access(self.path, os.W_OK):
-            raise InputError(f"{self.path}: no permission to write to it; {self.remedy}")
         if not self.path.exists():
             return 0
+        if not os.access(self.path, os.W_OK):
+            raise InputError(f"{self.path}: no permission to write to it; make it writable, or name another")
         check_input(self.path, self.remedy)
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1

@@ -213,12 +213,12 @@ def test_what_a_link_leads_to_is_not_published(tiny_folder, tmp_path):
     base = shutil.copytree(tiny_folder(), tmp_path / "base")
     (tmp_path / "token").write_text("private")
     (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / "0123").write_text("of the hub's cache")
-    (base / "LICENSE").symlink_to("../blobs/0123")
+    (tmp_path / "blobs" / ("0123" * 10)).write_text("of the hub's cache")
+    (base / "LICENSE").symlink_to("../blobs/" + "0123" * 10)
     (base / "NOTICE").symlink_to("LICENSE")
     assert {"LICENSE", "NOTICE"} <= {path.name for path in folders.companions(base)}
     (base / "USE_POLICY.md").symlink_to("../token")
-    with pytest.raises(InputError, match=r"USE_POLICY\.md: is a link to .*token, which would be copied"):
+    with pytest.raises(InputError, match=r"USE_POLICY\.md: is a link to .*token, which would be copied into"):
         folders.companions(base)
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_training import loaded, make_batches, plain_training, random_samples
+from test_training import loaded, plain_training, random_samples
 from transformers import AutoModelForCausalLM
 
 import block_selection
@@ -17,12 +17,11 @@ from hopscotch_common.errors import InputError, TrainingError
 from hopscotch_common.resumable import ResumableLog
 from hopscotch_common.search import journal as journals
 from hopscotch_common.search import schedule
-from hopscotch_common.search.candidates import CandidateTrainer, stream_distances
+from hopscotch_common.search.candidates import CandidateTrainer
 from hopscotch_common.search.journal import Journal
 from hopscotch_common.search.schedule import Candidate, Schedule
 from hopscotch_common.search.search import Picks, Search
 from hopscotch_common.training import TrainingOptions
-from hopscotch_common.training.batches import MinibatchRunner
 from hopscotch_common.training.loss import HeldOut
 from hopscotch_common.training.trainer import ScaleState
 
@@ -130,8 +129,8 @@ def test_distances_in_16_bits(tiny_folder):
         model = loaded(tiny_folder(), dtype)
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.data *= 0.05
-        batches = make_batches(random_samples(8), 3, 60)
-        found.append(stream_distances(model, batches, [2], [0, 1, 3], MinibatchRunner()))
+        trainer = CandidateTrainer(model, random_samples(8), TrainingOptions(1e-2, 3, 60))
+        found.append(trainer.distances([2], [0, 1, 3]))
     assert found[1] == pytest.approx(found[0], rel=0.1)
 
 

@@ -349,7 +349,7 @@ UNTRUE: dict[str, tuple[str, Spoil]] = {
     "code named by a list": ("config.json: auto_map: a JSON object", edit(CONFIG, auto_map=["a"])),
     "half a probe": (
         "hopscotch.json: tokenizer is no probe",
-        edit(f"{CHECKPOINT}/hopscotch.json", tokenizer={"text": "a"}),
+        edit(f"{CHECKPOINT}/hopscotch.json", tokenizer={"text": "a", "ids": 5}),
     ),
     "config is not JSON": ("config.json", write(CONFIG, "{")),
     "a scale is NaN": (

@@ -7,7 +7,6 @@ from importlib.metadata import entry_points
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import vllm_plugin
 from hopscotch_common.answers import EngineOptions
@@ -153,7 +152,6 @@ class TransformersEngine:
             attention = "eager"
         elif attention is None and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
             attention = GROUPED_SDPA  # attention sinks, for example, rule it out
-        transformers_logging.disable_progress_bar()
         self.model = load_whole(
             AutoModelForCausalLM,
             ref.folder(),

@@ -15,7 +15,6 @@ epoch takes little more space than a tokenizer, and deleting one, or replacing o
 another.
 """
 
-import functools
 import json
 import re
 import shutil
@@ -37,7 +36,7 @@ from hopscotch_common.checkpoints.folders import (
     companions,
     copy_companions,
 )
-from hopscotch_common.errors import HopscotchError, InputError, logger, progress, reason_of
+from hopscotch_common.errors import HopscotchError, InputError, progress, reason_of, warn_once
 from hopscotch_common.files import atomic_folder, check_input, link_or_copy, read_json
 from hopscotch_common.loading import loader, weights
 from hopscotch_common.loading.models import ModelRef
@@ -98,18 +97,13 @@ def save_checkpoint(
                 elif path.name in DESCRIPTION_FILES:  # an earlier version's code may lack corrections
                     shutil.copyfile(CODE if path.name == CODE.name else path, target / path.name)
             if copied > MANY_BYTES:
-                _warn_of_copies(folder.parent, copied)
+                said = "%s: no hard links here, so each epoch takes %.2f GB of its own"
+                warn_once(said, folder.parent, copied / 1e9)
         if training_state is not None:
             weights.save_tensors(training_state, target / STATE_FILE)
         (target / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
         origin = share_with and card.inherited(share_with) or card.origin_of(base)
         card.write_card(target, folder.name, "checkpoint", origin, checkpoint_config(target), values, run)
-
-
-@functools.cache  # once, not at each epoch
-def _warn_of_copies(output_dir: Path, copied: int) -> None:
-    message = "%s: no hard links here, so each epoch takes %.2f GB of its own"
-    logger.warning(message, output_dir, copied / 1e9)
 
 
 def has_weights(folder: Path) -> bool:
@@ -174,7 +168,7 @@ def _write_base(
     tokenizer = copy_tokenizer(source, target, base.source)
 
     files = weights.weight_files(source)
-    for number, path in enumerate(progress(files, "writing weights", len(files)), 1):
+    for number, path in enumerate(progress(files, "writing weights"), 1):
         name = f"base-{number:05}-of-{len(files):05}.safetensors"
         tensors = weights.read_tensors(path)
         if kept := {key: tensor for key, tensor in tensors.items() if not is_skipped_weight(key, config)}:
@@ -301,9 +295,8 @@ def read_checkpoint(folder: Path) -> tuple[PretrainedConfig, torch.Tensor, dict[
 
 def load_checkpoint(folder: Path, **options):
     """Load a checkpoint as a model in eval mode; options go to `from_pretrained` (dtype, device_map, …)."""
-    config, values, _ = read_checkpoint(folder)
+    config, *_ = read_checkpoint(folder)
     _, model_class = loader.hopscotch_classes(config.model_type)
     model = loader.load_whole(model_class, folder, config=config, **options)
-    scales.restore(model, values)  # loading sets a missing scale to 1
     scales.freeze_base(model)
     return model

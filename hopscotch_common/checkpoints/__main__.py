@@ -47,7 +47,8 @@ def verify(folder: Path) -> None:
         raise InputError(f"{folder / INDEX_FILE}: does not name {name}; make the checkpoint again")
     read_checkpoint(folder)
     if (probe := read_run(folder).get("tokenizer")) is not None:
-        if not (isinstance(probe, dict) and {"text", "ids"} <= probe.keys()):
+        kinds = {"text": str, "ids": list}
+        if not (isinstance(probe, dict) and all(isinstance(probe.get(k), kinds[k]) for k in kinds)):
             raise InputError(f"{folder / RUN_FILE}: tokenizer is no probe; make the checkpoint again")
         check_tokens(folder, probe)
 

@@ -121,7 +121,7 @@ def _held_out(figures: dict, maps: bool) -> tuple[list[str], str]:
         if found := figures.get(key):
             loss, kl = (with_error(found, measure) for measure in ("cross_entropy", "kl"))
             rows.append(f"| {titles[maps]} | {loss} | {kl} | {found['agreement']:.1%} |")
-            answers = f"{found[ANSWERS]} " if found.get(ANSWERS) else ""
+            answers = f"{found[ANSWERS]:d} " if found.get(ANSWERS) else ""
     return rows, answers
 
 
@@ -161,4 +161,4 @@ def inherited(folder: Path, names: tuple[str, ...] = ("base_model", *LICENCE_FIE
 
 def _is_words(value: object) -> bool:
     words = value if isinstance(value, list) else [value]
-    return bool(words) and all(isinstance(word, str) and not UNPLAIN & set(word) for word in words)
+    return bool(words) and all(isinstance(word, str) and not UNPLAIN & set(word.strip()) for word in words)

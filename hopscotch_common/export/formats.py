@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from hopscotch_common import checkpoints, files, scales
 from hopscotch_common.answers.decoding import decode
+from hopscotch_common.answers.prompts import prompt_ids
 from hopscotch_common.checkpoints import card, folders
 from hopscotch_common.errors import HopscotchError, InputError, is_out_of_memory, logger
 from hopscotch_common.export import decilm, folding
@@ -78,15 +78,9 @@ def run_exports(formats: Sequence[str], checkpoint: Path, target: Path, device: 
 
 def check_export_folder(output: Path) -> None:
     """Raise InputError unless an export may be written there: a new folder, or an earlier export's."""
-    if not output.name:  # "." and "/"
-        raise InputError(f"--output {output}: is a folder without a name of its own; name another")
-    files.check_name(output, "--output")
-    empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not empty and not (output / REPORT_FILE).is_file():
-        raise InputError(f"{output} exists and is not an earlier export: name another, or move it away")
     own = ("config.json", "model.safetensors", "model-*-of-*.safetensors", weights.INDEX_FILE)
     own += (decilm.CODE.name, card.CARD_FILE, REPORT_FILE)
-    folders.check_only(output, own, "name another folder")
+    folders.check_folder(output, "--output", "an earlier export", REPORT_FILE, own)
 
 
 def export_checkpoint(
@@ -155,7 +149,6 @@ def _check(
     without_maps: bool,
 ) -> dict:
     """Compare the export with its source in float32, one model in memory at a time; return the figures."""
-    transformers_logging.disable_progress_bar()
     place = device_map(resolve_device(device))
     prompts, real_text = check_prompts(folder, config.vocab_size)
 
@@ -177,7 +170,13 @@ def _check(
         own = ask_of(load_source, checkpoint, dtype="auto")
         noise = compare(source, own, real_text).relative_logit_error
     tolerance = TOLERANCE + noise if tolerance is None else tolerance
-    check_tolerance(result, tolerance, format)
+    error = result.relative_logit_error
+    if not (error <= tolerance and math.isfinite(error)):
+        raise InputError(
+            f"{format} is not exact enough and was not written: {result}; the tolerance is "
+            f"{tolerance:.2g}. Scales far from 1 fold badly: train with a smaller learning rate, or accept "
+            "it with --tolerance"
+        )
     return {"tolerance": tolerance, "dtype_noise": noise, "summary": str(result)} | asdict(result)
 
 
@@ -228,13 +227,10 @@ def check_prompts(folder: Path, vocab_size: int) -> tuple[list[tuple[list[int], 
 
 def _conversation_ids(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
     if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-        )
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        asked = prompt_ids(tokenizer, [{"role": "user", "content": question}], "a question")
     else:
-        prompt_ids = tokenizer.encode(question)
-    return prompt_ids + tokenizer.encode(answer, add_special_tokens=False), len(prompt_ids)
+        asked = tokenizer.encode(question)
+    return asked + tokenizer.encode(answer, add_special_tokens=False), len(asked)
 
 
 @torch.inference_mode()
@@ -266,14 +262,3 @@ def compare(source: Sequence[tuple], exported: Sequence[tuple], real_text: bool)
         total += len(wanted)
     error = math.sqrt(difference / norm) if norm else math.inf
     return Comparison(error, same / positions, equal / total, positions, real_text)
-
-
-def check_tolerance(comparison: Comparison, tolerance: float, what: str) -> None:
-    """Raise InputError if the logits differ by more than the tolerance, or are not numbers."""
-    error = comparison.relative_logit_error
-    if not (error <= tolerance and math.isfinite(error)):
-        raise InputError(
-            f"{what} is not exact enough and was not written: {comparison}; the tolerance is "
-            f"{tolerance:.2g}. Scales far from 1 fold badly: train with a smaller learning rate, or accept "
-            "it with --tolerance"
-        )

@@ -59,7 +59,10 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
     skipped = skipped_blocks(config)
     if not skipped:
         raise InputError(f"{checkpoint} skips no attention block: use {folded_gguf} as it is")
-    check_gguf_output(output, checkpoint, folded_gguf)
+    check_output(output, "--output", [folded_gguf])
+    check_outside(output, checkpoint)
+    if output.exists() and output.open("rb").read(4) != b"GGUF":
+        raise InputError(f"--output {output}: exists and is no GGUF; name another file")
     reader = open_gguf(folded_gguf, "make it with llama.cpp's convert_hf_to_gguf.py")
     _check_model(reader, folded_gguf, config)
     _check_skipped_add_zero(reader, folded_gguf, config.num_hidden_layers, skipped)
@@ -80,14 +83,6 @@ def rewrite_gguf(checkpoint: Path, folded_gguf: Path, output: Path) -> dict:
         "bytes": after,
         "bytes_saved": before - after,
     }
-
-
-def check_gguf_output(output: Path, checkpoint: Path, folded_gguf: Path) -> None:
-    """Raise InputError unless `output` is a new file, or an earlier GGUF that is not an input."""
-    check_output(output, "--output", [folded_gguf])
-    check_outside(output, checkpoint)
-    if output.exists() and output.open("rb").read(4) != b"GGUF":
-        raise InputError(f"--output {output}: exists and is no GGUF; name another file")
 
 
 def _maps(checkpoint: Path, config, reader, path: Path) -> dict:

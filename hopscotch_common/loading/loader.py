@@ -135,9 +135,7 @@ def load_model(
         options["quantization_config"] = quantization_config(quantization, resolved, stored)
     if attn_implementation == "flex_attention" and (resolved is None or resolved.type == "cpu"):
         raise InputError("--attn_implementation flex_attention: trains on one GPU only; give sdpa")
-    if ref.embedded:  # loads in a second; larger models show transformers' own bar
-        transformers_logging.disable_progress_bar()
-    model = load_whole(model_class, ref.folder(), **options)
+    model = load_whole(model_class, ref.folder(), bar=not ref.embedded, **options)  # it loads in a second
     if method in UNPACKED and getattr(model, "hf_quantizer", None) is not None:
         raise no_gradients(ref, method)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -170,12 +168,15 @@ def device_map(device) -> str | dict:
     return "auto" if device is None else {"": device}
 
 
-def load_whole(model_class, folder: Path, **options):
+def load_whole(model_class, folder: Path, bar: bool = False, **options):
     """Load a model in eval mode; all its weights come from the folder's files, and none there is left over.
 
-    options go to `from_pretrained`. Raises InputError if transformers would make up a weight, ignore one, or
-    cannot read one.
+    bar: whether to show transformers' own. options go to `from_pretrained`. Raises InputError if transformers
+    would make up a weight, ignore one, or cannot read one.
     """
+    shown = transformers_logging.is_progress_bar_enabled()
+    if not bar:
+        transformers_logging.disable_progress_bar()
     try:
         model, found = model_class.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # a config or weights can make a model's code raise anything
@@ -187,6 +188,9 @@ def load_whole(model_class, folder: Path, **options):
         elif "automatic conversion" in str(error):  # from torchao, if its groups do not divide a width
             remedy = "use --quantization int8"
         raise InputError(f"{folder}: cannot be loaded ({reason_of(error)}); {remedy}") from error
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
     check_loaded(folder, found)
     kernel = model.config._attn_implementation or ""
     if "flash" in kernel and model.dtype == torch.float32:

@@ -8,7 +8,6 @@ a tokenizer.json, under the one class that takes that file as it is.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import tempfile
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from hopscotch_common.errors import InputError, as_os_error, logger, reason_of
+from hopscotch_common.errors import InputError, as_os_error, logger, reason_of, warn_once
 from hopscotch_common.files import read_json
 from hopscotch_common.loading.models import ModelRef
 from hopscotch_common.scales.modeling_hopscotch import PREFIX
@@ -131,13 +130,9 @@ def byte_level_file(folder: Path, tokenizer):
     ids = in_file.encode(text, add_special_tokens=False).ids
     if "ByteLevel" not in repr(in_file.decoder) or ids == tokenizer.encode(text, add_special_tokens=False):
         return None
-    _warn_of_class(folder, type(tokenizer).__name__)
+    said = "%s: tokenizer.json is read as it is; as a %s it would split text otherwise"
+    warn_once(said, folder, type(tokenizer).__name__)
     return TokenizersBackend.from_pretrained(folder)
-
-
-@functools.cache  # one warning for each folder
-def _warn_of_class(folder: Path, name: str) -> None:
-    logger.warning("%s: tokenizer.json is read as it is; as a %s it would split text otherwise", folder, name)
 
 
 def probe(tokenizer) -> dict:

@@ -12,7 +12,6 @@ from huggingface_hub import StateDictSplit
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from hopscotch_common.errors import InputError, as_os_error
 from hopscotch_common.files import check_input, read_json
@@ -195,13 +194,7 @@ def check_tensors(folder: Path, model_class, config, **options) -> None:
             "is not supported; give them their usual names"
         )
     options |= {"config": config, "device_map": "meta", "ignore_mismatched_sizes": True}  # reported anyway
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        load_whole(model_class, folder, **options)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    load_whole(model_class, folder, **options)
 
 
 def check_names(folder: Path, more_in_index: bool = False) -> None:

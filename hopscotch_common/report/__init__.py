@@ -12,6 +12,7 @@ and figures with their errors.
 """
 
 import dataclasses
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -64,8 +65,9 @@ def own_version() -> str:
     if not (folder / ".git").exists():  # that of a folder above would be another project's
         return __version__
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    others = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:  # a git hook of another project names that in GIT_DIR
+        found = subprocess.run(command, env=others, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return __version__
     return f"{__version__}+{found.stdout.strip()}" if found.returncode == 0 else __version__

@@ -138,17 +138,16 @@ def search_figure(run: SearchRun) -> Figure:
     at their mean loss until then, with the number of batches after which they dropped out. Losses before any
     training are crosses.
     """
-    count = len(run.iterations)
+    count, shown = len(run.iterations), _what_is_shown(run)
     what, unit = {
         "candidates": ("loss of each candidate", _loss_label(run)),
         "distances": ("distance of each candidate", "cosine distance of the residual stream"),
         "map_errors": ("error of each candidate's map", "share of the residual stream"),
-    }[_what_is_shown(run)]
+    }[shown]
+    decided_by = DECIDED_BY[run.criterion if shown == "candidates" else shown]
     x_label = "attention block (decoder layer, counted from 0)"
     figure, panels = _panels(run, what, 1.35 + max(2.2, 1.75 * count), x_label, [1] * count)
     for axes, pick in zip(panels, run.iterations, strict=True):
-        shown = _what_is_shown(run)
-        decided_by = DECIDED_BY[run.criterion if shown == "candidates" else shown]
         _draw_candidates(axes, pick, run.criterion, decided_by)
         axes.set_xlim(-0.8, run.num_layers - 0.2)
     figure.supylabel(unit, fontsize=10)

@@ -1,6 +1,5 @@
 """One loaded model on which a search trains candidates, or judges them before training."""
 
-import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.search.schedule import Candidate
 from hopscotch_common.training import TrainingOptions
 from hopscotch_common.training.batches import Batch, Minibatch, MinibatchRunner, Sample
-from hopscotch_common.training.distributed import Group, Reduce
+from hopscotch_common.training.distributed import Group
 from hopscotch_common.training.loss import HeldOut, Originals, evaluate, summed_head_loss
 from hopscotch_common.training.replacement import fit_maps, layer_calls
 from hopscotch_common.training.trainer import EpochBatches, ScaleState, ScaleTrainer, prepare_model
@@ -40,10 +39,9 @@ class CandidateTrainer:
         prepare_model(model, options)
         self.batches = EpochBatches(model, samples, options)
         self.num_batches = math.ceil(len(samples) / options.batch_size)
-        self._part = functools.cache(lambda rank, size: self.batches.epoch(0, rank, size))
         self._everyone = everyone or Group()
         share = (self._everyone.rank, self._everyone.size)
-        self._shared = self._part(*share)
+        self._shared = self.batches.epoch(0, *share)
         self._held_out = EpochBatches(model, held_out, options).in_order(*share)
         self._runner = MinibatchRunner()
         self._originals = Originals(model)
@@ -56,7 +54,7 @@ class CandidateTrainer:
     def fit_maps(self) -> None:
         """Fit the map of every block, for when it is skipped."""
         batches = self.batches.in_order(self._everyone.rank, self._everyone.size)
-        batches = progress(batches, "fitting the maps", len(batches))
+        batches = progress(batches, "fitting the maps")
         self._wrong = fit_maps(
             self.model, batches, attention_blocks(self.model.config), self._everyone.reduce
         )
@@ -85,7 +83,7 @@ class CandidateTrainer:
             on_batch()
 
         name = f"candidate block {candidate.block}, epoch 0"
-        batches = self._part(group.rank, group.size)[done:look]
+        batches = self.batches.epoch(0, group.rank, group.size)[done:look]
         try:
             trainer.run(batches, name, first=done, on_batch=keep)
             state = trainer.state()
@@ -100,7 +98,7 @@ class CandidateTrainer:
         self, skipped: Sequence[int], blocks: Sequence[int], index: int, on_screened: Callable[[float], None]
     ) -> dict[int, float]:
         """Return each block's loss on one batch before any training (`untrained_losses`)."""
-        batch, where = self._part(0, 1)[index], f"screening, batch {index}"
+        batch, where = self.batches.epoch()[index], f"screening, batch {index}"
         return untrained_losses(
             self.model,
             batch,
@@ -112,16 +110,42 @@ class CandidateTrainer:
             originals=self._trained_towards,
         )
 
+    @torch.no_grad()
     def distances(self, skipped: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
-        """Return how far each block turns the residual stream, over all batches (`stream_distances`).
+        """Return how much each block changes what passes through it, with `skipped` skipped and scales of 1.
 
-        With maps, return the share of the stream after a block that its map gets wrong (`fit_maps`).
+        The measure is 1 - the cosine similarity of the residual stream before and after the block, a mean
+        over all tokens, as in LLM-Drop (arXiv 2406.15786): a criterion without any loss. A block that hardly
+        turns the stream is assumed to matter little. With maps, it is the share of the stream after a block
+        that its map gets wrong (`fit_maps`). Raises TrainingError if a single answer does not fit into
+        memory.
         """
         if self._wrong:
             return {block: self._wrong[block] for block in blocks}
-        return stream_distances(
-            self.model, self._shared, skipped, blocks, self._runner, self._everyone.reduce
-        )
+        scales.reset(self.model, skipped)
+        total = torch.zeros(len(blocks) + 1, dtype=torch.float64)  # the last counts tokens
+
+        def sums_of(minibatch: Minibatch) -> torch.Tensor:
+            on_device = minibatch.to(self.model.device)
+            calls = layer_calls(self.model, on_device)
+            mask = on_device.attention_mask
+            sums = []
+            for block in blocks:
+                layer = self.model.model.layers[block]
+                before, keywords = send_to_device(calls[block], layer.s_scale_attn.device)  # of a split model
+                after = layer.after_attention(before, **keywords)
+                distance = 1 - cosine_similarity(before.float(), after.float(), dim=-1)  # [rows, length]
+                sums.append((distance if mask is None else distance * mask.to(distance.device)).sum().cpu())
+            return torch.stack(sums)
+
+        for batch in self._shared:
+            minibatches = [minibatch.whole() for minibatch in batch.minibatches]
+            for minibatch, sums in self._runner.run(minibatches, sums_of, "cosine distances"):
+                tokens = sum(len(sample) for sample in minibatch.samples)
+                total += torch.cat([sums.double(), total.new_tensor([tokens])])
+        reduce = self._everyone.reduce
+        *sums, tokens = (total if reduce is None else reduce(total.to(self.model.device))).tolist()
+        return {block: summed / tokens for block, summed in zip(blocks, sums, strict=True)}
 
     def original_loss(self) -> float:
         """Return the mean cross entropy of the batches with nothing skipped, as a candidate's loss is."""
@@ -193,44 +217,3 @@ def untrained_losses(
         on_screened(len(blocks) * len(minibatch.samples) / num_samples)
     means = (totals / batch.num_loss_counted_tokens).tolist()
     return {b: mean if math.isfinite(mean) else math.inf for b, mean in zip(blocks, means, strict=True)}
-
-
-@torch.no_grad()
-def stream_distances(
-    model,
-    batches: Sequence[Batch],
-    skipped: Sequence[int],
-    blocks: Sequence[int],
-    runner: MinibatchRunner,
-    reduce: Reduce | None = None,
-) -> dict[int, float]:
-    """Return how much each block changes what passes through it, with `skipped` skipped and scales of 1.
-
-    The measure is 1 - the cosine similarity of the residual stream before and after the block, a mean over
-    all tokens, as in LLM-Drop (arXiv 2406.15786): a criterion without any loss. A block that hardly turns the
-    stream is assumed to matter little. reduce: sums over the processes, which have a part of every batch
-    each. Raises TrainingError if a single answer does not fit into memory.
-    """
-    scales.reset(model, skipped)
-    total = torch.zeros(len(blocks) + 1, dtype=torch.float64)  # the last counts tokens
-
-    def sums_of(minibatch: Minibatch) -> torch.Tensor:
-        on_device = minibatch.to(model.device)
-        calls = layer_calls(model, on_device)
-        mask = on_device.attention_mask
-        sums = []
-        for block in blocks:
-            layer = model.model.layers[block]
-            before, keywords = send_to_device(calls[block], layer.s_scale_attn.device)  # of a split model
-            after = layer.after_attention(before, **keywords)
-            distance = 1 - cosine_similarity(before.float(), after.float(), dim=-1)  # [rows, length]
-            sums.append((distance if mask is None else distance * mask.to(distance.device)).sum().cpu())
-        return torch.stack(sums)
-
-    for batch in batches:
-        minibatches = [minibatch.whole() for minibatch in batch.minibatches]
-        for minibatch, sums in runner.run(minibatches, sums_of, "cosine distances"):
-            tokens = sum(len(sample) for sample in minibatch.samples)
-            total += torch.cat([sums.double(), total.new_tensor([tokens])])
-    *sums, tokens = (total if reduce is None else reduce(total.to(model.device))).tolist()
-    return {block: summed / tokens for block, summed in zip(blocks, sums, strict=True)}

@@ -81,19 +81,6 @@ class Processes:
         torch.distributed.all_reduce(tensor, group=self._made[number])
         return tensor
 
-    def leave(self) -> None:
-        """Release torch's groups, whose threads live as long as something holds them."""
-        self._made.clear()
-
-
-def check_launch(device: str) -> None:
-    """Raise InputError if a launcher's processes would all use the same GPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (device == "split" or device.startswith("cuda:")):
-        raise InputError(
-            f"--device {device} with a launcher would put every process's model on the same GPUs; leave "
-            "--device out, or start the script without the launcher"
-        )
-
 
 @contextlib.contextmanager
 def join_processes(device: str) -> Iterator[Processes]:
@@ -102,7 +89,11 @@ def join_processes(device: str) -> Iterator[Processes]:
     device: `--device`. Processes communicate over NCCL, or over gloo if they run on CPUs. Within the context,
     a communication error becomes a HopscotchError: mostly another process ended, and says why itself.
     """
-    check_launch(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (device == "split" or device.startswith("cuda:")):
+        raise InputError(
+            f"--device {device} with a launcher would put every process's model on the same GPUs; leave "
+            "--device out, or start the script without the launcher"
+        )
     for sharding in ("FSDP", "DEEPSPEED"):  # set in the user's accelerate configuration, for other trainings:
         os.environ[f"ACCELERATE_USE_{sharding}"] = "false"  # transformers would give all but rank 0 zeros
     place = resolve_device(device)
@@ -123,7 +114,7 @@ def join_processes(device: str) -> Iterator[Processes]:
             f"why ({reason_of(error)})"
         ) from error
     finally:
-        processes.leave()
+        processes._made.clear()  # torch's groups, whose threads live as long as something holds them
         # A gloo thread that is left when the interpreter closes aborts the process. NCCL would wait for all
         # processes, and after an error the others may hang in something else.
         if not failed or state.backend == "gloo":

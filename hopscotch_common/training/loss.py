@@ -225,7 +225,7 @@ class Originals:
         if tokens * self.model.config.hidden_size * self.model.dtype.itemsize > KEPT_BYTES:
             return
         runner = MinibatchRunner()
-        for batch in progress(batches, "the original model's states", len(batches)):
+        for batch in progress(batches, "the original model's states"):
             for minibatch, states in runner.run(batch.minibatches, self._compute, "the original model"):
                 counts = [sample.num_loss_counted_tokens for sample in minibatch.samples]
                 for sample, rows in zip(minibatch.samples, states.cpu().split(counts), strict=True):

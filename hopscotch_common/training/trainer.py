@@ -12,7 +12,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from hopscotch_common import scales
-from hopscotch_common.errors import Diverged
+from hopscotch_common.errors import Diverged, progress
 from hopscotch_common.scales.modeling_hopscotch import attention_blocks
 from hopscotch_common.training import MAPS_RATE, TrainingOptions
 from hopscotch_common.training.batches import Batch, Batches, Minibatch, MinibatchRunner, Sample, make_batches
@@ -306,8 +306,8 @@ class EpochTraining:
 
     def fit_maps(self) -> None:
         """Fit each skipped block's map to the original model on the training answers, and put it there."""
-        with self._bar(self._training.in_order(**self._share), "fitting the maps") as batches:
-            fit_maps(self.model, batches, self.skipped, self.group.reduce)
+        batches = progress(self._training.in_order(**self._share), "fitting the maps")
+        fit_maps(self.model, batches, self.skipped, self.group.reduce)
 
     def baselines(self) -> dict[str, HeldOut | None]:
         """Held-out figures without training: of the original model, and with the blocks skipped."""
@@ -332,7 +332,8 @@ class EpochTraining:
     def epoch(self, number: int) -> Epoch:
         """Train one epoch. Raises Diverged, naming epoch and batch, if the result is not sound."""
         batches = self._training.epoch(number, **self._share)
-        with self._bar(batches, f"epoch {number}") as bar:
+        first = self.group.rank == 0
+        with tqdm(batches, f"epoch {number}", unit="batch", disable=not first, dynamic_ncols=True) as bar:
 
             def show(loss: float) -> None:
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -346,9 +347,5 @@ class EpochTraining:
         if not self._held_out:
             return None
         name = f"held-out loss, {what}"
-        with self._bar(self._held_out, name) as batches:
-            return evaluate(self.model, batches, name, self.group.reduce, self._originals)
-
-    def _bar(self, batches: Batches, what: str) -> tqdm:
-        """Show a bar over batches on stderr, in one of the processes."""
-        return tqdm(batches, what, unit="batch", disable=self.group.rank != 0, dynamic_ncols=True)
+        batches = progress(self._held_out, name)
+        return evaluate(self.model, batches, name, self.group.reduce, self._originals)
