@@ -131,7 +131,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("qwen05").mkdir()
     Path("qwen05", "config.json").write_text("{}")
-    for name in ("qwen", "qwen15"):
+    for name in ("qwen", "qwen05", "qwen15"):
         Path(f"{name}.gguf").write_text("GGUF")
     return tmp_path
 
