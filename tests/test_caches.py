@@ -86,7 +86,6 @@ def test_what_is_done_to_all_layers_of_a_cache(make, blocks, kind):
     both, twice = torch.tensor([0, 1]), torch.tensor([0, 0, 1, 1])
     after(lambda cache: None, both)
     after(lambda cache: cache.crop(-2), both, 6)
-    after(lambda cache: cache.crop(5), both, 5)
     after(lambda cache: cache.reorder_cache(torch.tensor([1, 0])), both.flip(0))
     after(lambda cache: cache.batch_repeat_interleave(2), twice)
     after(lambda cache: cache.batch_select_indices(torch.tensor([1])), torch.tensor([1]))

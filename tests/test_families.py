@@ -74,9 +74,7 @@ def apply_equations(model, family: str, values: torch.Tensor, skipped) -> None:
     def attention(layer, x, arguments):
         if not hasattr(layer, "self_attn") or layer.self_attn is None:
             mixer = layer.mamba if family == "granitemoehybrid" else layer.linear_attn
-            return mixer(
-                x, cache_params=arguments["past_key_values"], attention_mask=arguments["attention_mask"]
-            )
+            return mixer(x, attention_mask=arguments["attention_mask"])
         return first(layer.self_attn(hidden_states=x, **arguments))
 
     def branches(layer):

@@ -47,6 +47,7 @@ OWN_KEYS = r"\.([bs]_scale_(attn|mlp)|replacement_(down|up))$"  # of what this f
 GRANULARITIES = ("layer", "channel")
 ATTENTION_ARGUMENTS = (
     "attention_mask",
+    "cache",  # newer versions of transformers call it so, and older ones past_key_values
     "past_key_values",
     "position_embeddings",
     "position_ids",
@@ -241,10 +242,13 @@ class ScaledDecoderLayer:
         if attention is not None:
             output = output_of(attention, hidden_states=normed, **kwargs)
         else:
-            cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
             others = {key: value for key, value in kwargs.items() if key not in ATTENTION_ARGUMENTS}
-            mixer = getattr(self, family.recurrent)
-            output = output_of(mixer, hidden_states=normed, cache_params=cache, attention_mask=mask, **others)
+            others["attention_mask"] = kwargs.get("attention_mask")
+            if "cache" in kwargs:
+                others["cache"] = kwargs["cache"]
+            else:
+                others["cache_params"] = kwargs.get("past_key_values")
+            output = output_of(getattr(self, family.recurrent), hidden_states=normed, **others)
         return self._multiplied(self._normed(family.norm_after_attention, output))
 
     def _mlp_branch(self, hidden_states: torch.Tensor) -> torch.Tensor:
