@@ -168,7 +168,7 @@ class RoundedCache:
     def __init__(self, bits: int):
         self.bits = bits
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
         return rounded(keys, self.bits), rounded(values, self.bits)
 
 
@@ -189,7 +189,8 @@ def with_cache(attention: Callable, cache: RoundedCache) -> Callable:
     """An attention module's forward with that cache."""
 
     def forward(hidden_states: torch.Tensor, **keywords):
-        return attention(hidden_states, **keywords | {"past_key_values": cache})
+        name = "cache" if "cache" in keywords else "past_key_values"  # as this transformers calls it
+        return attention(hidden_states, **keywords | {name: cache})
 
     return forward
 
