@@ -93,7 +93,7 @@ def test_what_is_fetched_of_a_hub_id(monkeypatch, tmp_path, weights):
 
 
 class ProxyError(Exception):
-    """As HTTP libraries have one, with no base that says what failed: httpx or httpx2, by the hub's version."""
+    """As HTTP libraries have one; which the hub uses (httpx, httpx2) depends on its version."""
 
 
 @pytest.mark.parametrize(
